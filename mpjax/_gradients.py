@@ -1,0 +1,116 @@
+"""Scaled gradients of a loss, cast by policy, accumulated over microbatches."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.loss_scale import float0_to_zeros, is_inexact, to_full
+from mpjax.optimizer import scale_loss
+
+
+class Gradients(NamedTuple):
+    """What one pass over a batch gives.
+
+    Attributes:
+      scaled: like params; gradients of the scaled loss, float32 at least, zero for
+        integer parameters.
+      loss: float32 scalar, unscaled.
+      model_state: new model state, in the dtypes of the old.
+      aux: auxiliary outputs of the loss.
+    """
+
+    scaled: Any
+    loss: jax.Array
+    model_state: Any
+    aux: Any
+
+
+def scaled_gradients(loss_fn, state, batch, key, *, num_microbatches) -> Gradients:
+    """Differentiates the scaled loss over one batch, in one or several pieces.
+
+    Args:
+      loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, aux))`, casts
+        included.
+      state: the `TrainState`.
+      batch: arrays whose first axis counts examples.
+      key: PRNG key of this step.
+      num_microbatches: in how many pieces. Gradients and loss are means over them, as
+        are floating aux; integer aux are added up. The model state passes through.
+
+    Raises:
+      ValueError: if the batch cannot be cut into so many equal pieces.
+    """
+
+    def loss_and_aux(params, model_state, batch, key):
+        loss, (model_state, aux) = loss_fn(params, model_state, batch, key)
+        if jnp.shape(loss) != ():
+            raise ValueError(
+                f"loss_fn must return a scalar loss, got shape {jnp.shape(loss)}; "
+                "take its mean, in float32."
+            )
+        loss = to_full(jnp.asarray(loss))
+        return scale_loss(loss, state.opt_state), (loss, model_state, aux)
+
+    grad_fn = jax.grad(loss_and_aux, has_aux=True, allow_int=True)
+
+    def one(model_state, batch, key) -> Gradients:
+        grads, (loss, new_state, aux) = grad_fn(state.params, model_state, batch, key)
+        grads = jax.tree.map(lambda g: to_full(float0_to_zeros(g)), grads)
+        return Gradients(grads, loss, cast_like(new_state, model_state), aux)
+
+    if num_microbatches == 1:
+        return one(state.model_state, batch, key)
+
+    def body(carry, piece):
+        total, model_state = carry
+        out = one(model_state, *piece)
+        total = jax.tree.map(jnp.add, total, out.scaled)
+        return (total, out.model_state), (out.loss, out.aux)
+
+    zeros = jax.tree.map(_zero_gradient, state.params)
+    pieces = split_batch(batch, num_microbatches)
+    keys = jax.random.split(key, num_microbatches)
+    (total, model_state), (losses, aux) = jax.lax.scan(
+        body, (zeros, state.model_state), (pieces, keys)
+    )
+    mean = jax.tree.map(lambda g: g / num_microbatches, total)
+    reduce = lambda x: x.mean(0) if is_inexact(x) else x.sum(0)
+    return Gradients(mean, losses.mean(), model_state, jax.tree.map(reduce, aux))
+
+
+def split_batch(batch: Any, num: int) -> Any:
+    """Cuts arrays of shape (B, ...) into (num, B / num, ...).
+
+    Piece i takes the examples i, i + num, ...: a batch split over devices stays split.
+
+    Raises:
+      ValueError: if `num` does not divide B.
+    """
+
+    def split(path, x):
+        if x.ndim == 0 or x.shape[0] % num:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} has shape {x.shape}, whose first "
+                f"axis cannot be cut into num_microbatches={num} equal pieces."
+            )
+        return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree_util.tree_map_with_path(split, batch)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Casts each array to the dtype of its counterpart; keys pass through."""
+
+    def cast(x, target):
+        if jnp.issubdtype(target.dtype, jax.dtypes.extended):
+            return x
+        return jnp.asarray(x, target.dtype)
+
+    return jax.tree.map(cast, tree, like)
+
+
+def _zero_gradient(param: Any) -> jax.Array:
+    if is_inexact(param):
+        return jnp.zeros_like(to_full(param))
+    return jnp.zeros(param.shape, jnp.float32)

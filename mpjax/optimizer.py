@@ -1,0 +1,194 @@
+"""Loss scaling as an optax transform.
+
+`with_loss_scale(tx)` takes scaled gradients and does the rest of NVIDIA's recipe:
+unscale in float32, check, skip or update, adjust the scale. An existing loop adopts it
+in two lines: wrap the optimizer, and scale the loss with `scale_loss`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpjax.half_weights import MasterWeightsState, StochasticRoundingState
+from mpjax.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    all_finite,
+    as_loss_scale,
+    float0_to_zeros,
+    is_half,
+    is_inexact,
+    to_full,
+)
+
+
+class LossScaleState(NamedTuple):
+    """State of `with_loss_scale`.
+
+    Attributes:
+      loss_scale: the loss scale for the next step.
+      grads_finite: boolean scalar; whether the last gradients were all finite.
+      num_skipped: int32 scalar; steps skipped so far.
+      num_consecutive_skipped: int32 scalar; steps skipped since the last finite one.
+      inner_state: the state of the wrapped optimizer.
+    """
+
+    loss_scale: Any
+    grads_finite: jax.Array
+    num_skipped: jax.Array
+    num_consecutive_skipped: jax.Array
+    inner_state: Any
+
+
+def with_loss_scale(
+    tx: Any,
+    loss_scale: Any = DynamicLossScale(),  # noqa: B008 - immutable
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that it takes gradients of a scaled loss.
+
+    On each update the gradients are unscaled in float32 and checked. If all are finite
+    `tx` sees them, so that clipping, weight decay and schedules inside `tx` work on
+    true magnitudes. If not, the updates are zero and the state of `tx` stays bitwise
+    what it was. Then the loss scale is adjusted.
+
+    Half-precision parameters reach `tx` as float32, so that moments, norms and epsilons
+    are float32 too; the rounding to half happens in `optax.apply_updates`. Unless `tx`
+    keeps `with_master_weights` or `with_stochastic_rounding`, which want them as they
+    are.
+
+    `optax.MultiSteps` and `optax.apply_if_finite` belong inside. Outside, the first
+    multiplies a NaN by zero and stays NaN, and the second hides overflows from the loss
+    scale, which then never backs off.
+
+    Args:
+      tx: an optax transform, or an `optax.MultiSteps`.
+      loss_scale: one of `mpjax.loss_scale`, or any object with jmp's protocol.
+      axis_name: mesh axes of the surrounding `shard_map` over which a step counts as
+        finite only if it is finite on every device.
+
+    Returns:
+      An optax transform whose state is a `LossScaleState`.
+
+    Raises:
+      TypeError: if `loss_scale` is no loss scale.
+    """
+    tx = optax.with_extra_args_support(tx)
+    initial = as_loss_scale(loss_scale)
+
+    def init(params):
+        return LossScaleState(
+            loss_scale=jax.tree.map(lambda x: jnp.array(x, copy=True), initial),
+            grads_finite=jnp.array(True),
+            num_skipped=jnp.zeros((), jnp.int32),
+            num_consecutive_skipped=jnp.zeros((), jnp.int32),
+            inner_state=_init_inner(tx, params),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        grads = state.loss_scale.unscale(jax.tree.map(to_full, updates))
+        finite = all_finite(grads)
+        if axis_name is not None:
+            finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(bool)
+        full = params if _wants_half(state.inner_state) else _to_full_tree(params)
+        grads = jax.tree.map(float0_to_zeros, grads)
+        updates, inner_state = tx.update(grads, state.inner_state, full, **extra_args)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+        updates = _zeros_for_integers(updates, params)
+        return updates, LossScaleState(
+            loss_scale=state.loss_scale.adjust(finite),
+            grads_finite=finite,
+            num_skipped=state.num_skipped + jnp.where(finite, 0, 1),
+            num_consecutive_skipped=jnp.where(
+                finite, 0, state.num_consecutive_skipped + 1
+            ),
+            inner_state=select(finite, inner_state, state.inner_state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
+    """Multiplies a loss by the current scale, in float32 at least.
+
+    Args:
+      loss: scalar of any floating dtype.
+      opt_state: a state that holds that of `with_loss_scale` at any depth.
+
+    Returns:
+      The scaled loss; take its gradient and give that to `tx.update`.
+
+    Raises:
+      ValueError: if the state holds none, or more than one.
+    """
+    return loss_scale_state(opt_state).loss_scale.scale(loss)
+
+
+def loss_scale_state(opt_state: Any) -> LossScaleState:
+    """Returns the state of `with_loss_scale` inside an optimizer's state.
+
+    Args:
+      opt_state: any pytree: states of chain, masked, multi_transform,
+        inject_hyperparams, MultiSteps and the like, nested as they come.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+    """
+    found = _find(opt_state, LossScaleState)
+    if not found:
+        raise ValueError(
+            "no loss scale in this optimizer state; wrap the optimizer before init: "
+            "tx = mpjax.with_loss_scale(tx), with mpjax.NoOpLossScale() for none."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} loss scales in this optimizer state, and one loss has one "
+            "scale: wrap the whole optimizer once, with_loss_scale(multi_transform(...))."
+        )
+    return found[0]
+
+
+def select(pred: jax.Array, new: Any, old: Any) -> Any:
+    """Selects whole trees; the result keeps the dtypes of `old` (strongly typed).
+
+    Selection, not multiplication by a mask: NaN times zero is NaN.
+    """
+
+    def choose(new, old):
+        if not hasattr(old, "dtype") or jnp.issubdtype(old.dtype, jax.dtypes.extended):
+            return jnp.where(pred, new, old)
+        return jnp.where(pred, jnp.asarray(new, old.dtype), jnp.asarray(old, old.dtype))
+
+    return jax.tree.map(choose, new, old)
+
+
+def _init_inner(tx: optax.GradientTransformation, params: Any) -> Any:
+    inner_state = tx.init(params)
+    if _wants_half(inner_state) or not any(map(is_half, jax.tree.leaves(params))):
+        return inner_state
+    return tx.init(_to_full_tree(params))
+
+
+def _wants_half(inner_state: Any) -> bool:
+    return bool(_find(inner_state, (MasterWeightsState, StochasticRoundingState)))
+
+
+def _to_full_tree(params: Any) -> Any:
+    return jax.tree.map(to_full, params)
+
+
+def _zeros_for_integers(updates: Any, params: Any) -> Any:
+    """Weight decay would move an integer parameter, and rounding make that a whole 1."""
+    if params is None:
+        return updates
+    return jax.tree.map(
+        lambda u, p: u if is_inexact(p) else jnp.zeros_like(u), updates, params
+    )
+
+
+def _find(tree: Any, kind: Any) -> list[Any]:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [node for node in nodes if isinstance(node, kind)]

@@ -1,0 +1,161 @@
+"""Precision policies: names, jmp strings and rules, all of them `jmp.Policy` in the end.
+
+A `jmp.Policy` says in which dtype parameters are kept, in which the model computes and
+in which it returns. The mixed presets follow "Mixed Precision Training"
+(arXiv:1710.03740, section 3.1): a float32 master copy of the weights, half compute.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jmp
+
+PRESETS: dict[str, str] = {
+    "float32": "p=f32,c=f32,o=f32",
+    "float64": "p=f64,c=f64,o=f64",
+    "mixed_float16": "p=f32,c=f16,o=f32",
+    "mixed_bfloat16": "p=f32,c=bf16,o=f32",
+    "float16": "p=f16,c=f16,o=f16",
+    "bfloat16": "p=bf16,c=bf16,o=bf16",
+}
+
+PolicyLike = str | jmp.Policy
+
+
+def get_policy(spec: PolicyLike) -> jmp.Policy:
+    """Returns the policy that a name, a jmp string or a policy stands for.
+
+    Args:
+      spec: a `jmp.Policy` (returned as it is), one of the presets `float32`,
+        `float64`, `mixed_float16`, `mixed_bfloat16` (float32 parameters and outputs,
+        half compute), `float16`, `bfloat16` (all half, for ablations), or a string
+        that `jmp.get_policy` understands, with or without spaces.
+
+    Returns:
+      The policy.
+
+    Raises:
+      ValueError: if the string names no policy; the message lists what exists.
+      TypeError: if `spec` is neither a string nor a `jmp.Policy`.
+
+    >>> str(get_policy("mixed_float16"))
+    'p=f32,c=f16,o=f32'
+    >>> str(get_policy("p=f32, c=bf16"))
+    'p=f32,c=bf16,o=bf16'
+    """
+    if isinstance(spec, jmp.Policy):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"a policy must be a name, a jmp string or a jmp.Policy, got {spec!r}"
+        )
+    text = re.sub(r"\s+", "", spec)
+    try:
+        return jmp.get_policy(PRESETS.get(text, text))
+    except ValueError as error:
+        close = difflib.get_close_matches(text, PRESETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown policy {spec!r}.{hint} Expected one of {', '.join(PRESETS)}, "
+            "or a jmp string such as 'p=f32,c=f16,o=f32' "
+            "(p: parameters, c: compute, o: output; f16, bf16, f32 or f64)."
+        ) from error
+
+
+class PolicyRules:
+    """Policies by name: ordered rules, the first match wins.
+
+    A rule is a regular expression and a policy. It is searched (`re.search`) in the
+    path of a parameter (`params/Dense_2/kernel`), of an input (`batch/image`) or in the
+    name scope of an op. "The last layer in float32" is one line:
+
+    >>> rules = PolicyRules([("Dense_2", "float32")], default="mixed_float16")
+    >>> str(rules.policy_for("params/Dense_2/kernel"))
+    'p=f32,c=f32,o=f32'
+    >>> str(rules.policy_for("params/Dense_0/kernel"))
+    'p=f32,c=f16,o=f32'
+    >>> rules.unused_rules()
+    ()
+    """
+
+    def __init__(
+        self, rules: Sequence[tuple[str, PolicyLike]], default: PolicyLike = "float32"
+    ):
+        """Compiles the rules.
+
+        Args:
+          rules: pairs of a regular expression and anything `get_policy` takes.
+          default: the policy where no rule matches.
+
+        Raises:
+          ValueError: for a pattern that is not a regular expression, or an unknown
+            policy.
+        """
+        self.default = get_policy(default)
+        self._rules = []
+        self._used: set[str] = set()
+        for pattern, policy in rules:
+            try:
+                self._rules.append((re.compile(pattern), get_policy(policy)))
+            except re.error as error:
+                raise ValueError(
+                    f"rule pattern {pattern!r} is not a regular expression: {error}. "
+                    "Escape special characters, or use '.*' for 'anything'."
+                ) from error
+
+    def policy_for(self, path: str) -> jmp.Policy:
+        """Returns the policy of the first rule found in `path`, or the default."""
+        for pattern, policy in self._rules:
+            if pattern.search(path):
+                self._used.add(pattern.pattern)
+                return policy
+        return self.default
+
+    def unused_rules(self) -> tuple[str, ...]:
+        """Returns the patterns that have matched nothing yet, in their order."""
+        patterns = (pattern.pattern for pattern, _ in self._rules)
+        return tuple(pattern for pattern in patterns if pattern not in self._used)
+
+    def __repr__(self) -> str:
+        rules = [(pattern.pattern, str(policy)) for pattern, policy in self._rules]
+        return f"PolicyRules({rules}, default={str(self.default)!r})"
+
+
+def resolve(policy: PolicyLike | PolicyRules) -> PolicyRules:
+    """Returns `policy` as rules; a single policy is the default of an empty list."""
+    if isinstance(policy, PolicyRules):
+        return policy
+    return PolicyRules([], default=policy)
+
+
+def cast_to_compute(rules: PolicyRules, tree: Any, *, root: str, keep: str = "") -> Any:
+    """Casts the floating arrays of a tree to the compute dtype that the rules give.
+
+    Integer, boolean and PRNG-key leaves, and leaves that are not arrays, pass through.
+
+    Args:
+      rules: the policy of each path.
+      tree: any pytree.
+      root: what the paths begin with, `params` or `batch`.
+      keep: regular expression; leaves whose path below the root it is found in stay as
+        they are. Empty: none.
+
+    Returns:
+      The tree, cast.
+    """
+
+    def cast(key_path, leaf):
+        path = path_name(key_path)
+        if keep and re.search(keep, path):
+            return leaf
+        return rules.policy_for(f"{root}/{path}").cast_to_compute(leaf)
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
+
+
+def path_name(key_path: tuple[Any, ...]) -> str:
+    """Returns a pytree key path as `Dense_2/kernel`."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")

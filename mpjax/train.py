@@ -1,0 +1,339 @@
+"""A functional train step in which nothing moves on an overflow."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpjax._gradients import Gradients, scaled_gradients
+from mpjax._struct import pytree_dataclass
+from mpjax.loss_scale import all_finite, is_inexact, to_full
+from mpjax.optimizer import LossScaleState, loss_scale_state, select
+from mpjax.policy import PolicyLike, PolicyRules, cast_to_compute, get_policy, resolve
+from mpjax.sharding import batch_sharding, state_sharding
+
+LABELS = r"(?i)label|target"
+
+
+@pytree_dataclass()
+class TrainState:
+    """Everything that a training step reads and writes.
+
+    Attributes:
+      step: int32 scalar, optimizer steps taken; a skipped step does not count.
+      params: the parameters, any pytree of arrays.
+      opt_state: state of an optimizer wrapped by `with_loss_scale`.
+      model_state: what the model itself carries, such as BatchNorm statistics, or None.
+      ema_params: float32 exponential moving average of the parameters, or None.
+      key: typed PRNG key; moves on every step, skipped or not.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    model_state: Any
+    ema_params: Any
+    key: Any
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        params: Any,
+        tx: optax.GradientTransformation,
+        model_state: Any = None,
+        ema: bool = False,
+        key: jax.Array | None = None,
+    ) -> Self:
+        """Builds the state for step 0.
+
+        Every leaf is a fresh, strongly typed array of its own, so that the step can be
+        given the state's memory (donation) while the caller keeps `params`.
+
+        Args:
+          params: the parameters.
+          tx: an optimizer wrapped by `with_loss_scale`.
+          model_state: as `loss_fn` takes it, or None.
+          ema: whether to average the parameters; needs `ema_decay` in the step.
+          key: typed PRNG key; `jax.random.key(0)` if None.
+
+        Raises:
+          ValueError: if `tx` is not wrapped by `with_loss_scale`.
+          TypeError: if `key` is a legacy uint32 key.
+        """
+        key = jax.random.key(0) if key is None else key
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"expected a typed key from jax.random.key, got {key.dtype}; convert "
+                "a legacy key with jax.random.wrap_key_data."
+            )
+        opt_state = tx.init(params)
+        loss_scale_state(opt_state)
+        state = cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=opt_state,
+            model_state=model_state,
+            ema_params=jax.tree.map(to_full, params) if ema else None,
+            key=key,
+        )
+        return jax.tree.map(_fresh, state)
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    policy: PolicyLike | PolicyRules = "mixed_float16",
+    num_microbatches: int = 1,
+    ema_decay: float | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    donate: bool = True,
+    keep_inputs: str = LABELS,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    """Builds a jitted train step with loss scaling.
+
+    On a step whose gradients (or new model state) are not finite nothing of the
+    training state moves: params, optimizer, model state, EMA and step stay bitwise what
+    they were; only the loss scale, the skip counters and the key do.
+
+    Args:
+      loss_fn: `(params, batch, key) -> (loss, aux)`; where the state has a model state,
+        `(params, model_state, batch, key) -> (loss, (model_state, aux))`. It gets
+        parameters and inputs in the compute dtype; its loss is a scalar mean over
+        the batch.
+      tx: the optimizer, wrapped by `with_loss_scale`.
+      policy: casts parameters (`params/...`) and floating inputs (`batch/...`) to its
+        compute dtype. Integers are never cast, nor is the model state.
+      num_microbatches: cuts the batch into so many pieces, whose gradients are averaged
+        in float32; the memory of activations shrinks accordingly.
+      ema_decay: of the averaged parameters, in [0, 1]; the state needs `ema=True`.
+      mesh: devices to split the batch over; see `mpjax.sharding`. The state is placed
+        with `shard_state` first.
+      axis_name: for a step inside `shard_map`: the axes over which gradients, loss,
+        model state and floating aux are averaged, integer aux added up.
+      donate: whether the step may reuse the memory of the state it is given, which is
+        then no longer readable.
+      keep_inputs: regular expression; floating inputs whose path it is found in are
+        not cast. By default labels and targets; empty for none.
+
+    Returns:
+      `train_step(state, batch) -> (state, metrics)`. The metrics are scalars on the
+      device: `loss` and `grad_norm` (unscaled, float32), `grads_finite`, `loss_scale`
+      (the one this step used), `num_skipped`, `num_consecutive_skipped`, and the
+      entries of `aux` (under `aux` where it is not a dictionary).
+
+    Raises:
+      ValueError: for a number out of range or an unknown policy; at the first call, for
+        a batch that cannot be cut, a loss that is no scalar, an aux that uses
+        a metric's name, a state with an EMA but no decay, or the reverse.
+    """
+    rules = resolve(policy)
+    if num_microbatches < 1:
+        raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
+    if ema_decay is not None and not 0 <= ema_decay <= 1:
+        raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
+
+    def cast_loss_fn(params, model_state, batch, key):
+        params = cast_to_compute(rules, params, root="params")
+        batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+        if model_state is None:
+            loss, aux = loss_fn(params, batch, key)
+            return loss, (None, aux)
+        return loss_fn(params, model_state, batch, key)
+
+    def train_step(state: TrainState, batch: Any):
+        _check_ema(state, ema_decay)
+        key, step_key = jax.random.split(state.key)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        differentiated = state
+        if axis_name is not None:
+            step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axis_name))
+            differentiated = _varying(state, axis_name)
+        out = scaled_gradients(
+            cast_loss_fn,
+            differentiated,
+            batch,
+            step_key,
+            num_microbatches=num_microbatches,
+        )
+        if axis_name is not None:
+            out = _mean_over_devices(out, axis_name)
+        new_state, metrics = _apply(state, out, tx, ema_decay, key)
+        if mesh is not None:
+            shardings = state_sharding(new_state, mesh)
+            new_state = jax.lax.with_sharding_constraint(new_state, shardings)
+        return new_state, metrics
+
+    return jax.jit(train_step, donate_argnums=(0,) if donate else ())
+
+
+def make_eval_step(
+    eval_fn: Callable[..., Any],
+    *,
+    policy: PolicyLike | PolicyRules = "mixed_float16",
+    mesh: jax.sharding.Mesh | None = None,
+    use_ema: bool = False,
+    keep_inputs: str = LABELS,
+) -> Callable[[TrainState, Any], Any]:
+    """Builds a jitted evaluation step.
+
+    Args:
+      eval_fn: `(params, batch) -> outputs`, or `(params, model_state, batch) ->
+        outputs` where the state has a model state.
+      policy: casts parameters and inputs to its compute dtype, and the floating
+        outputs to its output dtype (the default's, for rules).
+      mesh: devices to split the batch over.
+      use_ema: whether to evaluate the averaged parameters.
+      keep_inputs: as in `make_train_step`.
+
+    Returns:
+      `eval_step(state, batch) -> outputs`; the state stays readable.
+
+    Raises:
+      ValueError: for an unknown policy; at the first call, if `use_ema` and the state
+        has no averaged parameters.
+    """
+    rules = resolve(policy)
+    output = rules.default if isinstance(policy, PolicyRules) else get_policy(policy)
+
+    @jax.jit
+    def eval_step(state: TrainState, batch: Any):
+        if use_ema and state.ema_params is None:
+            raise ValueError("use_ema=True needs TrainState.create(..., ema=True).")
+        params = state.ema_params if use_ema else state.params
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        params = cast_to_compute(rules, params, root="params")
+        batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+        has_state = state.model_state is not None
+        args = (params, state.model_state, batch) if has_state else (params, batch)
+        return output.cast_to_output(eval_fn(*args))
+
+    return eval_step
+
+
+def _apply(state: TrainState, out: Gradients, tx, ema_decay, key):
+    """Updates the whole state, or none of it; returns it with the metrics."""
+    scale = loss_scale_state(state.opt_state).loss_scale
+    sound = _no_new_nonfinite(out.model_state, state.model_state)
+    # A NaN tells every wrapper between here and the loss scale to skip.
+    scaled = out.scaled
+    if sound is not None:
+        scaled = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), scaled)
+    grads = scale.unscale(scaled)
+    finite = all_finite(grads)
+    updates, opt_state = tx.update(scaled, state.opt_state, state.params)
+    params = jax.tree.map(_apply_update, state.params, updates)
+    keep = functools.partial(select, finite)
+    new_state = TrainState(
+        step=state.step + jnp.where(finite, 1, 0),
+        params=keep(params, state.params),
+        opt_state=_keep_all_but_scale(keep, opt_state, state.opt_state),
+        model_state=keep(out.model_state, state.model_state),
+        ema_params=keep(_average(state, params, ema_decay), state.ema_params),
+        key=key,
+    )
+    after = loss_scale_state(new_state.opt_state)
+    metrics = {
+        "loss": out.loss,
+        "grad_norm": optax.tree.norm(grads),
+        "grads_finite": finite,
+        "loss_scale": jnp.asarray(scale.loss_scale, jnp.float32),
+        "num_skipped": after.num_skipped,
+        "num_consecutive_skipped": after.num_consecutive_skipped,
+    }
+    return new_state, _with_aux(metrics, out.aux)
+
+
+def _keep_all_but_scale(keep, new: Any, old: Any) -> Any:
+    """Keeps what wraps the loss scale too; the loss scale has decided for itself."""
+
+    def is_scale(node):
+        return isinstance(node, LossScaleState)
+
+    return jax.tree.map(
+        lambda n, o: n if is_scale(n) else keep(n, o), new, old, is_leaf=is_scale
+    )
+
+
+def _apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
+    if not is_inexact(param):
+        return param
+    return (param + update).astype(param.dtype)
+
+
+def _average(state: TrainState, params: Any, decay: float | None) -> Any:
+    if state.ema_params is None or decay is None:
+        return None
+    return jax.tree.map(
+        lambda e, p: e + (1 - decay) * (to_full(p) - e) if is_inexact(e) else p,
+        state.ema_params,
+        params,
+    )
+
+
+def _check_ema(state: TrainState, ema_decay: float | None) -> None:
+    if (state.ema_params is None) != (ema_decay is None):
+        raise ValueError(
+            f"ema_decay={ema_decay}, and the state has "
+            f"{'no' if state.ema_params is None else 'an'} average: pass both "
+            "TrainState.create(..., ema=True) and make_train_step(..., ema_decay=0.999), "
+            "or neither."
+        )
+
+
+def _no_new_nonfinite(new: Any, old: Any) -> jax.Array | None:
+    """Whether a model state got no Inf or NaN where there was none; None without one."""
+    sound = [
+        jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
+        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        if is_inexact(o)
+    ]
+    return jnp.stack(sound).all() if sound else None
+
+
+def _varying(state: TrainState, axis_name) -> TrainState:
+    """Marks the state as differing per device, so that gradients stay per device."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), state)
+
+
+def _mean_over_devices(out: Gradients, axis_name) -> Gradients:
+    def mean(x):
+        return jax.lax.pmean(x, axis_name) if is_inexact(x) else x
+
+    def total(x):
+        return mean(x) if is_inexact(x) else jax.lax.psum(x, axis_name)
+
+    return Gradients(
+        scaled=jax.tree.map(mean, out.scaled),
+        loss=mean(out.loss),
+        model_state=jax.tree.map(mean, out.model_state),
+        aux=jax.tree.map(total, out.aux),
+    )
+
+
+def _with_aux(metrics: dict[str, Any], aux: Any) -> dict[str, Any]:
+    if aux is None:
+        return metrics
+    aux = dict(aux) if isinstance(aux, dict) else {"aux": aux}
+    clash = sorted(metrics.keys() & aux.keys())
+    if clash:
+        raise ValueError(
+            f"aux uses the names of the step's own metrics: {', '.join(clash)}; "
+            "rename them."
+        )
+    return metrics | aux
+
+
+def _fresh(x: Any) -> jax.Array:
+    """A copy with memory of its own and without weak type."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return jax.random.clone(x)
+    return jnp.array(x, dtype=x.dtype, copy=True)
