@@ -1,0 +1,1 @@
+"""Datasets, fetched once and fed from memory."""

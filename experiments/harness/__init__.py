@@ -1,0 +1,1 @@
+"""What every experiment shares: flags, training loop, checkpoints, results, plots."""

@@ -1,0 +1,126 @@
+"""Settings common to all experiments."""
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import jmp
+
+import mpjax
+from experiments.errors import ConfigError
+
+# Fields that say where and how to run, not what.
+NOT_COMPARED = ("workdir", "resume", "data_dir")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """Settings common to all experiments; the docstrings are the flags' help."""
+
+    policies: str = "float32,mixed_float16"
+    """Precision policies, separated by commas. The same seed runs once per policy, and
+    a table compares them."""
+
+    policy: str | None = None
+    """One precision policy, instead of --policies: float32, mixed_float16,
+    mixed_bfloat16, float16, bfloat16, or a jmp string such as p=f32,c=f16,o=f32."""
+
+    loss_scale: str = "auto"
+    """Loss scaling: auto (dynamic where the policy computes in float16, else none),
+    none, static:128, dynamic, dynamic:32768."""
+
+    seed: int = 0
+    """Seed of initialisation, shuffling and everything else that is random."""
+
+    workdir: Path | None = None
+    """Where results go; runs/NAME-DATE-TIME by default."""
+
+    resume: bool = False
+    """Continue the run in --workdir from its newest checkpoint."""
+
+    num_checkpoints: int = 2
+    """How many checkpoints to keep; 0 writes none, and such a run cannot be resumed."""
+
+    max_consecutive_skipped: int = 20
+    """Steps in a row with non-finite gradients at the smallest loss scale before
+    training gives up."""
+
+    def __post_init__(self):
+        """Checks the settings.
+
+        Raises:
+          ConfigError: for the first that cannot work.
+        """
+        require_positive(self, "max_consecutive_skipped")
+        require(self.num_checkpoints >= 0, "--num-checkpoints", "0 or more", self)
+        require(0 <= self.seed < 2**32, "--seed", "between 0 and 2**32 - 1", self)
+        if not self.policy_names():
+            raise ConfigError("--policies names no policy; try float32,mixed_float16.")
+        for name in self.policy_names():
+            self.make_policy(name)
+            self.make_loss_scale(name)
+        if self.resume and self.workdir is None:
+            raise ConfigError(
+                "--resume needs --workdir: name the directory of the run to continue."
+            )
+
+    def policy_names(self) -> tuple[str, ...]:
+        """The policies to run, in order."""
+        if self.policy is not None:
+            return (self.policy,)
+        if "=" in self.policies:
+            return (self.policies,)
+        names = (name.strip() for name in self.policies.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    def make_policy(self, name: str) -> jmp.Policy:
+        """Returns the policy of that name; ConfigError if there is none."""
+        try:
+            return mpjax.get_policy(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def make_loss_scale(self, policy: str) -> Any:
+        """Returns the loss scale for a policy; ConfigError if the flag has none."""
+        try:
+            return mpjax.parse_loss_scale(self.loss_scale_name(policy))
+        except ValueError as error:
+            raise ConfigError(f"--loss-scale: {error}") from error
+
+    def loss_scale_name(self, policy: str) -> str:
+        """What `auto` means for a policy; any other setting as it is."""
+        if self.loss_scale != "auto":
+            return self.loss_scale
+        compute_dtype = self.make_policy(policy).compute_dtype
+        return "dynamic" if compute_dtype == jnp.float16 else "none"
+
+    def comparable(self) -> dict[str, Any]:
+        """The settings that make two runs the same, as JSON values."""
+        fields = dataclasses.asdict(self)
+        return {k: _plain(v) for k, v in fields.items() if k not in NOT_COMPARED}
+
+
+def default_workdir(experiment: str) -> Path:
+    """Returns runs/NAME-DATE-TIME below the current directory."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{experiment}-{now}"
+
+
+def require(holds: bool, flag: str, what: str, config: Any) -> None:
+    """Raises ConfigError unless a flag's value is what it must be."""
+    if not holds:
+        value = getattr(config, flag.removeprefix("--").replace("-", "_"))
+        raise ConfigError(f"{flag} must be {what}, got {value}.")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises ConfigError unless these fields are above zero."""
+    for name in names:
+        flag = "--" + name.replace("_", "-")
+        require(getattr(config, name) > 0, flag, "greater than zero", config)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,92 @@
+"""Metrics of a run: JSON lines on disk, TensorBoard events, and a list in memory."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+
+class Recorder:
+    """Keeps rows of metrics and writes them as they come.
+
+    A row is `{"kind": "train" | "epoch" | ..., "step": int, name: number, ...}`, where
+    `step` counts the batches seen, skipped ones included.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int = 0):
+        """Opens the run's metrics, dropping rows that a resumed run will write again.
+
+        Args:
+          directory: of the run.
+          first_step: rows of later steps are dropped; 0 starts anew.
+        """
+        self.path = directory / "metrics.jsonl"
+        self.rows = [r for r in read_rows(self.path) if r["step"] <= first_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(self.path)
+        self._file = self.path.open("a")
+        self._writer = tensorboardX.SummaryWriter(
+            str(directory / "tensorboard"), purge_step=first_step + 1
+        )
+
+    def write(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
+        """Records one row of scalars; bools become 0 or 1, arrays Python numbers."""
+        values = {name: _number(value) for name, value in metrics.items()}
+        row = {"kind": kind, "step": step, **values}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def select(self, kind: str, *, after: int = 0) -> list[dict[str, Any]]:
+        """Returns the rows of one kind after a step."""
+        return [r for r in self.rows if r["kind"] == kind and r["step"] > after]
+
+    def flush(self) -> None:
+        """Hands everything to the operating system."""
+        self._file.flush()
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._writer.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON lines; a last line that a kill has cut is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def weighted_mean(rows: list[dict[str, Any]], name: str) -> float:
+    """Mean of a metric over rows, by `num_examples` where the rows have it.
+
+    Non-finite rows are left out: they belong to skipped steps.
+    """
+    pairs = [
+        (row[name], row.get("num_examples", 1))
+        for row in rows
+        if isinstance(row[name], (int, float)) and math.isfinite(row[name])
+    ]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else math.nan
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        value = np.asarray(value).item()
+    if isinstance(value, bool):
+        return int(value)
+    return value

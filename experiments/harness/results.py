@@ -1,0 +1,167 @@
+"""What a run leaves behind: result.json, a table, and where it was made."""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+import rich.table
+
+from experiments.harness.config import BaseConfig
+from experiments.harness.workdir import opened, read_json, write_json
+
+PACKAGES = ("mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an experiment returns.
+
+    Attributes:
+      experiment: its name.
+      workdir: where everything is.
+      config: the settings.
+      environment: device, versions, commit, float32 matmul precision, command.
+      runs: one dictionary of plain values per policy.
+    """
+
+    experiment: str
+    workdir: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    runs: list[dict[str, Any]]
+
+    def run(self, policy: str) -> dict[str, Any]:
+        """Returns the run of a policy; KeyError if there is none."""
+        for run in self.runs:
+            if run["policy"] == policy:
+                return run
+        raise KeyError(f"no run of {policy!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON values."""
+        return dataclasses.asdict(self) | {"workdir": str(self.workdir)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table: heading, key of the run, format."""
+
+    heading: str
+    key: str
+    format: str = "{}"
+
+    def text(self, run: dict[str, Any]) -> str:
+        """The cell of a run; a dash where it has no value."""
+        value = run.get(self.key)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "-"
+        return self.format.format(value)
+
+
+def run_policies(
+    experiment: str,
+    config: BaseConfig,
+    train_one: Callable[[BaseConfig, str, Path], dict[str, Any]],
+) -> Result:
+    """Runs every policy of the config, each in its own directory, and keeps the result.
+
+    A policy that has its result already (a resumed comparison) is not run again.
+
+    Args:
+      experiment: its name.
+      config: whose `workdir` may be None.
+      train_one: `(config, policy, directory) -> run`; its config has a `workdir`.
+
+    Raises:
+      WorkdirError: if the working directory cannot be used.
+    """
+    with opened(config, experiment) as workdir:
+        config = dataclasses.replace(config, workdir=workdir)
+        runs = []
+        for policy in config.policy_names():
+            directory = workdir / policy
+            done = directory / "result.json"
+            if not done.exists():
+                directory.mkdir(exist_ok=True)
+                write_json(done, train_one(config, policy, directory))
+            runs.append(read_json(done))
+        result = Result(experiment, workdir, config.comparable(), environment(), runs)
+        write_json(workdir / "result.json", result.to_json())
+    return result
+
+
+def environment() -> dict[str, Any]:
+    """Returns the device, versions, commit, matmul precision and command."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _cpu(),
+        "platform": device.platform,
+        "num_devices": jax.device_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "float32_matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "command": _command(),
+    }
+
+
+def print_table(title: str, columns: Sequence[Column], runs: list[dict[str, Any]]):
+    """Prints runs as a table on stdout."""
+    table = rich.table.Table(title=title, title_justify="left")
+    for column in columns:
+        left = runs and isinstance(runs[0].get(column.key), str)
+        table.add_column(column.heading, justify="left" if left else "right")
+    for run in runs:
+        table.add_row(*(column.text(run) for column in columns))
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=120)
+    console.print(table)
+
+
+def markdown_table(columns: Sequence[Column], runs: list[dict[str, Any]]) -> str:
+    """Returns runs as a Markdown table."""
+    rows = [[column.heading for column in columns]]
+    rows.append(["---"] * len(columns))
+    rows += [[column.text(run) for column in columns] for run in runs]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
+        return f"{names[0]} ({len(names)} threads)"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name] if spec else ["python", Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])

@@ -1,0 +1,97 @@
+"""The directory of a run: one configuration, one process at a time."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from experiments.errors import WorkdirError
+from experiments.harness.config import BaseConfig, default_workdir
+
+
+@contextlib.contextmanager
+def opened(config: BaseConfig, experiment: str) -> Iterator[Path]:
+    """Makes or reopens the run's directory and holds its lock.
+
+    Raises:
+      WorkdirError: if it holds another configuration, holds a run and --resume is not
+        given, holds none and it is, is in use, or cannot be written.
+    """
+    path = config.workdir or default_workdir(experiment)
+    lock = filelock.FileLock(path / ".lock", timeout=0)
+    try:
+        if config.resume and not (path / "config.json").is_file():
+            raise WorkdirError(
+                f"--resume: {path} holds no run; leave --resume out to start one there."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise WorkdirError(
+            f"another process is running in {path}; wait for it, or use another "
+            "--workdir."
+        ) from None
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot use --workdir {path}: {error.strerror or error}; choose "
+            "a directory that can be written."
+        ) from error
+    try:
+        _check_config(path, config, experiment)
+        yield path
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name, then renames it."""
+    text = json.dumps(value, indent=2) + "\n"
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON; WorkdirError for a damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"{path} cannot be read ({error}); use another --workdir, or delete "
+            "that file's directory if nothing in it is needed."
+        ) from error
+
+
+def _check_config(path: Path, config: BaseConfig, experiment: str) -> None:
+    wanted = {"experiment": experiment, **config.comparable()}
+    file = path / "config.json"
+    if not file.exists():
+        write_json(file, wanted)
+        return
+    held = read_json(file)
+    keys = [key for key in {**held, **wanted} if held.get(key) != wanted.get(key)]
+    if keys:
+        differences = "; ".join(
+            f"{key} is {held.get(key)!r} there and {wanted.get(key)!r} here"
+            for key in keys
+        )
+        raise WorkdirError(
+            f"{path} holds a run with another configuration: {differences}. Use the "
+            "same flags, or another --workdir."
+        )
+    if not config.resume:
+        raise WorkdirError(
+            f"{path} already holds this run; pass --resume to continue it, or use "
+            "another --workdir."
+        )
