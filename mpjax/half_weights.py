@@ -144,11 +144,11 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """
     nearest = x.astype(dtype)
     error = x - nearest.astype(jnp.float32)
-    toward = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
-    other = jnp.nextafter(nearest, toward)
+    largest = jnp.finfo(dtype).max
+    other = jnp.nextafter(nearest, jnp.where(error > 0, largest, -largest))
     gap = other.astype(jnp.float32) - nearest.astype(jnp.float32)
     chance = jax.random.uniform(key, x.shape)
-    move = (chance * jnp.abs(gap) < jnp.abs(error)) & jnp.isfinite(other)
+    move = (chance * jnp.abs(gap) < jnp.abs(error)) & jnp.isfinite(nearest)
     return jnp.where(move, other, nearest)
 
 

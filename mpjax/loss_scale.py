@@ -352,7 +352,7 @@ def _scale_array(value: Any, low: float = 0.0, high: float = LARGEST_LOSS_SCALE)
     """
     if isinstance(value, jax.core.Tracer):
         return jax.lax.convert_element_type(value, np.float32)
-    number = np.asarray(value, np.float32)
+    number = np.asarray(value, np.float64)
     if number.shape != () or not 0 < number <= high or number < low:
         raise ValueError(
             f"loss_scale={value} must be a positive number in [{low:g}, {high:g}]; "
@@ -360,7 +360,7 @@ def _scale_array(value: Any, low: float = 0.0, high: float = LARGEST_LOSS_SCALE)
         )
     if isinstance(value, jax.Array):
         return jax.lax.convert_element_type(value, np.float32)
-    return number
+    return number.astype(np.float32)
 
 
 def _int_array(value: Any) -> Any:

@@ -42,9 +42,9 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
       TypeError: if `spec` is neither a string nor a `jmp.Policy`.
 
     >>> str(get_policy("mixed_float16"))
-    'p=f32,c=f16,o=f32'
+    'p=full,c=f16,o=full'
     >>> str(get_policy("p=f32, c=bf16"))
-    'p=f32,c=bf16,o=bf16'
+    'p=full,c=bf16,o=bf16'
     """
     if isinstance(spec, jmp.Policy):
         return spec
@@ -74,9 +74,9 @@ class PolicyRules:
 
     >>> rules = PolicyRules([("Dense_2", "float32")], default="mixed_float16")
     >>> str(rules.policy_for("params/Dense_2/kernel"))
-    'p=f32,c=f32,o=f32'
+    'p=full,c=full,o=full'
     >>> str(rules.policy_for("params/Dense_0/kernel"))
-    'p=f32,c=f16,o=f32'
+    'p=full,c=f16,o=full'
     >>> rules.unused_rules()
     ()
     """

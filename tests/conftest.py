@@ -1,0 +1,15 @@
+"""Eight virtual CPU devices, and one hypothesis profile, for every test."""
+
+import os
+
+# Before JAX starts: the number of devices is fixed then.
+FLAG = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import hypothesis
+
+hypothesis.settings.register_profile(
+    "mpjax", deadline=None, max_examples=60, derandomize=True
+)
+hypothesis.settings.load_profile("mpjax")

@@ -1,0 +1,100 @@
+"""Policies by name, by jmp string and by rule."""
+
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+import pytest
+
+import mpjax
+from mpjax.policy import cast_to_compute, resolve
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("float32", "p=full,c=full,o=full"),
+        ("float64", "p=f64,c=f64,o=f64"),
+        ("mixed_float16", "p=full,c=f16,o=full"),
+        ("mixed_bfloat16", "p=full,c=bf16,o=full"),
+        ("float16", "p=f16,c=f16,o=f16"),
+        ("bfloat16", "p=bf16,c=bf16,o=bf16"),
+        ("p=f32, c=f16, o=f32", "p=full,c=f16,o=full"),
+        ("params=float32,compute=bfloat16", "p=full,c=bf16,o=bf16"),
+        (" c = f16 ", "p=full,c=f16,o=f16"),
+        ("f16", "p=f16,c=f16,o=f16"),
+        ("full", "p=full,c=full,o=full"),
+    ],
+)
+def test_get_policy(spec, text):
+    policy = mpjax.get_policy(spec)
+    assert isinstance(policy, jmp.Policy)
+    assert str(policy) == text
+
+
+def test_a_policy_is_returned_as_it_is():
+    policy = jmp.get_policy("p=f32,c=f16,o=bf16")
+    assert mpjax.get_policy(policy) is policy
+
+
+@pytest.mark.parametrize("spec", ["mixed_flaot16", "p=f31", "", "x=f32", "p=f32=f16"])
+def test_unknown_policies(spec):
+    with pytest.raises(ValueError, match="mixed_bfloat16") as error:
+        mpjax.get_policy(spec)
+    assert repr(spec) in str(error.value)
+    if spec == "mixed_flaot16":
+        assert "Did you mean 'mixed_float16'" in str(error.value)
+
+
+def test_other_types():
+    with pytest.raises(TypeError, match=r"jmp\.Policy"):
+        mpjax.get_policy(jnp.float16)  # pyright: ignore[reportArgumentType]
+
+
+def test_first_matching_rule_wins_and_unused_rules_are_told():
+    rules = mpjax.PolicyRules(
+        [("Dense_1/bias", "float32"), ("Dense_1", "mixed_bfloat16"), ("Conv", "float16")],
+        default="mixed_float16",
+    )
+    assert rules.unused_rules() == ("Dense_1/bias", "Dense_1", "Conv")
+    assert rules.policy_for("params/Dense_1/bias").compute_dtype == jnp.float32
+    assert rules.policy_for("params/Dense_1/kernel").compute_dtype == jnp.bfloat16
+    assert rules.policy_for("params/Dense_0/kernel").compute_dtype == jnp.float16
+    assert rules.unused_rules() == ("Conv",)
+    assert "Dense_1/bias" in repr(rules)
+
+
+def test_bad_rules():
+    with pytest.raises(ValueError, match="not a regular expression"):
+        mpjax.PolicyRules([("[", "float32")])
+    with pytest.raises(ValueError, match="unknown policy"):
+        mpjax.PolicyRules([("a", "float33")])
+
+
+def test_cast_by_rules_touches_floating_arrays_only():
+    tree = {
+        "Dense_0": {"kernel": jnp.ones((2, 2)), "count": jnp.int32(2049)},
+        "Dense_1": {"kernel": np.ones((2, 2), np.float32)},
+        "key": jax.random.key(0),
+        "name": "text",
+        "float": 3.0,
+        "none": None,
+    }
+    rules = mpjax.PolicyRules([("Dense_1", "float32")], default="mixed_float16")
+    out = cast_to_compute(rules, tree, root="params")
+    assert out["Dense_0"]["kernel"].dtype == jnp.float16
+    assert out["Dense_1"]["kernel"].dtype == jnp.float32
+    assert out["Dense_0"]["count"] is tree["Dense_0"]["count"]
+    assert out["key"] is tree["key"]
+    assert (out["name"], out["float"], out["none"]) == ("text", 3.0, None)
+
+
+def test_kept_inputs_stay():
+    rules = resolve("mixed_float16")
+    batch = {"image": jnp.ones(2), "Labels": jnp.full(2, 2049.0)}
+    out = cast_to_compute(rules, batch, root="batch", keep="(?i)label")
+    assert out["image"].dtype == jnp.float16
+    assert out["Labels"] is batch["Labels"]
+    pair = (jnp.ones(2), jnp.ones(2))
+    out = cast_to_compute(rules, pair, root="batch", keep="^1$")
+    assert (out[0].dtype, out[1].dtype) == (jnp.float16, jnp.float32)
