@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mpjax._gradients import Gradients, scaled_gradients
-from mpjax._struct import pytree_dataclass
+from mpjax._struct import pytree_dataclass, replace_leaves
 from mpjax.loss_scale import all_finite, is_inexact, to_full
 from mpjax.optimizer import LossScaleState, loss_scale_state, select
 from mpjax.policy import PolicyLike, PolicyRules, cast_to_compute, get_policy, resolve
@@ -299,8 +299,19 @@ def _no_new_nonfinite(new: Any, old: Any) -> jax.Array | None:
 
 
 def _varying(state: TrainState, axis_name) -> TrainState:
-    """Marks the state as differing per device, so that gradients stay per device."""
-    return jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), state)
+    """Marks what is differentiated as differing per device.
+
+    Otherwise shard_map would add up the gradients before their check and mean.
+    """
+
+    def vary(x):
+        return jax.lax.pcast(x, axis_name, to="varying") if is_inexact(x) else x
+
+    return replace_leaves(
+        state,
+        params=jax.tree.map(vary, state.params),
+        model_state=jax.tree.map(vary, state.model_state),
+    )
 
 
 def _mean_over_devices(out: Gradients, axis_name) -> Gradients:

@@ -111,7 +111,8 @@ def neighbours(value, dtype):
     """The numbers of a format around a value, out of all its bit patterns."""
     dtype = jnp.dtype(dtype)
     bits = np.arange(2 ** (8 * dtype.itemsize), dtype=f"uint{8 * dtype.itemsize}")
-    numbers = bits.view(dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN patterns
+        numbers = bits.view(dtype).astype(np.float64)
     numbers = np.unique(numbers[np.isfinite(numbers)])
     index = np.searchsorted(numbers, value)
     return numbers[index - 1], numbers[index]

