@@ -78,7 +78,9 @@ _known_to_flax: set[type] = set()
 def _register_with_flax(cls: type, data: tuple[str, ...]) -> None:
     """Registers `cls` with flax.serialization once flax is there; never imports it."""
     serialization: Any = sys.modules.get("flax.serialization")
-    if cls in _known_to_flax or not hasattr(serialization, "register_serialization_state"):
+    if cls in _known_to_flax or not hasattr(
+        serialization, "register_serialization_state"
+    ):
         return
     _known_to_flax.add(cls)
 

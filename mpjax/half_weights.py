@@ -30,11 +30,11 @@ class StochasticRoundingState(NamedTuple):
     """State of `with_stochastic_rounding`.
 
     Attributes:
-      count: int32 scalar, updates so far; with the seed it gives the random bits.
+      num_updates: int32 scalar; with the seed it gives the random bits.
       inner_state: the state of the wrapped optimizer, built from float32 parameters.
     """
 
-    count: jax.Array
+    num_updates: jax.Array
     inner_state: Any
 
 
@@ -96,7 +96,7 @@ def with_stochastic_rounding(
 
     Args:
       tx: any optax transform.
-      seed: of the random bits; the same seed and count give the same rounding.
+      seed: of the random bits; the same seed and step give the same rounding.
 
     Returns:
       An optax transform; its `update` needs `params` (ValueError without them).
@@ -114,8 +114,10 @@ def with_stochastic_rounding(
             jax.tree.map(to_full, updates), state.inner_state, full, **extra_args
         )
         leaves, treedef = jax.tree.flatten(params)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
-        keys = treedef.unflatten(list(jax.random.split(key, max(len(leaves), 1)))[: len(leaves)])
+        key = jax.random.fold_in(jax.random.key(seed), state.num_updates)
+        keys = treedef.unflatten(
+            list(jax.random.split(key, max(len(leaves), 1)))[: len(leaves)]
+        )
 
         def rounded(p, u, key):
             if not is_half(p):
@@ -124,8 +126,8 @@ def with_stochastic_rounding(
             return _step_to(p, stochastic_round(new, p.dtype, key))
 
         updates = jax.tree.map(rounded, params, updates, keys)
-        count = optax.safe_increment(state.count)
-        return updates, StochasticRoundingState(count, inner_state)
+        num_updates = jnp.asarray(optax.safe_increment(state.num_updates))
+        return updates, StochasticRoundingState(num_updates, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -153,7 +155,7 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
 
 
 def _step_to(param: jax.Array, target: jax.Array) -> jax.Array:
-    """The float32 update that `optax.apply_updates` turns `param` into `target` with."""
+    """The float32 update with which `optax.apply_updates` makes `target` of `param`."""
     return to_full(target) - to_full(param)
 
 

@@ -12,6 +12,7 @@ import re
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import jmp
 import numpy as np
@@ -27,10 +28,21 @@ class LossScale(Protocol):
     """What jmp's loss scales and these have in common."""
 
     @property
-    def loss_scale(self) -> Any: ...
-    def scale(self, tree: Any) -> Any: ...
-    def unscale(self, tree: Any) -> Any: ...
-    def adjust(self, grads_finite: jax.Array) -> Self: ...
+    def loss_scale(self) -> Any:
+        """The current scale, a float32 scalar."""
+        ...
+
+    def scale(self, tree: Any) -> Any:
+        """Multiplies a tree of losses or gradients by the scale."""
+        ...
+
+    def unscale(self, tree: Any) -> Any:
+        """Divides a tree of gradients by the scale."""
+        ...
+
+    def adjust(self, grads_finite: jax.Array) -> Self:
+        """Returns the loss scale for the next step."""
+        ...
 
 
 @pytree_dataclass()
@@ -370,7 +382,7 @@ def _int_array(value: Any) -> Any:
 
 
 def _is_count(x: Any) -> bool:
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= 1
+    return isinstance(x, (int, np.integer)) and x is not True and int(x) >= 1
 
 
 def _require(node: Any, name: str, what: str, holds: Any) -> None:

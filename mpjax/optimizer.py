@@ -14,7 +14,6 @@ import optax
 from mpjax.half_weights import MasterWeightsState, StochasticRoundingState
 from mpjax.loss_scale import (
     DynamicLossScale,
-    LossScale,
     all_finite,
     as_loss_scale,
     float0_to_zeros,
@@ -44,7 +43,7 @@ class LossScaleState(NamedTuple):
 
 def with_loss_scale(
     tx: Any,
-    loss_scale: Any = DynamicLossScale(),  # noqa: B008 - immutable
+    loss_scale: Any = DynamicLossScale(),
     *,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +95,9 @@ def with_loss_scale(
         full = params if _wants_half(state.inner_state) else _to_full_tree(params)
         grads = jax.tree.map(float0_to_zeros, grads)
         updates, inner_state = tx.update(grads, state.inner_state, full, **extra_args)
-        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+        updates = jax.tree.map(
+            lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
+        )
         updates = _zeros_for_integers(updates, params)
         return updates, LossScaleState(
             loss_scale=state.loss_scale.adjust(finite),
@@ -146,7 +147,7 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
     if len(found) > 1:
         raise ValueError(
             f"{len(found)} loss scales in this optimizer state, and one loss has one "
-            "scale: wrap the whole optimizer once, with_loss_scale(multi_transform(...))."
+            "scale: wrap the whole optimizer, with_loss_scale(multi_transform(...))."
         )
     return found[0]
 
@@ -181,7 +182,7 @@ def _to_full_tree(params: Any) -> Any:
 
 
 def _zeros_for_integers(updates: Any, params: Any) -> Any:
-    """Weight decay would move an integer parameter, and rounding make that a whole 1."""
+    """Weight decay moves an integer parameter, and rounding makes that a whole 1."""
     if params is None:
         return updates
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""Precision policies: names, jmp strings and rules, all of them `jmp.Policy` in the end.
+"""Precision policies: names, jmp strings and rules, each of them a `jmp.Policy`.
 
 A `jmp.Policy` says in which dtype parameters are kept, in which the model computes and
 in which it returns. The mixed presets follow "Mixed Precision Training"

@@ -48,7 +48,7 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
         if size == 1 or not axes or math.prod(shape) < 2 * size:
             return NamedSharding(mesh, PartitionSpec())
         longest = max(axes, key=lambda axis: shape[axis])
-        spec = [None] * len(shape)
+        spec: list[str | None] = [None] * len(shape)
         spec[longest] = PARAM_AXIS
         return NamedSharding(mesh, PartitionSpec(*spec))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mpjax._gradients import Gradients, scaled_gradients
-from mpjax._struct import pytree_dataclass, replace_leaves
+from mpjax._struct import is_key, pytree_dataclass, replace_leaves
 from mpjax.loss_scale import all_finite, is_inexact, to_full
 from mpjax.optimizer import LossScaleState, loss_scale_state, select
 from mpjax.policy import PolicyLike, PolicyRules, cast_to_compute, get_policy, resolve
@@ -65,9 +65,9 @@ class TrainState:
           TypeError: if `key` is a legacy uint32 key.
         """
         key = jax.random.key(0) if key is None else key
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if not is_key(key):
             raise TypeError(
-                f"expected a typed key from jax.random.key, got {key.dtype}; convert "
+                f"expected a typed key from jax.random.key, got {key!r}; convert "
                 "a legacy key with jax.random.wrap_key_data."
             )
         opt_state = tx.init(params)
@@ -283,13 +283,13 @@ def _check_ema(state: TrainState, ema_decay: float | None) -> None:
         raise ValueError(
             f"ema_decay={ema_decay}, and the state has "
             f"{'no' if state.ema_params is None else 'an'} average: pass both "
-            "TrainState.create(..., ema=True) and make_train_step(..., ema_decay=0.999), "
-            "or neither."
+            "TrainState.create(..., ema=True) and make_train_step(..., ema_decay=0.999)"
+            ", or neither."
         )
 
 
 def _no_new_nonfinite(new: Any, old: Any) -> jax.Array | None:
-    """Whether a model state got no Inf or NaN where there was none; None without one."""
+    """Whether no Inf or NaN is new in a model state; None if it has no floats."""
     sound = [
         jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
         for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)

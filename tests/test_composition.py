@@ -35,7 +35,9 @@ OUTSIDE = {
     "schedule_free": lambda w: optax.contrib.schedule_free(
         w(optax.sgd(0.1)), learning_rate=0.1
     ),
-    "nested": lambda w: optax.chain(optax.masked(optax.chain(w(optax.adam(0.1))), MASK)),
+    "nested": lambda w: optax.chain(
+        optax.masked(optax.chain(w(optax.adam(0.1))), MASK)
+    ),
 }
 # name: the optimizer that with_loss_scale wraps
 INSIDE = {

@@ -84,7 +84,7 @@ def test_stochastic_rounding_arrives_where_nearest_stays():
     carry = (params, tx.init(params), params)
     (params, state, nearest), _ = jax.lax.scan(step, carry, length=10_000)
     assert params.dtype == jnp.bfloat16
-    assert int(state.count) == 10_000
+    assert int(state.num_updates) == 10_000
     assert nearest.astype(float).tolist() == [1.0] * 64
     mean = params.astype(jnp.float32).mean()
     np.testing.assert_allclose(mean, 2.0, rtol=0.01)
@@ -161,7 +161,8 @@ def test_with_loss_scaling(wrap, order):
     for step in range(3):
         scale = mpjax.loss_scale_state(state).loss_scale
         grads = jax.tree.map(
-            lambda g, s=scale: s.scale(1e-3 * g).astype(g.dtype), grads_like(params, step)
+            lambda g, s=scale: s.scale(1e-3 * g).astype(g.dtype),
+            grads_like(params, step),
         )
         updates, state = update(grads, state, params)
         moved = optax.apply_updates(params, updates)

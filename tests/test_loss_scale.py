@@ -205,7 +205,12 @@ def test_parse(text, expected):
     [
         *("", "dynamc", "none:1", "static", "static:", "static:x", "static:1,2"),
         *("dynamic:-1", "dynamic:1,interval=2", "dynamic:9**9**9", "static:10**400"),
-        *("dynamic:1,growth_interval=1.5", "static:inf", "dynamic:nan", "static:9**149"),
+        *(
+            "dynamic:1,growth_interval=1.5",
+            "static:inf",
+            "dynamic:nan",
+            "static:9**149",
+        ),
     ],
 )
 def test_parse_refuses(text):
@@ -222,7 +227,11 @@ def test_jmp_objects_are_taken_without_their_faults():
         jnp.asarray(2.0**4), period=3, factor=4, min_loss_scale=jnp.float32(2.0)
     )
     ours = as_loss_scale(theirs)
-    assert (ours.growth_interval, ours.growth_factor, ours.backoff_factor) == (3, 4, 0.25)
+    assert (ours.growth_interval, ours.growth_factor, ours.backoff_factor) == (
+        3,
+        4,
+        0.25,
+    )
     ours = jax.jit(lambda s: run(s).adjust(jnp.array(False)))(ours)
     assert ours.min_loss_scale == 2.0
 
@@ -256,5 +265,7 @@ def test_all_finite():
 def test_scales_under_a_trace_take_traced_values():
     made = jax.jit(lambda x: mpjax.StaticLossScale(x).scale(jnp.ones(())))
     assert float(made(8)) == 8
-    made = jax.jit(lambda x: mpjax.DynamicLossScale(x, num_finite_steps=x).adjust(x > 0))
+    made = jax.jit(
+        lambda x: mpjax.DynamicLossScale(x, num_finite_steps=x).adjust(x > 0)
+    )
     assert int(made(jnp.int32(8)).num_finite_steps) == 9

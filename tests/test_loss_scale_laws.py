@@ -88,15 +88,15 @@ def _scan(loss_scale, finite_steps):
 
 @given(settings(), FINITE_RUNS)
 @example(
-    dict(
-        loss_scale=2.0**15,
-        growth_interval=1,
-        growth_factor=2.0,
-        backoff_factor=0.5,
-        hysteresis=1,
-        min_loss_scale=1.0,
-        max_loss_scale=2.0**16,
-    ),
+    {
+        "loss_scale": 2.0**15,
+        "growth_interval": 1,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "hysteresis": 1,
+        "min_loss_scale": 1.0,
+        "max_loss_scale": 2.0**16,
+    },
     [True] * 4 + [False] * 20,
 )
 def test_agrees_with_the_state_machine(settings, finite_steps):
@@ -122,15 +122,15 @@ def test_powers_of_two_stay_powers_of_two(settings, finite_steps):
     FINITE_RUNS,
 )
 def test_odd_factors_agree_to_float32_rounding(growth, backoff, interval, finite_steps):
-    settings = dict(
-        loss_scale=1000.0,
-        growth_interval=interval,
-        growth_factor=growth,
-        backoff_factor=backoff,
-        hysteresis=1,
-        min_loss_scale=0.37,
-        max_loss_scale=54321.0,
-    )
+    settings = {
+        "loss_scale": 1000.0,
+        "growth_interval": interval,
+        "growth_factor": growth,
+        "backoff_factor": backoff,
+        "hysteresis": 1,
+        "min_loss_scale": 0.37,
+        "max_loss_scale": 54321.0,
+    }
     machine, expected = Machine(**settings), []
     for finite in finite_steps:
         machine.adjust(finite)
@@ -158,7 +158,7 @@ def test_agrees_with_optimizer_bookkeeping(finite_steps, interval):
 
 
 # Where other libraries' settings coincide with these: no limits reached, no hysteresis.
-WIDE = dict(min_loss_scale=2.0**-60, max_loss_scale=2.0**100)
+WIDE = {"min_loss_scale": 2.0**-60, "max_loss_scale": 2.0**100}
 
 
 @given(FINITE_RUNS, st.integers(1, 5))

@@ -92,7 +92,9 @@ def test_the_state_never_changes_its_types():
         return tx.update(grads, state, PARAMS)[1], None
 
     after, _ = jax.lax.scan(step, state, jnp.array([False, True, False]))
-    kinds = lambda tree: [(x.dtype, x.shape, x.weak_type) for x in jax.tree.leaves(tree)]
+    kinds = lambda tree: [
+        (x.dtype, x.shape, x.weak_type) for x in jax.tree.leaves(tree)
+    ]
     assert kinds(after) == kinds(state)
     assert int(after.num_skipped) == 1
 
@@ -104,7 +106,9 @@ def test_half_gradients_and_parameters_are_optimised_in_float32(dtype):
     grads = jax.tree.map(lambda g: (1e-4 * g).astype(dtype), GRADS)
     tx = mpjax.with_loss_scale(rich_optimizer(), mpjax.StaticLossScale(1024.0))
     state = tx.init(params)
-    moments = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    moments = [
+        x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
     assert all(x.dtype == jnp.float32 for x in moments)
     plain = rich_optimizer()
     full = jax.tree.map(lambda x: x.astype(jnp.float32), params)
@@ -114,7 +118,9 @@ def test_half_gradients_and_parameters_are_optimised_in_float32(dtype):
     updates, state = tx.update(scaled(grads, state), state, params)
     assert_same_bits(updates, expected)
     assert_same_bits(state.inner_state, plain_state)
-    assert all(x.dtype == dtype for x in jax.tree.leaves(optax.apply_updates(params, updates)))
+    assert all(
+        x.dtype == dtype for x in jax.tree.leaves(optax.apply_updates(params, updates))
+    )
 
 
 def test_integer_parameters_stay_even_under_weight_decay():
@@ -126,9 +132,9 @@ def test_integer_parameters_stay_even_under_weight_decay():
     tx = mpjax.with_loss_scale(optax.adamw(0.1, weight_decay=0.5))
     state = tx.init(params)
     for _ in range(3):
-        grads = jax.grad(lambda p, s=state: mpjax.scale_loss(loss(p), s), allow_int=True)(
-            params
-        )
+        grads = jax.grad(
+            lambda p, s=state: mpjax.scale_loss(loss(p), s), allow_int=True
+        )(params)
         assert grads["table"].dtype == jax.dtypes.float0
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)

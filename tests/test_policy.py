@@ -53,7 +53,11 @@ def test_other_types():
 
 def test_first_matching_rule_wins_and_unused_rules_are_told():
     rules = mpjax.PolicyRules(
-        [("Dense_1/bias", "float32"), ("Dense_1", "mixed_bfloat16"), ("Conv", "float16")],
+        [
+            ("Dense_1/bias", "float32"),
+            ("Dense_1", "mixed_bfloat16"),
+            ("Conv", "float16"),
+        ],
         default="mixed_float16",
     )
     assert rules.unused_rules() == ("Dense_1/bias", "Dense_1", "Conv")

@@ -56,7 +56,9 @@ def test_nothing_moves_on_an_overflow(spike, num_microbatches):
     assert_same_bits(everything(after), everything(state))
     assert leaf_bytes(after.key) != leaf_bytes(state.key)
     assert float(metrics["loss_scale"]) == 2.0**15
-    assert float(mpjax.loss_scale_state(after.opt_state).loss_scale.loss_scale) == 2.0**14
+    assert (
+        float(mpjax.loss_scale_state(after.opt_state).loss_scale.loss_scale) == 2.0**14
+    )
     assert int(metrics["num_skipped"]) == 1
     moved, metrics = step(after, regression_batch(seed=10))
     assert bool(metrics["grads_finite"])
@@ -234,9 +236,7 @@ def test_eval_step():
         outputs = mpjax.make_eval_step(eval_fn, use_ema=use_ema)(state, batch)
         assert outputs["out"].dtype == jnp.float32
         assert_same_bits(outputs["label"], batch["label"])
-        np.testing.assert_allclose(
-            outputs["out"], batch["x"] @ params["w"], atol=1e-2
-        )
+        np.testing.assert_allclose(outputs["out"], batch["x"] @ params["w"], atol=1e-2)
     rules = mpjax.PolicyRules([("batch/x", "float32")], default="mixed_float16")
     outputs = mpjax.make_eval_step(lambda p, b: (b["x"], p["w"]), policy=rules)(
         state, batch
@@ -255,7 +255,8 @@ def test_eval_step_with_model_state():
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "aux_name"), [(lambda p, b, k: (p["b"], 3), "aux"), (linear_loss, "mae")]
+    ("loss_fn", "aux_name"),
+    [(lambda p, b, k: (p["b"], 3), "aux"), (linear_loss, "mae")],
 )
 def test_aux_is_reported(loss_fn, aux_name):
     tx = mpjax.with_loss_scale(optax.sgd(0.5))
@@ -284,9 +285,9 @@ def test_integer_parameters_and_half_losses():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_microbatches=0), "num_microbatches=0"),
-        (dict(ema_decay=1.5), r"ema_decay=1\.5"),
-        (dict(policy="mixed"), "unknown policy"),
+        ({"num_microbatches": 0}, "num_microbatches=0"),
+        ({"ema_decay": 1.5}, r"ema_decay=1\.5"),
+        ({"policy": "mixed"}, "unknown policy"),
     ],
 )
 def test_settings_out_of_range(change, message):
@@ -307,7 +308,9 @@ def test_errors_at_the_first_call_say_what_to_do():
     fails("ema=True", ema_decay=0.9)
     fails(r"batch\['label'\].*num_microbatches=5", num_microbatches=5)
     fails("take its mean", lambda p, b, k: (b["x"] @ p["w"], None))
-    fails("names of the step's own metrics: loss", lambda p, b, k: (p["b"], {"loss": 1}))
+    fails(
+        "names of the step's own metrics: loss", lambda p, b, k: (p["b"], {"loss": 1})
+    )
     with pytest.raises(ValueError, match="wrap the optimizer"):
         mpjax.TrainState.create(params=PARAMS, tx=optax.sgd(0.5))
     with pytest.raises(TypeError, match="wrap_key_data"):

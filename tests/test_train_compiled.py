@@ -21,9 +21,7 @@ def mlp_loss(params, batch, key):
 def mlp(policy, *, donate=True):
     keys = jax.random.split(jax.random.key(0), 2)
     shapes = [(4, 64), (64, 64)]
-    params = [
-        jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes, strict=True)
-    ]
+    params = [jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes, strict=True)]
     tx = mpjax.with_loss_scale(rich_optimizer())
     state = mpjax.TrainState.create(params=params, tx=tx, ema=True)
     step = mpjax.make_train_step(
@@ -81,7 +79,9 @@ def test_one_trace_in_its_life(make):
         tx = mpjax.with_loss_scale(optax.inject_hyperparams(optax.adam)(0.1), scale)
         if make == "half":
             params = jax.tree.map(lambda p: p.astype(jnp.float16), params)
-            tx = mpjax.with_loss_scale(mpjax.with_master_weights(optax.adam(0.1)), scale)
+            tx = mpjax.with_loss_scale(
+                mpjax.with_master_weights(optax.adam(0.1)), scale
+            )
     state = mpjax.TrainState.create(params=params, tx=tx, model_state=model_state)
     step = mpjax.make_train_step(counted(loss_fn), tx)
     for seed in range(6):
@@ -135,7 +135,9 @@ def test_without_donation_the_state_stays():
 
 def test_nothing_crosses_between_host_and_device():
     state, step = mlp("mixed_float16")
-    batches = [regression_batch(seed=s, spike=[None, jnp.inf][s == 1]) for s in range(4)]
+    batches = [
+        regression_batch(seed=s, spike=[None, jnp.inf][s == 1]) for s in range(4)
+    ]
     state, metrics = step(state, batches[0])
     with jax.transfer_guard("disallow"):
         for batch in batches[1:]:

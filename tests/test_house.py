@@ -1,0 +1,63 @@
+"""Linting, formatting, types, layers, and what importing mpjax may import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(*command):
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("lint-imports", "--no-cache"),
+        ("basedpyright", "--pythonpath", sys.executable),
+    ],
+    ids=lambda command: command[0] + command[1][:8],
+)
+def test_tools_find_nothing(command):
+    run(BIN / command[0], *command[1:])
+
+
+def test_importing_the_library_imports_little_and_starts_no_backend():
+    code = (
+        "import sys, mpjax, jax\n"
+        "heavy = {'flax', 'orbax', 'matplotlib', 'tyro', 'rich', 'tqdm', 'keras'}\n"
+        "assert not heavy & {name.partition('.')[0] for name in sys.modules}\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
+        "assert jax.device_count() == 3\n"
+    )
+    run(sys.executable, "-W", "error", "-c", code)
+
+
+def test_files_stay_small():
+    long = {
+        str(path.relative_to(ROOT)): num_lines
+        for folder in ("mpjax", "experiments", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if (num_lines := len(path.read_text().splitlines())) > 400
+    }
+    assert long == {}
+
+
+def test_everything_public_is_documented():
+    import mpjax
+
+    for name in mpjax.__all__:
+        thing = getattr(mpjax, name)
+        assert name == "PRESETS" or (thing.__doc__ and len(thing.__doc__) > 20), name

@@ -1,0 +1,46 @@
+"""README.md tells the truth: its programs run, its tables are the result files'."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+NAMES = ["loop", "linen", "nnx", "equinox", "haiku"]
+
+
+def run(name):
+    namespace = {}
+    exec(compile(BLOCKS[NAMES.index(name)], f"README:{name}", "exec"), namespace)
+    return namespace
+
+
+def test_there_is_a_name_for_each_program():
+    assert len(BLOCKS) == len(NAMES)
+
+
+def test_the_loop_learns_and_is_short(capsys):
+    namespace = run("loop")
+    assert jnp.allclose(namespace["params"]["w"], 1, atol=1e-2)
+    assert "32768" in capsys.readouterr().out
+    lines = [line for line in BLOCKS[0].splitlines() if line and line[0] != "#"]
+    assert len(lines) <= 20
+    assert sum("# 1:" in line or "# 2:" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_train_step_learns_in_each_framework(name):
+    namespace = run(name)
+    state, metrics = namespace["state"], namespace["metrics"]
+    assert int(state.step) + int(metrics["num_skipped"]) == 20
+    assert int(metrics["num_skipped"]) <= 5
+    assert float(metrics["loss"]) < {"linen": 2.0}.get(name, 0.5)
+    if state.model_state is not None:
+        leaves = jax.tree.leaves(state.model_state)
+        stats = [x for x in leaves if x.dtype == jnp.float32]
+        assert stats
+        assert all(bool(jnp.isfinite(x).all()) for x in stats)
