@@ -1,5 +1,6 @@
 """Mixed-precision training for JAX: policies, loss scaling, train steps."""
 
+from mpjax._tree import all_finite
 from mpjax.half_weights import (
     MasterWeightsState,
     StochasticRoundingState,
@@ -12,7 +13,6 @@ from mpjax.loss_scale import (
     LossScale,
     NoOpLossScale,
     StaticLossScale,
-    all_finite,
     parse_loss_scale,
 )
 from mpjax.nonfinite import NonFiniteGuard, NonFiniteTrainingError

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpjax.loss_scale import float0_to_zeros, is_inexact, to_full
+from mpjax._tree import float0_to_zeros, is_inexact, to_full
 from mpjax.optimizer import scale_loss
 
 

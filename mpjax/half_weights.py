@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpjax.loss_scale import is_half, to_full
+from mpjax._tree import is_half, to_full
 
 
 class MasterWeightsState(NamedTuple):

@@ -18,6 +18,7 @@ import jmp
 import numpy as np
 
 from mpjax._struct import pytree_dataclass, replace_leaves
+from mpjax._tree import is_inexact, to_full
 
 # The reciprocal of a larger float32 is subnormal, and flushed to zero by most devices.
 LARGEST_LOSS_SCALE = 2.0**126
@@ -308,42 +309,6 @@ def parse_loss_scale(text: str) -> NoOpLossScale | StaticLossScale | DynamicLoss
             f"cannot read loss scale {text!r}: {error}. Expected 'none', 'static:128', "
             "'dynamic', 'dynamic:32768' or 'dynamic:32768,growth_interval=200'."
         ) from error
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Returns a boolean scalar: whether every inexact leaf is finite everywhere."""
-    leaves = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
-    if not leaves:
-        return jnp.array(True)
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]).all()
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether a leaf is a float or complex number or array (not int, bool or key)."""
-    if isinstance(x, (float, complex)):
-        return True
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def is_half(x: Any) -> bool:
-    """Whether a leaf is a floating array narrower than float32."""
-    return (
-        hasattr(x, "dtype")
-        and jnp.issubdtype(x.dtype, jnp.floating)
-        and jnp.finfo(x.dtype).bits < 32
-    )
-
-
-def to_full(x: Any) -> Any:
-    """Casts a half-precision leaf to float32; any other leaf passes through."""
-    return x.astype(jnp.float32) if is_half(x) else x
-
-
-def float0_to_zeros(grad: Any) -> Any:
-    """Gives an integer parameter, whose gradient is float0, a zero float32 gradient."""
-    if getattr(grad, "dtype", None) == jax.dtypes.float0:
-        return jnp.zeros(grad.shape, jnp.float32)
-    return grad
 
 
 _settings = tuple(

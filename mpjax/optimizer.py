@@ -11,16 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mpjax._tree import float0_to_zeros, is_half, is_inexact, sum_of_squares, to_full
 from mpjax.half_weights import MasterWeightsState, StochasticRoundingState
-from mpjax.loss_scale import (
-    DynamicLossScale,
-    all_finite,
-    as_loss_scale,
-    float0_to_zeros,
-    is_half,
-    is_inexact,
-    to_full,
-)
+from mpjax.loss_scale import DynamicLossScale, as_loss_scale
 
 
 class LossScaleState(NamedTuple):
@@ -28,7 +21,7 @@ class LossScaleState(NamedTuple):
 
     Attributes:
       loss_scale: the loss scale for the next step.
-      grads_finite: boolean scalar; whether the last gradients were all finite.
+      grads_finite: boolean scalar; whether the norm of the last gradients was finite.
       num_skipped: int32 scalar; steps skipped so far.
       num_consecutive_skipped: int32 scalar; steps skipped since the last finite one.
       inner_state: the state of the wrapped optimizer.
@@ -49,10 +42,15 @@ def with_loss_scale(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it takes gradients of a scaled loss.
 
-    On each update the gradients are unscaled in float32 and checked. If all are finite
-    `tx` sees them, so that clipping, weight decay and schedules inside `tx` work on
-    true magnitudes. If not, the updates are zero and the state of `tx` stays bitwise
+    On each update the gradients are checked, and unscaled in float32. If they are
+    finite `tx` sees them, so that clipping, weight decay and schedules inside `tx` work
+    on true magnitudes. If not, the updates are zero and the state of `tx` stays bitwise
     what it was. Then the loss scale is adjusted.
+
+    The check is one pass: gradients count as finite if the sum of their squares is, in
+    float32, before unscaling. So a step is skipped not only for an Inf or NaN, but also
+    where the norm of the scaled gradients passes 1.8e19, beyond which clipping and
+    second moments would be infinite.
 
     Half-precision parameters reach `tx` as float32, so that moments, norms and epsilons
     are float32 too; the rounding to half happens in `optax.apply_updates`. Unless `tx`
@@ -88,12 +86,12 @@ def with_loss_scale(
         )
 
     def update(updates, state, params=None, **extra_args):
-        grads = state.loss_scale.unscale(jax.tree.map(to_full, updates))
-        finite = all_finite(grads)
+        scaled = jax.tree.map(to_full, updates)
+        finite = jnp.isfinite(sum_of_squares(scaled))
         if axis_name is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(bool)
         full = params if _wants_half(state.inner_state) else _to_full_tree(params)
-        grads = jax.tree.map(float0_to_zeros, grads)
+        grads = jax.tree.map(float0_to_zeros, state.loss_scale.unscale(scaled))
         updates, inner_state = tx.update(grads, state.inner_state, full, **extra_args)
         updates = jax.tree.map(
             lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates

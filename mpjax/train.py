@@ -10,7 +10,7 @@ import optax
 
 from mpjax._gradients import Gradients, scaled_gradients
 from mpjax._struct import is_key, pytree_dataclass, replace_leaves
-from mpjax.loss_scale import all_finite, is_inexact, to_full
+from mpjax._tree import is_inexact, sum_of_squares, to_full
 from mpjax.optimizer import LossScaleState, loss_scale_state, select
 from mpjax.policy import PolicyLike, PolicyRules, cast_to_compute, get_policy, resolve
 from mpjax.sharding import batch_sharding, state_sharding
@@ -226,8 +226,8 @@ def _apply(state: TrainState, out: Gradients, tx, ema_decay, key):
     scaled = out.scaled
     if sound is not None:
         scaled = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), scaled)
-    grads = scale.unscale(scaled)
-    finite = all_finite(grads)
+    squares = sum_of_squares(scaled)
+    finite = jnp.isfinite(squares)
     updates, opt_state = tx.update(scaled, state.opt_state, state.params)
     params = jax.tree.map(_apply_update, state.params, updates)
     keep = functools.partial(select, finite)
@@ -242,7 +242,7 @@ def _apply(state: TrainState, out: Gradients, tx, ema_decay, key):
     after = loss_scale_state(new_state.opt_state)
     metrics = {
         "loss": out.loss,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": scale.unscale(jnp.sqrt(squares)),
         "grads_finite": finite,
         "loss_scale": jnp.asarray(scale.loss_scale, jnp.float32),
         "num_skipped": after.num_skipped,

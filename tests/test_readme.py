@@ -44,3 +44,11 @@ def test_the_train_step_learns_in_each_framework(name):
         stats = [x for x in leaves if x.dtype == jnp.float32]
         assert stats
         assert all(bool(jnp.isfinite(x).all()) for x in stats)
+
+
+def test_the_tables_are_those_of_the_result_files():
+    from experiments import tables
+
+    text = README.read_text()
+    assert len(tables.TABLE.findall(text)) >= 3
+    assert tables.render(text) == text

@@ -1,0 +1,60 @@
+"""Leaves of parameters and gradients: what they are, and sums over all of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Returns a boolean scalar: whether every inexact leaf is finite everywhere."""
+    leaves = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
+    if not leaves:
+        return jnp.array(True)
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]).all()
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether a leaf is a float or complex number or array (not int, bool or key)."""
+    if isinstance(x, (float, complex)):
+        return True
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def is_half(x: Any) -> bool:
+    """Whether a leaf is a floating array narrower than float32."""
+    return (
+        hasattr(x, "dtype")
+        and jnp.issubdtype(x.dtype, jnp.floating)
+        and jnp.finfo(x.dtype).bits < 32
+    )
+
+
+def to_full(x: Any) -> Any:
+    """Casts a half-precision leaf to float32; any other leaf passes through."""
+    return x.astype(jnp.float32) if is_half(x) else x
+
+
+def float0_to_zeros(grad: Any) -> Any:
+    """Gives an integer parameter, whose gradient is float0, a zero float32 gradient."""
+    if getattr(grad, "dtype", None) == jax.dtypes.float0:
+        return jnp.zeros(grad.shape, jnp.float32)
+    return grad
+
+
+def sum_of_squares(tree: Any) -> jax.Array:
+    """Returns the sum of |x|^2 over the inexact leaves, float32 at least; 0 if none.
+
+    As a dot product of each leaf with itself, over all its axes: one pass that XLA
+    never writes back to memory, on any device and for any sharding. The precision is
+    the highest, so that no TF32 enters.
+    """
+    total = jnp.zeros(())
+    for x in jax.tree.leaves(tree):
+        if is_inexact(x):
+            x = to_full(jnp.asarray(x))
+            axes = tuple(range(x.ndim))
+            total += jax.lax.dot_general(
+                x, x.conj(), ((axes, axes), ((), ())), precision="highest"
+            ).real
+    return total
