@@ -5,8 +5,10 @@ import errno
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import filelock
 import numpy as np
@@ -15,6 +17,7 @@ from experiments.errors import DataError
 
 LOCK_TIMEOUT_S = 600.0
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IN_THE_WAY = {errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY}
 
 
 def cache_dir() -> Path:
@@ -59,8 +62,8 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_ROOM:
             remedy = "make room (MNIST needs 100 MB)"
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
-            remedy = "move the file that is in its way"
+        elif error.errno in _IN_THE_WAY:
+            remedy = "move what is in its way"
         else:
             remedy = "make it writable"
         raise DataError(
@@ -88,7 +91,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, **arrays)
+                _write_zip(file, arrays)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
@@ -105,7 +108,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
       DataError: if the file is damaged or cannot be opened.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # a damaged file can raise anything in zipfile and NumPy
         raise DataError(f"{type(error).__name__}: {error}") from error
@@ -114,6 +117,14 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 def say(text: str) -> None:
     """Tells the user what is going on, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _write_zip(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
+    """Writes what `np.savez` writes, which pickles objects in NumPy 2.0."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _acquire(lock: filelock.BaseFileLock) -> None:

@@ -23,11 +23,12 @@ def load() -> dict[str, np.ndarray]:
         raise DataError(
             f"--dataset digits needs scikit-learn ({error}): pip install scikit-learn."
         ) from error
-    raw = load_digits()
-    zoomed = ndimage.zoom(raw.images, (1, 2.5, 2.5), order=1)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    images = pixels.reshape(-1, 8, 8)
+    zoomed = np.asarray(ndimage.zoom(images, (1, 2.5, 2.5), order=1))
     pixels = np.clip(np.round(zoomed * (255 / 16)), 0, 255).astype(np.uint8)
     x = np.pad(pixels, ((0, 0), (4, 4), (4, 4)))
-    y = raw.target.astype(np.uint8)
+    y = labels.astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(x))
     train, test = order[:-NUM_TEST], order[-NUM_TEST:]
     return {

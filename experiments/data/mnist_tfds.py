@@ -5,8 +5,8 @@ files, checked by the same checksums, and writes the same examples as PNG bytes 
 array_record, the one format that can be read back without TensorFlow and loses nothing.
 TFDS shuffles what it writes, always alike; reading undoes that.
 
-`python -m experiments.data.mnist_tfds DIRECTORY` prepares; `prepare` runs that in
-a process of its own, so that a stalled download ends with a time-out.
+`prepare` runs this module in a process of its own, so that a stalled download ends with
+a time-out.
 """
 
 import gzip
@@ -239,7 +239,9 @@ def _prepare_here(data_dir: Path, scratch: Path) -> None:
 
         name = "mnist"
 
-        def _split_generators(self, dl_manager):
+        def _split_generators(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, dl_manager
+        ):
             urls = {
                 split: [self.URL + name for name in pair]
                 for split, pair in FILES.items()
@@ -247,7 +249,9 @@ def _prepare_here(data_dir: Path, scratch: Path) -> None:
             files = dl_manager.download(urls)
             return {split: self._generate_examples(*files[split]) for split in files}
 
-        def _generate_examples(self, image_path, label_path):
+        def _generate_examples(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, image_path, label_path
+        ):
             images = _read_idx(image_path, header=16).reshape(-1, 28, 28)
             for index, label in enumerate(_read_idx(label_path, header=8)):
                 image = io.BytesIO(_png(images[index]))

