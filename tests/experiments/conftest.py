@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -83,3 +84,26 @@ def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path, tfds_host, pip_finds) -> Path:
+    """An empty cache and home, no host of TFDS, no package index; returns the cache."""
+    (tmp_path / "index").mkdir()
+    pip_finds(tmp_path / "index")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("MPJAX_DATA_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any socket, name look-up or new process fails the test."""
+
+    def refuse(*_, **__):
+        pytest.fail("reached for the network or a process")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)

@@ -1,10 +1,9 @@
-"""The chain of sources, the cached file, and the digits that are no MNIST."""
+"""The chain of sources and the cached file."""
 
 import contextlib
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.data import cache, digits, mnist, mnist_tfds, mnist_wheel
+from experiments.data import cache, mnist, mnist_tfds, mnist_wheel
 from experiments.errors import ConfigError, DataError
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
@@ -32,17 +31,6 @@ def assert_same(a: mnist.ImageDataset, b: mnist.ImageDataset) -> None:
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path, tfds_host, pip_finds) -> Path:
-    """An empty cache and home, no host of TFDS, no package index; returns the cache."""
-    (tmp_path / "index").mkdir()
-    pip_finds(tmp_path / "index")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setenv("MPJAX_DATA_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def index(fresh, pip_finds, wheel_file) -> Path:
     """As `fresh`, with an index that has the wheel."""
     pip_finds(wheel_file.parent)
@@ -55,18 +43,6 @@ def filled(fresh, real_mnist) -> Path:
     fresh.mkdir()
     cache.write_npz(fresh / "mnist.npz", arrays_of(real_mnist))
     return fresh / "mnist.npz"
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Any socket, name look-up or new process fails the test."""
-
-    def refuse(*_, **__):
-        pytest.fail("reached for the network or a process")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
 def test_the_first_load_fetches_and_the_second_needs_no_network(
@@ -407,48 +383,6 @@ def test_real_mnist_is_the_original(real_mnist):
         assert hashlib.md5(raw).hexdigest() == md5
     header = mnist.idx_bytes(real_mnist.x_test)[:16]
     assert header.hex() == "00000803" + "00002710" + "0000001c" * 2
-
-
-def test_digits_are_small_and_named_so(fresh, no_network):
-    dataset = mnist.load("digits")
-    assert (dataset.name, dataset.source) == ("digits", "scikit-learn")
-    assert dataset.x_train.shape == (1500, 28, 28)
-    assert dataset.x_test.shape == (297, 28, 28)
-    assert dataset.y_train.shape == (1500,)
-    assert dataset.y_test.shape == (297,)
-    assert {array.dtype for array in arrays_of(dataset).values()} == {np.dtype("u1")}
-    labels = np.concatenate([dataset.y_train, dataset.y_test])
-    counts = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert np.bincount(labels).tolist() == counts
-    assert np.bincount(dataset.y_test).min() > 15, "a class is hardly tested"
-    assert not fresh.exists(), "digits need no cache"
-
-
-def test_digits_look_like_mnist():
-    arrays = digits.load()
-    for x in (arrays["x_train"], arrays["x_test"]):
-        border = x.copy()
-        border[:, 4:24, 4:24] = 0
-        assert not border.any()
-        assert (x.min(), x.max()) == (0, 255)
-        assert 20 < x.mean() < 60  # MNIST: 33
-
-
-def test_no_digit_is_in_both_training_and_test():
-    arrays = digits.load()
-    train = {image.tobytes() for image in arrays["x_train"]}
-    test = {image.tobytes() for image in arrays["x_test"]}
-    assert not train & test
-    again = digits.load()
-    assert all(np.array_equal(arrays[name], again[name]) for name in NAMES)
-
-
-def test_digits_without_scikit_learn_are_explained(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(
-        DataError, match=r"needs scikit-learn.*pip install scikit-learn"
-    ):
-        mnist.load("digits")
 
 
 @pytest.mark.network
