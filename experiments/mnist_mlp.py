@@ -24,6 +24,7 @@ from experiments.harness import cli, loop, plots, results
 from experiments.harness.config import BaseConfig, require, require_positive
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Column, Result
+from experiments.harness.workdir import write_text, writing
 from experiments.models.mlp import MLP
 
 NAME = "mnist_mlp"
@@ -98,30 +99,30 @@ def main(config: Config, dataset: ImageDataset | None = None) -> Result:
         return train_policy(config, policy, directory, dataset)
 
     result = results.run_policies(NAME, config, train_one)
-    title = f"{dataset.name}, MLP 2 x {config.num_units}, batch {config.batch_size}"
+    report(result, config, dataset.name)
+    return result
+
+
+def report(result: Result, config: Config, dataset_name: str) -> None:
+    """Writes the plot and the table into the workdir, and prints the table."""
+    title = f"{dataset_name}, MLP 2 x {config.num_units}, batch {config.batch_size}"
     rows = {
         run["policy"]: read_rows(result.workdir / run["policy"] / "metrics.jsonl")
         for run in result.runs
     }
-    plots.training_figure(result.workdir / "training.png", title, rows)
     table = results.markdown_table(COLUMNS, result.runs)
-    (result.workdir / "result.md").write_text(f"{title}\n\n{table}")
+    with writing(result.workdir):
+        plots.training_figure(result.workdir / "training.png", title, rows)
+        write_text(result.workdir / "result.md", f"{title}\n\n{table}")
     results.print_table(title, COLUMNS, result.runs)
     print(f"metrics, plots and checkpoints: {result.workdir}")
-    return result
 
 
 def train_policy(
     config: Config, policy: str, directory: Path, dataset: ImageDataset
 ) -> dict[str, Any]:
     """Trains and tests the network in one policy; returns the run as plain values."""
-    num_train = round(len(dataset.x_train) * (1 - config.validation_split))
-    train_set = DeviceDataset(
-        dataset.x_train[:num_train], dataset.y_train[:num_train], config.batch_size
-    )
-    valid_set = DeviceDataset(
-        dataset.x_train[num_train:], dataset.y_train[num_train:], EVAL_BATCH_SIZE
-    )
+    train_set, valid_set = split(config, dataset)
     test_set = DeviceDataset(dataset.x_test, dataset.y_test, EVAL_BATCH_SIZE)
     model = MLP(num_units=(config.num_units, config.num_units))
     loss_scale = config.make_loss_scale(policy)
@@ -144,11 +145,13 @@ def train_policy(
         loss_scale=loss_scale,
         steps_per_epoch=train_set.num_batches,
         num_steps=train_set.num_batches * config.num_epochs,
-        epoch_line=lambda row: epoch_line(row, config.num_epochs),
+        epoch_line=lambda row: results.epoch_line(row, config.num_epochs),
     )
     trained = loop.train(task, config, directory)
     test = evaluate(eval_step, trained.state, test_set, "test")
     epochs = [row for row in trained.rows if row["kind"] == "epoch"]
+    last = epochs[-1] if epochs else {}
+    scaling = mpjax.loss_scale_state(trained.state.opt_state)
     print(
         f"{policy}: test loss {test['test_loss']:.4f}, "
         f"accuracy {test['test_accuracy']:.4f}; compiled in {trained.compile_s:.1f} s",
@@ -163,15 +166,32 @@ def train_policy(
         "num_parameters": num_parameters,
         "num_steps": task.num_steps,
         **test,
-        "val_loss": epochs[-1]["val_loss"],
-        "val_accuracy": epochs[-1]["val_accuracy"],
-        "ms_per_step": median([row["ms_per_step"] for row in epochs]),
+        "val_loss": last.get("val_loss"),
+        "val_accuracy": last.get("val_accuracy"),
+        "ms_per_step": results.median([row["ms_per_step"] for row in epochs]),
         "compile_s": trained.compile_s,
-        "num_skipped": epochs[-1]["num_skipped"],
-        "final_loss_scale": float(
-            mpjax.loss_scale_state(trained.state.opt_state).loss_scale.loss_scale
-        ),
+        "num_skipped": int(scaling.num_skipped),
+        "final_loss_scale": float(scaling.loss_scale.loss_scale),
     }
+
+
+def split(config: Config, dataset: ImageDataset) -> tuple[DeviceDataset, DeviceDataset]:
+    """Returns what to train on, and the end of the training set, to validate on.
+
+    Raises:
+      ConfigError: if one of them would be empty.
+    """
+    x, y = dataset.x_train, dataset.y_train
+    num_train = round(len(x) * (1 - config.validation_split))
+    if not 0 < num_train < len(x):
+        raise ConfigError(
+            f"--validation-split {config.validation_split} leaves {num_train} of "
+            f"{len(x)} images to train on; expected some on either side."
+        )
+    return (
+        DeviceDataset(x[:num_train], y[:num_train], config.batch_size),
+        DeviceDataset(x[num_train:], y[num_train:], EVAL_BATCH_SIZE),
+    )
 
 
 def rmsprop(learning_rate: float) -> optax.GradientTransformation:
@@ -218,22 +238,6 @@ def evaluate(eval_step, state, dataset: DeviceDataset, prefix: str) -> dict[str,
         f"{prefix}_loss": loss / dataset.num_examples,
         f"{prefix}_accuracy": num_correct / dataset.num_examples,
     }
-
-
-def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
-    """One epoch as a line of text."""
-    return (
-        f"epoch {row['epoch']:{len(str(num_epochs))}d}/{num_epochs}  "
-        f"{row['ms_per_step']:7.1f} ms/step  "
-        f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  "
-        f"val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}  "
-        f"scale {row['loss_scale']:g}  skipped {row['num_skipped']}"
-    )
-
-
-def median(values: list[float]) -> float:
-    """The upper median: a value that was measured."""
-    return sorted(values)[len(values) // 2]
 
 
 def _sums(model, params, batch) -> dict[str, jax.Array]:

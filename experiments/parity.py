@@ -5,11 +5,12 @@
     python -m experiments.parity --num-units 512 --batch-size 256 --num-epochs 10
 
 Trains `mnist_mlp` for every policy, loss scale and seed, and writes mean ± standard
-deviation per cell. Stopped and started again, it goes on with the runs that are missing.
+deviation per cell. Started again, it goes on with the runs that are missing.
 """
 
 import dataclasses
 import itertools
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from experiments import mnist_mlp
 from experiments.data import mnist
 from experiments.errors import ConfigError
 from experiments.harness import cli, results
-from experiments.harness.config import require_positive
+from experiments.harness.config import require_positive, split_policies
 from experiments.harness.results import Column
-from experiments.harness.workdir import read_json, write_json
+from experiments.harness.stop import Interrupted, StopRequest, on_signals
+from experiments.harness.workdir import read_json, write_json, writing
 
 NAME = "mnist_mlp_parity"
 COLUMNS = (
@@ -55,6 +57,9 @@ class Config:
     batch_size: int = 8192
     """As in mnist_mlp."""
 
+    dataset: str = "mnist"
+    """As in mnist_mlp."""
+
     workdir: Path = Path("runs/parity")
     """Where the runs are kept."""
 
@@ -63,84 +68,133 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "num_seeds", "num_units", "num_epochs", "batch_size")
+        if not self.cells():
+            raise ConfigError(
+                "--policies and --loss-scales must name one each, or more."
+            )
         for policy, loss_scale in self.cells():
-            try:
-                mnist_mlp.Config(policy=policy, loss_scale=loss_scale)
-            except ConfigError as error:
-                raise ConfigError(f"--policies or --loss-scales: {error}") from error
+            self.run_config(policy, loss_scale, seed=0)
 
     def cells(self) -> list[tuple[str, str]]:
         """Every policy with every loss scale."""
-        lists = (self.policies.split(","), self.loss_scales.split(","))
-        return list(itertools.product(*lists))
+        lists = split_policies(self.policies), _split_loss_scales(self.loss_scales)
+        return list(dict.fromkeys(itertools.product(*lists)))
 
     def shape(self) -> str:
         """What tells one table from another."""
-        return f"{self.num_units}x{self.batch_size}x{self.num_epochs}"
+        suffix = "" if self.dataset == "mnist" else f"-{self.dataset}"
+        return f"{self.num_units}x{self.batch_size}x{self.num_epochs}{suffix}"
+
+    def run_config(
+        self, policy: str, loss_scale: str, *, seed: int
+    ) -> mnist_mlp.Config:
+        """The settings of one run, which goes on where it has been begun."""
+        cell = f"{policy}-{loss_scale}-{seed}".replace(":", "_").replace(" ", "")
+        workdir = self.workdir / self.shape() / cell
+        return mnist_mlp.Config(
+            policy=policy,
+            loss_scale=loss_scale,
+            seed=seed,
+            num_units=self.num_units,
+            num_epochs=self.num_epochs,
+            batch_size=self.batch_size,
+            dataset=self.dataset,
+            num_checkpoints=0,
+            workdir=workdir,
+            resume=(workdir / "config.json").exists(),
+        )
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs what is missing and writes the table; returns what the file holds."""
-    dataset = mnist.load()
-    for seed in range(config.num_seeds):
-        for policy, loss_scale in config.cells():
-            run = mnist_mlp.Config(
-                policy=policy,
-                loss_scale=loss_scale,
-                seed=seed,
-                num_units=config.num_units,
-                num_epochs=config.num_epochs,
-                batch_size=config.batch_size,
-                num_checkpoints=0,
-                workdir=_directory(config, policy, loss_scale, seed),
-                resume=_directory(config, policy, loss_scale, seed).exists(),
-            )
-            mnist_mlp.main(run, dataset)
-    runs = [
-        _aggregate(config, policy, loss_scale) for policy, loss_scale in config.cells()
-    ]
+    """Runs what is missing and writes the table; returns what the file holds.
+
+    Raises:
+      ExperimentError: of the kind that fits; the runs that are finished are kept.
+      NonFiniteTrainingError: if the gradients of a run stay non-finite.
+    """
+    dataset = mnist.load(config.dataset)
+    with on_signals() as stop:
+        for seed in range(config.num_seeds):
+            for policy, loss_scale in config.cells():
+                run = config.run_config(policy, loss_scale, seed=seed)
+                _run(run, dataset, stop)
+    cells = [_runs(config, policy, loss_scale) for policy, loss_scale in config.cells()]
     table = {
         "experiment": NAME,
+        "dataset": config.dataset,
         "num_units": config.num_units,
         "batch_size": config.batch_size,
         "num_epochs": config.num_epochs,
         "environment": results.environment(),
-        "runs": runs,
+        "runs_made_by": _made_by(cells),
+        "runs": [_aggregate(runs) for runs in cells],
     }
     output = config.output or (
         Path(__file__).parent / "results" / f"{NAME}_{config.shape()}.json"
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, table)
-    results.print_table(f"parity, {config.shape()}", COLUMNS, runs)
+    with writing(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, table)
+    results.print_table(f"parity, {config.shape()}", COLUMNS, table["runs"])
+    print(f"written to {output}")
     return table
 
 
-def _directory(config: Config, policy: str, loss_scale: str, seed: int) -> Path:
-    cell = f"{policy}-{loss_scale}-{seed}".replace(":", "_")
-    return config.workdir / config.shape() / cell
+def _run(run: mnist_mlp.Config, dataset: mnist.ImageDataset, stop: StopRequest) -> None:
+    kept = "the runs that are finished are kept"
+    try:
+        stop.check(kept)
+        mnist_mlp.main(run, dataset)
+    except Interrupted as error:
+        raise Interrupted(error.signal_number, kept) from error
 
 
-def _aggregate(config: Config, policy: str, loss_scale: str) -> dict[str, Any]:
-    runs = [
-        read_json(_directory(config, policy, loss_scale, seed) / "result.json")
+def _runs(config: Config, policy: str, loss_scale: str) -> list[dict[str, Any]]:
+    """The result of each seed."""
+    configs = (
+        config.run_config(policy, loss_scale, seed=seed)
         for seed in range(config.num_seeds)
-    ]
-    runs = [run for result in runs for run in result["runs"]]
+    )
+    return [read_json(run.workdir / "result.json") for run in configs if run.workdir]
+
+
+def _made_by(cells: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The devices, versions and commits of the runs, which may be of other days."""
+    keys = ("device", "commit", "versions")
+    made_by = []
+    for result in itertools.chain.from_iterable(cells):
+        made = {key: result["environment"][key] for key in keys}
+        if made not in made_by:
+            made_by.append(made)
+    return made_by
+
+
+def _aggregate(cell: list[dict[str, Any]]) -> dict[str, Any]:
+    runs = [run for result in cell for run in result["runs"]]
+    accuracies = [run["test_accuracy"] for run in runs]
+    losses = [run["test_loss"] for run in runs]
     return {
-        "policy": policy,
-        "loss_scale": loss_scale,
+        "policy": runs[0]["policy"],
+        "loss_scale": runs[0]["loss_scale"],
         "num_seeds": len(runs),
-        "test_accuracy": _spread([run["test_accuracy"] for run in runs]),
-        "test_loss": _spread([run["test_loss"] for run in runs]),
+        "test_accuracy": _spread(accuracies),
+        "test_loss": _spread(losses),
         "num_skipped": statistics.mean(run["num_skipped"] for run in runs),
-        "test_accuracies": [run["test_accuracy"] for run in runs],
-        "test_losses": [run["test_loss"] for run in runs],
+        "test_accuracies": accuracies,
+        "test_losses": losses,
     }
 
 
-def _spread(values: list[float]) -> str:
-    """Mean ± sample standard deviation."""
+def _split_loss_scales(text: str) -> list[str]:
+    """Splits at commas, but for those before a setting: `dynamic,growth_interval=9`."""
+    pieces = re.split(r",(?![^,]*=)", text)
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _spread(values: list[Any]) -> str:
+    """Mean ± sample standard deviation; nan if a run has no number."""
+    if None in values:
+        return "nan"
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 

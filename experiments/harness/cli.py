@@ -1,14 +1,17 @@
 """From the command line to `main(config)`: flags, and errors as text."""
 
+import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
 from experiments.errors import ExperimentError
+from experiments.harness import command
+from experiments.harness.stop import Interrupted
 from mpjax import NonFiniteTrainingError
 
 
@@ -24,19 +27,36 @@ def run(main: Callable[[Any], Any], config_type: type, *, doc: str | None) -> No
       doc: the module's docstring, shown by --help.
     """
     try:
-        config = tyro.cli(config_type, description=doc)
+        config = tyro.cli(config_type, description=doc, prog=command.module_name())
         main(config)
+    except Interrupted as error:
+        fail(f"{error}\n    {command.continuation(error.flags)}", error.exit_code)
     except ExperimentError as error:
         fail(str(error), error.exit_code)
     except NonFiniteTrainingError as error:
         fail(f"training stopped: {error}", 1)
     except KeyboardInterrupt:
-        fail("stopped.", 128 + signal.SIGINT)
+        text = "stopped at once; a run that has a checkpoint continues with --resume."
+        fail(text, 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Whoever read stdout has gone; Python's own flush at exit would say so again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("stopped: nobody reads the output any more.", 128 + signal.SIGPIPE)
 
 
-def fail(message: str, exit_code: int) -> None:
-    """Prints a message as a paragraph on stderr and exits."""
+def fail(message: str, exit_code: int) -> NoReturn:
+    """Prints a message on stderr and exits.
+
+    Args:
+      message: filled to 88 columns, but for lines that begin with a space.
+      exit_code: of the process.
+    """
     lines = f"error: {message}".splitlines()
-    text = "\n".join(textwrap.fill(line, 88, break_on_hyphens=False) for line in lines)
-    print(text, file=sys.stderr, flush=True)
+    print("\n".join(map(_filled, lines)), file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+def _filled(line: str) -> str:
+    if line.startswith(" "):
+        return line
+    return textwrap.fill(line, 88, break_on_hyphens=False, break_long_words=False)

@@ -2,9 +2,12 @@
 
 import dataclasses
 import datetime
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jmp
 
@@ -70,17 +73,21 @@ class BaseConfig:
         """The policies to run, in order."""
         if self.policy is not None:
             return (self.policy,)
-        if "=" in self.policies:
-            return (self.policies,)
-        names = (name.strip() for name in self.policies.split(","))
-        return tuple(dict.fromkeys(name for name in names if name))
+        return tuple(dict.fromkeys(split_policies(self.policies)))
 
     def make_policy(self, name: str) -> jmp.Policy:
         """Returns the policy of that name; ConfigError if there is none."""
         try:
-            return mpjax.get_policy(name)
+            policy = mpjax.get_policy(name)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        is_64_bit = jnp.float64 in dataclasses.astuple(policy)
+        if is_64_bit and not jax.config.values["jax_enable_x64"]:
+            raise ConfigError(
+                f"policy {name!r} needs 64-bit numbers, which are switched off in JAX; "
+                "set the environment variable JAX_ENABLE_X64=1."
+            )
+        return policy
 
     def make_loss_scale(self, policy: str) -> Any:
         """Returns the loss scale for a policy; ConfigError if the flag has none."""
@@ -96,16 +103,39 @@ class BaseConfig:
         compute_dtype = self.make_policy(policy).compute_dtype
         return "dynamic" if compute_dtype == jnp.float16 else "none"
 
+    def resume_flags(self) -> tuple[str, ...]:
+        """What to add to the flags to continue the run; its `workdir` is set."""
+        return ("--workdir", str(self.workdir), "--resume")
+
     def comparable(self) -> dict[str, Any]:
         """The settings that make two runs the same, as JSON values."""
         fields = dataclasses.asdict(self)
         return {k: _plain(v) for k, v in fields.items() if k not in NOT_COMPARED}
 
 
+def split_policies(text: str) -> list[str]:
+    """Splits at commas, but for those within a jmp string.
+
+    >>> split_policies("float32, p=f32,c=f16,o=f32, p=f32,c=bf16")
+    ['float32', 'p=f32,c=f16,o=f32', 'p=f32,c=bf16']
+    """
+    names: list[str] = []
+    for piece in filter(None, map(str.strip, text.split(","))):
+        before = names[-1].split(",") if names and "=" in names[-1] else []
+        keys = {part.split("=")[0] for part in before}
+        if keys and "=" in piece and piece.split("=")[0] not in keys:
+            names[-1] += f",{piece}"
+        else:
+            names.append(piece)
+    return names
+
+
 def default_workdir(experiment: str) -> Path:
-    """Returns runs/NAME-DATE-TIME below the current directory."""
+    """Returns runs/NAME-DATE-TIME here, or with a suffix where that exists."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{experiment}-{now}"
+    suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    paths = (Path("runs") / f"{experiment}-{now}{suffix}" for suffix in suffixes)
+    return next(path for path in paths if not path.exists())
 
 
 def require(holds: bool, flag: str, what: str, config: Any) -> None:
@@ -116,10 +146,11 @@ def require(holds: bool, flag: str, what: str, config: Any) -> None:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raises ConfigError unless these fields are above zero."""
+    """Raises ConfigError unless these fields are above zero, and finite."""
     for name in names:
         flag = "--" + name.replace("_", "-")
-        require(getattr(config, name) > 0, flag, "greater than zero", config)
+        holds = 0 < getattr(config, name) < math.inf
+        require(holds, flag, "greater than zero", config)
 
 
 def _plain(value: Any) -> Any:

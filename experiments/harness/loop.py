@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,6 @@ import jax
 from tqdm.auto import tqdm
 
 import mpjax
-from experiments.errors import ExperimentError
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import BaseConfig
 from experiments.harness.recorder import Recorder, weighted_mean
@@ -70,10 +67,6 @@ class Trained:
     compile_s: float
 
 
-class Interrupted(ExperimentError):
-    """Ctrl-C or SIGTERM; the run was saved."""
-
-
 def train(task: Task, config: BaseConfig, directory: Path) -> Trained:
     """Trains to the end, or from the newest checkpoint to the end.
 
@@ -105,25 +98,34 @@ class _Loop:
         self.checkpoints: Checkpoints = checkpoints
         self.recorder: Recorder = recorder
         self.stop = stop
-        self.guard = mpjax.NonFiniteGuard(
-            task.loss_scale, max_consecutive_skipped=config.max_consecutive_skipped
-        )
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
+        limit = config.max_consecutive_skipped
+        self.guard = mpjax.NonFiniteGuard(
+            task.loss_scale, max_consecutive_skipped=limit
+        )
+        for row in recorder.select("train")[-limit:]:
+            self.guard.check(row)
 
     def run(self, first_step: int, state: mpjax.TrainState) -> Trained:
-        task, step = self.task, first_step
-        if first_step >= task.num_steps:
+        if first_step >= self.task.num_steps:
             return Trained(state, self.recorder.rows, 0.0)
-        batches = task.batches(first_step)
+        batches = self.task.batches(first_step)
         batch = next(batches)
         start = time.perf_counter()
-        compiled = task.train_step.lower(state, batch).compile()
+        compiled = self.task.train_step.lower(state, batch).compile()
         compile_s = time.perf_counter() - start
         jax.block_until_ready((state, batch))
-        bar = _progress_bar(task, first_step)
+        batches = itertools.chain([batch], batches)
+        with _progress_bar(self.task, first_step) as bar:
+            state = self._steps(compiled, first_step, state, batches, bar)
+        return Trained(state, self.recorder.rows, compile_s)
+
+    def _steps(self, train_step, step: int, state, batches, bar):
+        """Runs to the last step; returns the final state."""
+        task = self.task
         epoch_start, epoch_first = time.perf_counter(), step
-        for batch in itertools.chain([batch], batches):
-            state, metrics = compiled(state, batch)
+        for batch in batches:
+            state, metrics = train_step(state, batch)
             step += 1
             self.pending.append((step, metrics))
             self._wait(bar)
@@ -135,12 +137,11 @@ class _Loop:
                 ms = 1000 * elapsed_s / (step - epoch_first)
                 self._end_epoch(step, state, ms)
                 epoch_start, epoch_first = time.perf_counter(), step
-            if self.stop.requested and not last:
-                self._interrupt(bar, step, state)
             if last:
                 break
-        bar.close()
-        return Trained(state, self.recorder.rows, compile_s)
+            if self.stop.requested:
+                self._interrupt(bar, step, state)
+        return state
 
     def _wait(self, bar) -> None:
         """Lets the host run ahead of the device by a few steps and no more."""
@@ -180,7 +181,10 @@ class _Loop:
         self.recorder.flush()
         self.checkpoints.save(step, state)
         bar.close()
-        raise interrupted(self.stop.signal_number, step, self.config)
+        kept = f"saved after step {step}"
+        if not self.config.num_checkpoints:
+            kept = f"nothing was saved after step {step} (--num-checkpoints 0)"
+        self.stop.check(kept, self.config.resume_flags())
 
 
 class _ProgressBar(tqdm):
@@ -215,26 +219,3 @@ def _progress_bar(task: Task, first_step: int) -> _ProgressBar:
     )
     bar.last_drain_s = time.perf_counter()
     return bar
-
-
-def interrupted(number: int | None, step: int, config: BaseConfig) -> Interrupted:
-    """The error that ends a stopped run: what was kept, how to go on."""
-    name = signal.Signals(number or signal.SIGINT).name
-    if config.num_checkpoints:
-        rest = f"saved after step {step}. Continue with the same flags and --resume"
-        if sys.argv and sys.argv[0].endswith(".py"):
-            rest += f": {_command(config)} --resume"
-    else:
-        rest = f"nothing was saved after step {step} (--num-checkpoints 0)"
-    error = Interrupted(f"stopped by {name}; {rest}.")
-    error.exit_code = 128 + (number or signal.SIGINT)
-    return error
-
-
-def _command(config: BaseConfig) -> str:
-    main = sys.modules["__main__"]
-    module = main.__spec__.name if main.__spec__ else sys.argv[0]
-    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-    if not any(flag.startswith("--workdir") for flag in flags):
-        flags += ["--workdir", str(config.workdir)]
-    return shlex.join(["python", "-m", module, *flags])

@@ -3,46 +3,60 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from experiments.harness.workdir import whole_file
 
 DPI = 130
+MAX_MARKERS = 25
 
 
 def training_figure(path: Path, title: str, runs: dict[str, list[dict[str, Any]]]):
     """Draws loss, accuracy, loss scale and step time of several runs.
+
+    It leaves pyplot and its backend alone, so that a notebook keeps its own.
 
     Args:
       path: the PNG to write.
       title: of the figure.
       runs: name of a run → its rows of metrics (see `Recorder`).
     """
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
-    (loss, accuracy), (scale, step_time) = axes
+    (loss, accuracy), (scale, step_time) = figure.subplots(2, 2)
     for index, (name, rows) in enumerate(runs.items()):
-        style = {"color": f"C{index}", "label": name}
+        style = {"color": f"C{index}", "lw": 2.5 - 0.5 * min(index, 3)}
         train = [row for row in rows if row["kind"] == "train"]
         epochs = [row for row in rows if row["kind"] == "epoch"]
-        _line(loss, train, "loss", alpha=0.35, **style | {"label": None})
-        _line(loss, epochs, "val_loss", marker="o", **style)
-        _line(accuracy, epochs, "val_accuracy", marker="o", **style)
+        every = max(1, len(epochs) // MAX_MARKERS)
+        dots = {"marker": "o", "ms": 5, "markevery": every, "label": name}
+        _line(loss, train, "loss", **style | {"alpha": 0.4, "lw": 1})
+        _line(loss, epochs, "val_loss", **style, **dots)
+        _line(accuracy, epochs, "val_accuracy", **style, **dots)
         _line(scale, train, "loss_scale", drawstyle="steps-post", **style)
         _skips(scale, train, style["color"])
     _bars(step_time, runs)
+    loss.set_yscale("log")
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(2, 0.6)))
+    scale.set_yscale("log", base=2)
     _decorate(loss, "loss (faint: training steps, dots: validation)", "step")
     _decorate(accuracy, "validation accuracy", "step")
     _decorate(scale, "loss scale (crosses: skipped steps)", "step")
     _decorate(step_time, "median ms per step, without compilation", None)
-    loss.set_yscale("log")
-    scale.set_yscale("log", base=2)
-    accuracy.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
+    if accuracy.get_legend_handles_labels()[0]:
+        accuracy.legend(loc="lower right", frameon=False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
+
+
+class _PlainLogFormatter(LogFormatter):
+    """Labels between the powers of ten, where there is room: 0.2, not 2 x 10^-1."""
+
+    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+        return f"{x:g}"
 
 
 def _line(axes: Axes, rows: list[dict[str, Any]], name: str, **style: Any) -> None:
@@ -62,7 +76,9 @@ def _bars(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
         times = sorted(row["ms_per_step"] for row in rows if row["kind"] == "epoch")
         if times:
             bars = axes.bar(name, times[len(times) // 2], color=f"C{index}", width=0.6)
-            axes.bar_label(bars, fmt="%.3g")
+            axes.bar_label(bars, fmt="%.3g", padding=2)
+    axes.set_xlim(-0.8, len(runs) - 0.2)
+    axes.margins(y=0.1)
 
 
 def _decorate(axes: Axes, title: str, xlabel: str | None) -> None:
@@ -70,5 +86,6 @@ def _decorate(axes: Axes, title: str, xlabel: str | None) -> None:
     if xlabel:
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,5 @@
 """Metrics of a run: JSON lines on disk, TensorBoard events, and a list in memory."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -8,14 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+
+from experiments.harness.tensorboard import EventFile
+from experiments.harness.workdir import write_text
 
 
 class Recorder:
     """Keeps rows of metrics and writes them as they come.
 
     A row is `{"kind": "train" | "epoch" | ..., "step": int, name: number, ...}`, where
-    `step` counts the batches seen, skipped ones included.
+    `step` counts the batches seen, skipped ones included. A number that is not finite
+    is written as NaN or Infinity, which Python's json reads back.
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0):
@@ -27,13 +29,9 @@ class Recorder:
         """
         self.path = directory / "metrics.jsonl"
         self.rows = [r for r in read_rows(self.path) if r["step"] <= first_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self.path.open("a")
-        self._writer = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=first_step + 1
-        )
+        self._events = EventFile(directory / "tensorboard", first_step=first_step)
 
     def write(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
         """Records one row of scalars; bools become 0 or 1, arrays Python numbers."""
@@ -43,7 +41,7 @@ class Recorder:
         self._file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def select(self, kind: str, *, after: int = 0) -> list[dict[str, Any]]:
         """Returns the rows of one kind after a step."""
@@ -52,22 +50,22 @@ class Recorder:
     def flush(self) -> None:
         """Hands everything to the operating system."""
         self._file.flush()
-        self._writer.flush()
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
-        self._writer.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads JSON lines; a last line that a kill has cut is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
+    """Reads JSON lines; one that is damaged or that a kill has cut is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(errors="replace").splitlines()
+    return [row for row in map(_row, lines) if row is not None]
 
 
 def weighted_mean(rows: list[dict[str, Any]], name: str) -> float:
@@ -82,6 +80,14 @@ def weighted_mean(rows: list[dict[str, Any]], name: str) -> float:
     ]
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else math.nan
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"kind", "step"} <= row.keys() else None
 
 
 def _number(value: Any) -> Any:

@@ -4,9 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,10 @@ import jax
 import rich.console
 import rich.table
 
+from experiments.harness.command import command_line
 from experiments.harness.config import BaseConfig
-from experiments.harness.workdir import opened, read_json, write_json
+from experiments.harness.stop import on_signals
+from experiments.harness.workdir import opened, read_json, write_json, writing
 
 PACKAGES = ("mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "numpy")
 
@@ -74,7 +74,8 @@ def run_policies(
 ) -> Result:
     """Runs every policy of the config, each in its own directory, and keeps the result.
 
-    A policy that has its result already (a resumed comparison) is not run again.
+    A policy that has its result already (a resumed comparison) is not run again, and
+    the result of a finished comparison is returned as it is.
 
     Args:
       experiment: its name.
@@ -83,34 +84,40 @@ def run_policies(
 
     Raises:
       WorkdirError: if the working directory cannot be used.
+      Interrupted: after a signal; what is finished or saved is kept.
     """
-    with opened(config, experiment) as workdir:
+    with opened(config, experiment) as workdir, on_signals() as stop, writing(workdir):
         config = dataclasses.replace(config, workdir=workdir)
+        made_in = environment()
+        file = workdir / "result.json"
         runs = []
         for policy in config.policy_names():
             directory = workdir / policy
             done = directory / "result.json"
             if not done.exists():
+                stop.check(f"not yet begun with {policy}", config.resume_flags())
                 directory.mkdir(exist_ok=True)
                 write_json(done, train_one(config, policy, directory))
             runs.append(read_json(done))
-        result = Result(experiment, workdir, config.comparable(), environment(), runs)
-        write_json(workdir / "result.json", result.to_json())
-    return result
+        if not file.exists():
+            result = Result(experiment, workdir, config.comparable(), made_in, runs)
+            write_json(file, result.to_json())
+        return Result(**read_json(file) | {"workdir": workdir})
 
 
 def environment() -> dict[str, Any]:
     """Returns the device, versions, commit, matmul precision and command."""
     device = jax.devices()[0]
+    precision = jax.config.values["jax_default_matmul_precision"]
     return {
         "device": device.device_kind if device.platform != "cpu" else _cpu(),
         "platform": device.platform,
         "num_devices": jax.device_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
-        "float32_matmul_precision": jax.config.jax_default_matmul_precision or "default",
-        "command": _command(),
+        "float32_matmul_precision": precision or "default",
+        "command": command_line(),
     }
 
 
@@ -134,6 +141,22 @@ def markdown_table(columns: Sequence[Column], runs: list[dict[str, Any]]) -> str
     rows.append(["---"] * len(columns))
     rows += [[column.text(run) for column in columns] for run in runs]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
+    """One epoch as a line of text."""
+    return (
+        f"epoch {row['epoch']:{len(str(num_epochs))}d}/{num_epochs}  "
+        f"{row['ms_per_step']:7.1f} ms/step  "
+        f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  "
+        f"val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}  "
+        f"scale {row['loss_scale']:g}  skipped {row['num_skipped']}"
+    )
+
+
+def median(values: list[float]) -> float | None:
+    """The upper median: a value that was measured; None of no values."""
+    return sorted(values)[len(values) // 2] if values else None
 
 
 def _cpu() -> str:
@@ -161,7 +184,9 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _command() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", spec.name] if spec else ["python", Path(sys.argv[0]).name]
-    return shlex.join([*program, *sys.argv[1:]])
+def _version(package: str) -> str | None:
+    """None where it is not installed: mpjax itself, beside its own checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

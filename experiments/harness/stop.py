@@ -1,9 +1,38 @@
-"""Ctrl-C and SIGTERM as a wish to stop, fulfilled at the next step."""
+"""Ctrl-C and SIGTERM as a wish to stop, fulfilled where nothing is lost."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from experiments.errors import ExperimentError
+
+
+class Interrupted(ExperimentError):
+    """Ctrl-C or SIGTERM; what was worth keeping is on disk.
+
+    Attributes:
+      flags: to add to the same command in order to go on.
+    """
+
+    def __init__(self, signal_number: int, kept: str, flags: Sequence[str] = ()):
+        """Builds the message.
+
+        Args:
+          signal_number: what came.
+          kept: what is on disk, such as "saved after step 12".
+          flags: to add to the same command in order to go on.
+        """
+        added = f" and {' '.join(flags)}" if flags else ""
+        name = signal.Signals(signal_number).name
+        super().__init__(
+            f"stopped by {name}; {kept}. Continue with the same flags{added}."
+        )
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+        self.flags = tuple(flags)
 
 
 class StopRequest:
@@ -16,25 +45,46 @@ class StopRequest:
         """Whether a signal has come."""
         return self.signal_number is not None
 
+    def check(self, kept: str, flags: Sequence[str] = ()) -> None:
+        """Raises `Interrupted`, with these arguments, if a signal has come."""
+        if self.signal_number is not None:
+            raise Interrupted(self.signal_number, kept, flags)
+
+    def handle(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        del frame
+        if self.requested:
+            raise KeyboardInterrupt
+        self.signal_number = number
+        if sys.stderr.isatty():
+            text = "\nstopping after this step; once more to stop at once\n"
+            os.write(sys.stderr.fileno(), text.encode())
+
+
+_outer: StopRequest | None = None
+
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[StopRequest]:
-    """Catches SIGINT and SIGTERM; elsewhere than in the main thread it does nothing."""
-    request = StopRequest()
+    """Catches SIGINT and SIGTERM while the block runs.
+
+    Inside another such block it gives that one's request, so that a signal that comes
+    too late for one run stops the next. Elsewhere than in the main thread it does
+    nothing.
+    """
+    global _outer
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield StopRequest()
         return
-
-    def handle(number, frame):
-        del frame
-        if request.requested:
-            raise KeyboardInterrupt
-        request.signal_number = number
-
+    if _outer is not None:
+        yield _outer
+        return
+    _outer = request = StopRequest()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, handle) for number in numbers]
+    previous = [signal.signal(number, request.handle) for number in numbers]
     try:
         yield request
     finally:
         for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _outer = None

@@ -1,7 +1,9 @@
-"""The directory of a run: one configuration, one process at a time."""
+"""The directory of a run: one configuration, one process at a time, whole files."""
 
 import contextlib
+import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ def opened(config: BaseConfig, experiment: str) -> Iterator[Path]:
       WorkdirError: if it holds another configuration, holds a run and --resume is not
         given, holds none and it is, is in use, or cannot be written.
     """
-    path = config.workdir or default_workdir(experiment)
+    path = (config.workdir or default_workdir(experiment)).expanduser()
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         if config.resume and not (path / "config.json").is_file():
@@ -42,19 +44,47 @@ def opened(config: BaseConfig, experiment: str) -> Iterator[Path]:
             "a directory that can be written."
         ) from error
     try:
-        _check_config(path, config, experiment)
+        with writing(path):
+            _check_config(path, config, experiment)
         yield path
     finally:
         lock.release()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, then renames it."""
-    text = json.dumps(value, indent=2) + "\n"
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating-system error about a run's files into a `WorkdirError`."""
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "make it writable"
+        raise WorkdirError(
+            f"cannot write in {path}: {error.strerror or error}; {remedy}, then "
+            "continue with --resume. What was written before is kept."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as a whole file; numbers that are not finite become null."""
+    write_text(path, json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as a whole file."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write; renamed after the block, deleted on an error."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -80,6 +110,11 @@ def _check_config(path: Path, config: BaseConfig, experiment: str) -> None:
         write_json(file, wanted)
         return
     held = read_json(file)
+    if not isinstance(held, dict):
+        raise WorkdirError(
+            f"{file} is damaged: expected settings by name, got {held!r}; use another "
+            "--workdir."
+        )
     keys = [key for key in {**held, **wanted} if held.get(key) != wanted.get(key)]
     if keys:
         differences = "; ".join(
@@ -95,3 +130,11 @@ def _check_config(path: Path, config: BaseConfig, experiment: str) -> None:
             f"{path} already holds this run; pass --resume to continue it, or use "
             "another --workdir."
         )
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,48 @@
+"""Scalars as TensorBoard events, written at once.
+
+`tensorboardX.SummaryWriter` writes from a thread of its own: where the disk is full
+that thread dies, and the run waits for it for ever. This one raises.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
+
+
+class EventFile:
+    """One file of events; a run has as many as it was started times."""
+
+    def __init__(self, directory: Path, *, first_step: int = 0):
+        """Opens a new file.
+
+        Args:
+          directory: of the run's events.
+          first_step: TensorBoard drops what earlier files have of later steps.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        suffix = f".{os.getpid()}.{first_step}"
+        self._writer = EventsWriter(str(directory / "events"), suffix)
+        self._event = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        start = {"status": "START"}
+        self._write(self._event(step=first_step + 1, session_log=start))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Writes one number."""
+        self._write(self._event(step=step, summary=scalar(name, value)))
+
+    def flush(self) -> None:
+        """Hands everything to the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
