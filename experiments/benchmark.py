@@ -145,7 +145,7 @@ def make_row(model, config: Config, batch, row) -> Callable[[], float]:
     return timed
 
 
-def hand_written(loss_fn, params):
+def hand_written(loss_fn, params) -> tuple[Any, Any]:
     """The step that a person would write: float32, no checks, donated state."""
     tx = rmsprop(1e-3)
 

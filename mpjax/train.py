@@ -94,7 +94,7 @@ def make_train_step(
     axis_name: str | tuple[str, ...] | None = None,
     donate: bool = True,
     keep_inputs: str = LABELS,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+) -> jax.stages.Wrapped:
     """Builds a jitted train step with loss scaling.
 
     On a step whose gradients (or new model state) are not finite nothing of the
@@ -122,8 +122,8 @@ def make_train_step(
         not cast. By default labels and targets; empty for none.
 
     Returns:
-      `train_step(state, batch) -> (state, metrics)`. The metrics are scalars on the
-      device: `loss` and `grad_norm` (unscaled, float32), `grads_finite`, `loss_scale`
+      `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
+      `.lower`). The metrics are scalars on the device: `loss` and `grad_norm` (unscaled, float32), `grads_finite`, `loss_scale`
       (the one this step used), `num_skipped`, `num_consecutive_skipped`, and the
       entries of `aux` (under `aux` where it is not a dictionary).
 
@@ -180,7 +180,7 @@ def make_eval_step(
     mesh: jax.sharding.Mesh | None = None,
     use_ema: bool = False,
     keep_inputs: str = LABELS,
-) -> Callable[[TrainState, Any], Any]:
+) -> jax.stages.Wrapped:
     """Builds a jitted evaluation step.
 
     Args:
@@ -193,7 +193,7 @@ def make_eval_step(
       keep_inputs: as in `make_train_step`.
 
     Returns:
-      `eval_step(state, batch) -> outputs`; the state stays readable.
+      `eval_step(state, batch) -> outputs`, jitted; the state stays readable.
 
     Raises:
       ValueError: for an unknown policy; at the first call, if `use_ema` and the state

@@ -1,7 +1,7 @@
 """Prints the oldest versions that pyproject.toml admits, as pip constraints.
 
-    python tests/lower_bounds.py > constraints.txt
-    pip install -e ".[test]" --constraint constraints.txt && pytest
+python tests/lower_bounds.py > constraints.txt
+pip install -e ".[test]" --constraint constraints.txt && pytest
 """
 
 import re
