@@ -123,9 +123,10 @@ def make_train_step(
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
-      `.lower`). The metrics are scalars on the device: `loss` and `grad_norm` (unscaled, float32), `grads_finite`, `loss_scale`
-      (the one this step used), `num_skipped`, `num_consecutive_skipped`, and the
-      entries of `aux` (under `aux` where it is not a dictionary).
+      `.lower`). The metrics are scalars on the device: `loss` and `grad_norm`
+      (unscaled, float32), `grads_finite`, `loss_scale` (the one this step used),
+      `num_skipped`, `num_consecutive_skipped`, and the entries of `aux` (under `aux`
+      where it is not a dictionary).
 
     Raises:
       ValueError: for a number out of range or an unknown policy; at the first call, for
