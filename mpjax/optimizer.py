@@ -87,7 +87,7 @@ def with_loss_scale(
 
     def update(updates, state, params=None, **extra_args):
         scaled = jax.tree.map(to_full, updates)
-        finite = jnp.isfinite(sum_of_squares(scaled))
+        finite = jax.lax.optimization_barrier(jnp.isfinite(sum_of_squares(scaled)))
         if axis_name is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(bool)
         full = params if _wants_half(state.inner_state) else _to_full_tree(params)

@@ -228,7 +228,7 @@ def _apply(state: TrainState, out: Gradients, tx, ema_decay, key):
     if sound is not None:
         scaled = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), scaled)
     squares = sum_of_squares(scaled)
-    finite = jnp.isfinite(squares)
+    finite = jax.lax.optimization_barrier(jnp.isfinite(squares))
     updates, opt_state = tx.update(scaled, state.opt_state, state.params)
     params = jax.tree.map(_apply_update, state.params, updates)
     keep = functools.partial(select, finite)
