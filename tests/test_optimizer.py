@@ -6,7 +6,7 @@ import jmp
 import numpy as np
 import optax
 import pytest
-from tools import assert_same_bits, leaf_bytes, rich_optimizer
+from tools import assert_same_bits, rich_optimizer
 
 import mpjax
 
@@ -158,7 +158,7 @@ def test_donating_a_state_leaves_the_loss_scale_object_alone():
     step = jax.jit(lambda s: tx.update(jnp.ones(1), s)[1], donate_argnums=0)
     step(tx.init(jnp.zeros(1)))
     assert float(scale.loss_scale) == 2.0**15
-    assert leaf_bytes(tx.init(jnp.zeros(1)))
+    assert float(tx.init(jnp.zeros(1)).loss_scale.loss_scale) == 2.0**15
 
 
 def test_scale_loss_needs_exactly_one_state():
