@@ -1,6 +1,7 @@
 """Mixed-precision training for JAX: policies, loss scaling, train steps."""
 
 from mpjax._tree import all_finite
+from mpjax.autocast import autocast, full_precision
 from mpjax.half_weights import (
     MasterWeightsState,
     StochasticRoundingState,
@@ -41,6 +42,8 @@ __all__ = [
     "StochasticRoundingState",
     "TrainState",
     "all_finite",
+    "autocast",
+    "full_precision",
     "get_policy",
     "loss_scale_state",
     "make_eval_step",

@@ -114,6 +114,10 @@ class PolicyRules:
                 return policy
         return self.default
 
+    def policies(self) -> tuple[jmp.Policy, ...]:
+        """Returns the policies of all rules, in their order, then the default."""
+        return (*(policy for _, policy in self._rules), self.default)
+
     def unused_rules(self) -> tuple[str, ...]:
         """Returns the patterns that have matched nothing yet, in their order."""
         patterns = (pattern.pattern for pattern, _ in self._rules)

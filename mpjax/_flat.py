@@ -1,0 +1,119 @@
+"""Any function as one of a list of arrays, as `jax.jit` sees it.
+
+Leaves that are not arrays (strings, activation functions in a module) are static: part
+of the function, not of its arguments.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_pytree_node_class
+class Static:
+    """A value that is part of a tree's structure; compared by value where it can be."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def tree_flatten(self) -> tuple[tuple, "Static"]:
+        return (), self
+
+    @classmethod
+    def tree_unflatten(cls, aux: "Static", _: Any) -> "Static":
+        return aux
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static):
+            return False
+        return self.value is other.value or _equal(self.value, other.value)
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.value)
+        except TypeError:
+            return hash(type(self.value))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except Exception:  # An `==` that is no comparison: then they are not known equal.
+        return False
+
+
+def flatten(tree: Any) -> tuple[list[Any], Static]:
+    """Returns the arrays and numbers of a tree, and all else about it.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The arrays, and what `unflatten` needs to put them back.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [x for x in leaves if _is_dynamic(x)]
+    static = tuple(None if _is_dynamic(x) else Static(x) for x in leaves)
+    return arrays, Static((treedef, static))
+
+
+def unflatten(arrays: Any, spec: Static) -> Any:
+    """Puts arrays back where `flatten` found them."""
+    treedef, static = spec.value
+    given = iter(arrays)
+    leaves = [next(given) if s is None else s.value for s in static]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+class FlatFunction:
+    """A function of arrays that returns a list of arrays.
+
+    Attributes:
+      out_spec: what `unflatten` needs for the outputs; set by a call.
+    """
+
+    def __init__(self, fn: Callable[..., Any], spec: Static):
+        self.fn = fn
+        self.spec = spec
+        self.out_spec: Any = None
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        args, kwargs = unflatten(arrays, self.spec)
+        outputs, self.out_spec = flatten(self.fn(*args, **kwargs))
+        return outputs
+
+
+def refuse_modules(fn: Any, args: Any, kwargs: Any) -> None:
+    """Raises TypeError if a Flax NNX module is among the arguments.
+
+    It would be copied, and what it writes (BatchNorm statistics, random counters) lost.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(
+        (args, kwargs), is_leaf=lambda x: isinstance(x, nnx.Pytree)
+    )
+    for path, leaf in leaves:
+        if isinstance(leaf, nnx.Pytree):
+            where = jax.tree_util.keystr(path[1:])
+            raise TypeError(
+                f"expected arrays, got the NNX object {type(leaf).__name__} as argument"
+                f" {where} of {getattr(fn, '__name__', fn)}: a traced function sees "
+                "a copy, and its updates (BatchNorm statistics, random counters) would "
+                "be lost. Split it outside, graphdef, state = nnx.split(model), pass "
+                "the state, and inside call model = nnx.merge(graphdef, state, "
+                "copy=True); return nnx.state(model) for what changed."
+            )
+
+
+def _is_dynamic(x: Any) -> bool:
+    if isinstance(x, (bool, int, float, complex)):
+        return True
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or dtype == jax.dtypes.float0 or not hasattr(x, "shape"):
+        return hasattr(x, "__jax_array__")
+    return not (isinstance(x, (np.ndarray, np.generic)) and dtype.kind in "OSUMmV")

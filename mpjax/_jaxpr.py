@@ -1,0 +1,175 @@
+"""Jaxprs: reading, rebuilding and evaluating them. The only importer of jax.extend.
+
+`jax.extend` promises no compatibility between versions of JAX; what differs between
+those that mpjax supports is dealt with here. From JAX 0.11 on a `ClosedJaxpr` *is*
+a `Jaxpr`, so the two are never told apart by `isinstance`.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray, eval_jaxpr
+from jax.extend import core, source_info_util
+from jax.extend.core import JaxprEqn as Eqn
+from jax.extend.core import Literal, Var, check_jaxpr
+
+__all__ = ["Eqn", "Literal", "Var", "check_jaxpr", "eval_jaxpr"]
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """Returns the equations of a jaxpr, closed or open, as an open jaxpr."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def with_equations(jaxpr: Any, **changes: Any) -> Any:
+    """Replaces `invars`, `outvars` or `eqns`; a closed jaxpr stays closed."""
+    inner = open_jaxpr(jaxpr)
+    changed = inner.replace(**changes)
+    return changed if inner is jaxpr else jaxpr.replace(jaxpr=changed)
+
+
+def is_jaxpr(x: Any) -> bool:
+    """Whether an equation's parameter is a jaxpr, closed or open."""
+    return hasattr(x, "eqns") and hasattr(open_jaxpr(x), "invars")
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Returns the jaxprs among the parameters of an equation."""
+    found = []
+    for value in eqn.params.values():
+        if is_jaxpr(value):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found.extend(x for x in value if is_jaxpr(x))
+    return found
+
+
+def map_inner_jaxprs(fn: Callable[[Any], Any], params: dict[str, Any]) -> dict:
+    """Applies `fn` to each jaxpr among the parameters of an equation."""
+
+    def convert(value):
+        if is_jaxpr(value):
+            return fn(value)
+        if isinstance(value, (tuple, list)) and any(map(is_jaxpr, value)):
+            return type(value)(fn(x) if is_jaxpr(x) else x for x in value)
+        return value
+
+    return {name: convert(value) for name, value in params.items()}
+
+
+def new_var(aval: Any, dtype: Any) -> Var:
+    """Returns a fresh variable like `aval`, with another dtype and no weak type."""
+    return Var(aval.update(dtype=np.dtype(dtype), weak_type=False))
+
+
+def literal(value: Any, dtype: Any) -> Literal:
+    """Returns a scalar literal."""
+    array = np.asarray(value, dtype)
+    return Literal(array, ShapedArray((), array.dtype))
+
+
+def convert_eqn(atom: Any, out: Var, like: Any) -> Eqn:
+    """Returns an equation that casts `atom` to the dtype of `out`.
+
+    Args:
+      atom: variable or literal.
+      out: variable.
+      like: equation whose source line, name scope and context it takes.
+    """
+    aval: Any = out.aval
+    params = {"new_dtype": aval.dtype, "weak_type": aval.weak_type, "sharding": None}
+    return core.new_jaxpr_eqn(
+        [atom],
+        [out],
+        jax.lax.convert_element_type_p,
+        params,
+        core.no_effects,
+        like.source_info if like is not None else None,
+        like.ctx if like is not None else None,
+    )
+
+
+def bind(eqn: Any, *values: Any) -> list[Any]:
+    """Evaluates one equation, whatever its primitive."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def walk(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[Any, str, int]]:
+    """Yields every equation, at any depth, before those inside it.
+
+    Yields:
+      `(eqn, scope, times)`: the name scope from the outermost jaxpr on, and how often
+      the equation runs. The body of a `while` counts once; so does each branch of
+      a `cond`.
+    """
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield eqn, join_scope(scope, eqn), times
+        inner = join_scope(scope, eqn)
+        for sub in inner_jaxprs(eqn):
+            yield from walk(sub, inner, times * num_trips(eqn))
+
+
+def num_trips(eqn: Any) -> int:
+    """Returns how often what is inside an equation runs, if that is known."""
+    return eqn.params["length"] if eqn.primitive.name == "scan" else 1
+
+
+def dtype_of(atom: Any) -> Any:
+    """Returns the dtype of a variable or literal; None for a token."""
+    return getattr(atom.aval, "dtype", None)
+
+
+_TRANSFORM = re.compile(r"\b(?:jvp|transpose|vmap|checkpoint|rematted_computation)\(")
+
+
+def join_scope(scope: str, eqn: Any) -> str:
+    """Returns the name scope of an equation inside `scope`, free of transforms.
+
+    JAX names the backward pass of `encoder` `transpose(jvp(encoder))`; here both are
+    `encoder`.
+    """
+    own = str(eqn.source_info.name_stack)
+    if not own:
+        return scope
+    parts = []
+    for part in own.split("/"):
+        bare = _TRANSFORM.sub("", part)
+        bare = bare.rstrip(")") if bare != part else bare
+        if bare and (not parts or parts[-1] != bare):
+            parts.append(bare)
+    return "/".join([scope, *parts]) if scope else "/".join(parts)
+
+
+def source_line(eqn: Any) -> str:
+    """Returns the user's source line of an equation, `file.py:12 (function)`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def canonical_precision(precision: Any) -> Any:
+    """Returns `precision` as the pair that a matmul equation carries, or None."""
+    if precision is None or isinstance(precision, tuple):
+        return precision
+    if isinstance(precision, str):
+        try:
+            precision = jax.lax.Precision(precision)
+        except ValueError:
+            return jax.lax.DotAlgorithmPreset[precision]
+    if isinstance(precision, jax.lax.Precision):
+        return (precision, precision)
+    return precision
+
+
+def is_float32(aval: Any) -> bool:
+    """Whether a value was traced as float32."""
+    return getattr(aval, "dtype", None) == jnp.float32
+
+
+def is_inexact_aval(aval: Any) -> bool:
+    """Whether a value was traced as a floating or complex number."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)

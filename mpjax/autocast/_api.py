@@ -1,0 +1,140 @@
+"""`autocast` and `full_precision`: functions in, functions out."""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
+from mpjax._jaxpr import eval_jaxpr, open_jaxpr
+from mpjax.autocast._decide import RESERVED_AUTOCAST, RESERVED_FULL
+from mpjax.autocast._rewrite import Rewriter
+from mpjax.autocast._tables import make_table
+from mpjax.policy import PolicyLike, PolicyRules, get_policy
+
+
+def autocast(
+    fn: Callable[..., Any],
+    policy: PolicyLike | PolicyRules = "mixed_bfloat16",
+    *,
+    rules: PolicyRules | None = None,
+    low: Collection[str] = (),
+    high: Collection[str] = (),
+) -> Callable[..., Any]:
+    """Makes any function run its matmuls and convolutions in half precision.
+
+    The function is traced, and its operations rewritten, forward and backward:
+
+    - matmuls and convolutions take and return half;
+    - exponentials, powers, sums and other reductions run in float32;
+    - everything else follows its operands, the widest of which decides; a sum or
+      product whose every consumer wants float32 runs in float32;
+    - constants are never rounded: `x * 0.1` is computed in float32 and rounded once,
+      and what half cannot hold (a mask of -1e30, an epsilon of 1e-12) stays float32.
+
+    Only what was traced as float32 is touched: float64, complex, integers, keys and
+    explicit half run exactly as they are, and outputs have the dtypes that they had.
+    A matmul that asks for `precision=` is left alone.
+
+    Put it around the gradient, `autocast(jax.value_and_grad(loss_fn))`, which rewrites
+    both passes at once; `jax.grad(autocast(fn))` works too. Gradients of float32
+    parameters are float32.
+
+    Tracing has the contract of `jax.jit`: arrays in and out, no side effects; leaves
+    that are no arrays are static. Called un-jitted it compiles once per shape, as
+    `jax.jit` does. Pure functions only: NNX modules are split and merged, Linen and
+    Haiku models go in as `apply`, not while they create parameters.
+
+    Args:
+      fn: any function of pytrees.
+      policy: its compute dtype is that of matmuls and convolutions: float16 or
+        bfloat16, or float32 for none at all. Rules are taken too.
+      rules: policies by name scope (`encoder/Dense_0`), where one matches; `policy` is
+        then not asked, and the rules' default holds elsewhere.
+      low: names of further primitives to run in half, such as your own.
+      high: names of primitives to run in float32, whatever mpjax's table says.
+
+    Returns:
+      A function with the arguments and outputs of `fn`.
+
+    Raises:
+      TypeError: when called with an NNX module.
+      ValueError: for an unknown policy, one that computes in float64, or a primitive in
+        both `low` and `high`.
+
+    >>> f = autocast(lambda x, w: jnp.tanh(x @ w).sum())
+    >>> float(f(jnp.ones((2, 3)), jnp.ones((3, 4))))
+    7.96...
+    """
+    casting = as_rules(policy, rules)
+    table = make_table(low, high)
+
+    def evaluate(spec: Static, arrays: list[Any]):
+        flat = FlatFunction(fn, spec)
+        closed = jax.make_jaxpr(flat)(*arrays)
+        rewritten, _ = Rewriter(casting, table).rewrite(closed)
+        outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
+        return outputs, flat.out_spec
+
+    return _jit(evaluate, fn, RESERVED_AUTOCAST)
+
+
+def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a function as it is inside `autocast`: float32 stays float32.
+
+    For indices and sentinels that go through a matmul, such as `optax.ctc_loss`, and
+    for whatever must not lose a bit.
+
+    Args:
+      fn: any function of pytrees, under the contract of `jax.jit`.
+
+    Returns:
+      A function with the arguments and outputs of `fn`, compiled.
+
+    Raises:
+      TypeError: when called with an NNX module.
+    """
+
+    def evaluate(spec: Static, arrays: list[Any]):
+        flat = FlatFunction(fn, spec)
+        return flat(*arrays), flat.out_spec
+
+    return _jit(evaluate, fn, RESERVED_FULL)
+
+
+def as_rules(
+    policy: PolicyLike | PolicyRules, rules: PolicyRules | None
+) -> PolicyRules:
+    """Returns the rules that `autocast` goes by.
+
+    Raises:
+      ValueError: for a policy that computes in float64.
+    """
+    found = rules if rules is not None else policy
+    if not isinstance(found, PolicyRules):
+        found = PolicyRules([], default=get_policy(found))
+    for each in found.policies():
+        if jnp.dtype(each.compute_dtype).itemsize > 4:
+            raise ValueError(
+                f"the policy {each} computes in float64, and autocast only lowers "
+                "float32; enable x64 and pass float64 arrays instead."
+            )
+    return found
+
+
+def _jit(evaluate: Callable[..., Any], fn: Any, reserved: str) -> Callable[..., Any]:
+    """Compiles under a reserved name, by which an outer autocast knows to keep off."""
+    name = getattr(fn, "__name__", type(fn).__name__)
+    evaluate.__name__ = evaluate.__qualname__ = f"{reserved}_{name}"
+    jitted = jax.jit(evaluate)
+
+    @functools.wraps(fn, updated=())
+    def wrapper(*args, **kwargs):
+        refuse_modules(fn, args, kwargs)
+        arrays, spec = flatten((args, kwargs))
+        outputs, out_spec = jitted(spec, arrays)
+        return unflatten(outputs, out_spec)
+
+    return wrapper

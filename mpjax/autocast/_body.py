@@ -1,0 +1,364 @@
+"""The rewriting of the equations of one jaxpr, one method per kind of primitive."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax import _jaxpr
+from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
+from mpjax.autocast._decide import Fit, fit, is_eligible, swaps_operands
+from mpjax.autocast._tables import ARITHMETIC, LOW, Kind
+
+_FLOAT32 = np.dtype(np.float32)
+# A constant stays one through these, so that it is never rounded.
+_KEEPS_VALUE = frozenset(
+    (
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "pvary",
+        "reshape",
+        "squeeze",
+        "stop_gradient",
+    )
+)
+
+
+class Operands:
+    """The variables of a jaxpr as they are after the rewrite, and reading them.
+
+    Attributes:
+      eqns: the equations written so far.
+      changed: whether anything is not as it was.
+    """
+
+    def __init__(self):
+        self.eqns: list[Any] = []
+        self.changed = False
+        self._env: dict[Var, Var] = {}
+        self._values: dict[Var, float] = {}
+
+    def actual(self, atom: Any) -> Any:
+        """Returns what an old variable is now; the variable itself if unchanged."""
+        return atom if isinstance(atom, Literal) else self._env.get(atom, atom)
+
+    def cast(self, atom: Any, dtype: Any, like: Any) -> Any:
+        """Returns an old variable in a dtype, by a cast of its own if need be."""
+        if isinstance(atom, Literal) and np.ndim(atom.val) == 0:
+            same = dtype_of(atom) == dtype
+            return atom if same else _jaxpr.literal(atom.val, dtype)
+        actual = self.actual(atom)
+        if dtype_of(actual) == dtype:
+            return actual
+        return self.convert(actual, _jaxpr.new_var(atom.aval, dtype), like)
+
+    def as_traced(self, atom: Any, like: Any = None) -> Any:
+        """Returns an old variable in the dtype that it was traced in."""
+        actual = self.actual(atom)
+        if dtype_of(actual) == dtype_of(atom):
+            return actual
+        return self.convert(actual, Var(atom.aval), like)
+
+    def convert(self, atom: Any, out: Var, like: Any) -> Var:
+        """Writes a cast of `atom` to the dtype of `out`."""
+        self.eqns.append(_jaxpr.convert_eqn(atom, out, like))
+        self.changed = True
+        return out
+
+    def define(self, var: Var, dtype: Any) -> Var:
+        """Returns the new form of an old variable, in a dtype."""
+        if dtype == dtype_of(var):
+            return var
+        self.changed = True
+        new = self._env[var] = _jaxpr.new_var(var.aval, dtype)
+        return new
+
+    def value(self, atom: Any) -> float | None:
+        """Returns the number that a variable is known to hold everywhere, or None."""
+        if not isinstance(atom, Literal):
+            return self._values.get(atom)
+        if np.ndim(atom.val) or not np.isrealobj(atom.val) or dtype_of(atom) is None:
+            return None
+        return float(atom.val)
+
+    def set_value(self, var: Var, value: float | None) -> None:
+        """Notes what number a variable holds."""
+        if value is not None:
+            self._values[var] = value
+
+
+class Body(Operands):
+    """Rewrites one jaxpr.
+
+    Args:
+      rewriter: the `Rewriter`, which knows the kinds and rules, and goes deeper.
+      halves: the variables of which some consumer takes half.
+      scope: the name scope of the jaxpr.
+      times: how often it runs.
+    """
+
+    def __init__(self, rewriter: Any, halves: set, scope: str, times: int):
+        super().__init__()
+        self._rewriter = rewriter
+        self._halves = halves
+        self._scope = scope
+        self._times = times
+        self._dots: dict[Var, int] = {}
+        self._uses: dict[Var, int] | None = None
+        self._handlers = {
+            Kind.LOW: self._low,
+            Kind.HIGH: self._untouched,
+            Kind.FOLLOW: self._follow,
+            Kind.FREE: self._call,
+            Kind.BRANCH: self._branch,
+            Kind.FIXED: self._loop,
+            Kind.CUSTOM: self._custom,
+            Kind.OPAQUE: self._untouched,
+        }
+
+    def run(self, jaxpr: Any, in_dtypes: Any, in_values: Any, *, restore: bool) -> Any:
+        """Rewrites all equations.
+
+        Args:
+          jaxpr: closed or open.
+          in_dtypes: actual dtype per input.
+          in_values: known number per input, or None.
+          restore: whether outputs return to the dtypes that they were traced in.
+
+        Returns:
+          The jaxpr (the very object if nothing changed) and its outputs' dtypes.
+        """
+        self._body = open_jaxpr(jaxpr)
+        invars = [
+            self.define(var, dtype)
+            for var, dtype in zip(self._body.invars, in_dtypes, strict=True)
+        ]
+        for var, value in zip(self._body.invars, in_values, strict=True):
+            self.set_value(var, value)
+        for eqn in self._body.eqns:
+            self._handlers[self._rewriter.kind_of(eqn)](eqn)
+        read = self.as_traced if restore else self.actual
+        outvars = [read(atom) for atom in self._body.outvars]
+        out_dtypes = tuple(map(dtype_of, outvars))
+        if not self.changed:
+            return jaxpr, out_dtypes
+        eqns = [eqn for eqn in self.eqns if eqn is not None]
+        changes = {"invars": invars, "outvars": outvars, "eqns": eqns}
+        return _jaxpr.with_equations(jaxpr, **changes), out_dtypes
+
+    def _write(self, eqn: Any, *, invars: Any, params: Any = None, dtypes: Any = None):
+        """Writes an equation with what is new about it; the very one if nothing is."""
+        changes: dict[str, Any] = {}
+        pairs = zip(invars, eqn.invars, strict=True)
+        if any(new is not old for new, old in pairs):
+            changes["invars"] = invars
+        if params is not None:
+            changes["params"] = params
+        if dtypes is not None:
+            outs = zip(eqn.outvars, dtypes, strict=True)
+            changes["outvars"] = [self.define(var, dtype) for var, dtype in outs]
+        self.changed = self.changed or bool(changes)
+        self.eqns.append(eqn.replace(**changes) if changes else eqn)
+
+    def _log(self, eqn: Any, dtype: Any = None, reason: str = "") -> None:
+        if self._rewriter.log is not None:
+            self._rewriter.log(eqn, self._scope, self._times, dtype, reason)
+
+    def _untouched(self, eqn: Any, reason: str = "") -> None:
+        self._write(eqn, invars=[self.as_traced(x, eqn) for x in eqn.invars])
+        self._log(eqn, None, reason)
+
+    def _low(self, eqn: Any) -> None:
+        dtype = self._rewriter.low_dtype(eqn, self._scope)
+        if dtype is None:
+            self._untouched(eqn, self._rewriter.why_not_low(eqn, self._scope))
+            return
+        params = dict(eqn.params)
+        if "preferred_element_type" in params:
+            params["preferred_element_type"] = dtype
+        if "precision" in params:
+            params["precision"] = None
+        invars = self._in_half(eqn, dtype)
+        outs = _low_outputs(eqn.replace(invars=invars, params=params), dtype)
+        self._write(eqn, invars=invars, params=params, dtypes=outs)
+        if eqn.primitive.name == "dot_general":
+            self._dots[eqn.outvars[0]] = len(self.eqns) - 1
+        self._log(eqn, dtype)
+
+    def _in_half(self, eqn: Any, dtype: Any) -> list[Any]:
+        return [
+            self.cast(x, dtype, eqn) if is_float32(x.aval) else self.actual(x)
+            for x in eqn.invars
+        ]
+
+    def _follow(self, eqn: Any) -> None:
+        name = eqn.primitive.name
+        if name in _KEEPS_VALUE and is_float32(eqn.outvars[0].aval):
+            self.set_value(eqn.outvars[0], self.value(eqn.invars[0]))
+        if all(self.actual(x) is x for x in eqn.invars) or not is_eligible(eqn):
+            self._untouched(eqn)
+            return
+        if name == "optimization_barrier":
+            actual = [self.actual(x) for x in eqn.invars]
+            self._write(eqn, invars=actual, dtypes=[dtype_of(x) for x in actual])
+            return
+        dtype, rounds, reason = self._follow_dtype(eqn)
+        if dtype == _FLOAT32:
+            self._untouched(eqn, reason)
+        elif rounds:
+            self._round_once(eqn, dtype)
+        elif name != "transpose" or not self._swap_operands(eqn):
+            params = None
+            if name == "convert_element_type":
+                params = eqn.params | {"new_dtype": dtype, "weak_type": False}
+            outs = [dtype] * len(eqn.outvars)
+            self._write(
+                eqn, invars=self._in_half(eqn, dtype), params=params, dtypes=outs
+            )
+        if dtype != _FLOAT32:
+            self._log(eqn, dtype)
+
+    def _follow_dtype(self, eqn: Any) -> tuple[Any, bool, str]:
+        """Returns the dtype of the result, whether it is rounded to that, and why."""
+        floats = [x for x in eqn.invars if is_float32(x.aval)]
+        numbers = {x: self.value(x) for x in floats if not isinstance(x, Literal)}
+        constants = [self.value(x) for x in floats]
+        actual = {dtype_of(self.actual(x)) for x, n in numbers.items() if n is None}
+        if len(actual) != 1 or _FLOAT32 in actual:
+            return _FLOAT32, False, "an operand is float32"
+        wanted_half = any(v in self._halves for v in eqn.outvars)
+        if eqn.primitive.name in ARITHMETIC and not wanted_half:
+            return _FLOAT32, False, "every consumer wants float32"
+        dtype = actual.pop()
+        fits = {v: fit(v, dtype) for v in constants if v is not None}
+        for value, how in fits.items():
+            if how is Fit.OUT_OF_RANGE:
+                return _FLOAT32, False, f"{value:g} is out of the range of {dtype}"
+        return dtype, Fit.ROUNDS in fits.values(), ""
+
+    def _round_once(self, eqn: Any, dtype: Any) -> None:
+        """Runs an equation in float32, for a constant's sake, and rounds its result."""
+        full = [self.as_traced(x, eqn) for x in eqn.invars]
+        outvars = [Var(var.aval) for var in eqn.outvars]
+        self.eqns.append(eqn.replace(invars=full, outvars=outvars))
+        for var, out in zip(eqn.outvars, outvars, strict=True):
+            self.convert(out, self.define(var, dtype), eqn)
+
+    def _swap_operands(self, eqn: Any) -> bool:
+        """Makes a transposed matmul directly, by exchanging its operands.
+
+        The gradient of `x @ w` for `w` is traced as a transpose of a matmul. XLA folds
+        the two, but not with the cast to half between them: every later pass over the
+        gradient then reads it against its layout.
+        """
+        source = eqn.invars[0]
+        index = self._dots.get(source)
+        if index is None or self._num_uses(source) != 1:
+            return False
+        dot = self.eqns[index]
+        if not swaps_operands(dot, eqn.params["permutation"]):
+            return False
+        contract, batch = dot.params["dimension_numbers"]
+        numbers = (contract[::-1], batch[::-1])
+        self.eqns[index] = None
+        swapped = dot.replace(
+            invars=dot.invars[::-1],
+            outvars=[self.define(eqn.outvars[0], dtype_of(dot.outvars[0]))],
+            params=dot.params | {"dimension_numbers": numbers},
+        )
+        self.eqns.append(swapped)
+        return True
+
+    def _num_uses(self, var: Var) -> int:
+        if self._uses is None:
+            self._uses = {}
+            atoms = [x for eqn in self._body.eqns for x in eqn.invars]
+            for atom in (*atoms, *self._body.outvars):
+                if not isinstance(atom, Literal):
+                    self._uses[atom] = self._uses.get(atom, 0) + 1
+        return self._uses.get(var, 0)
+
+    def _inner(self, eqn: Any, jaxpr: Any, **kwargs: Any) -> tuple[Any, Any]:
+        scope = _jaxpr.join_scope(self._scope, eqn)
+        times = self._times * _jaxpr.num_trips(eqn)
+        return self._rewriter.rewrite(jaxpr, scope=scope, times=times, **kwargs)
+
+    def _rewrite_params(self, eqn: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """Rewrites the jaxprs inside an equation; None if that changes nothing."""
+        changed = False
+
+        def rewrite(jaxpr):
+            nonlocal changed
+            new, _ = self._inner(eqn, jaxpr, **kwargs)
+            changed = changed or new is not jaxpr
+            return new
+
+        params = _jaxpr.map_inner_jaxprs(rewrite, eqn.params)
+        return params if changed else None
+
+    def _call(self, eqn: Any) -> None:
+        inner = _jaxpr.inner_jaxprs(eqn)
+        if len(inner) != 1 or len(open_jaxpr(inner[0]).invars) != len(eqn.invars):
+            self._untouched(eqn, "a call of unknown form")
+            return
+        invars = [self.actual(x) for x in eqn.invars]
+        rewritten, dtypes = self._inner(
+            eqn,
+            inner[0],
+            in_dtypes=tuple(map(dtype_of, invars)),
+            in_values=tuple(map(self.value, eqn.invars)),
+            out_half=tuple(v in self._halves for v in eqn.outvars),
+        )
+        if rewritten is inner[0]:
+            self._write(eqn, invars=invars)
+            return
+        params = _jaxpr.map_inner_jaxprs(lambda _: rewritten, eqn.params)
+        self._write(eqn, invars=invars, params=params, dtypes=dtypes)
+
+    def _branch(self, eqn: Any) -> None:
+        invars = [self.actual(x) for x in eqn.invars]
+        params = self._rewrite_params(
+            eqn,
+            in_dtypes=tuple(map(dtype_of, invars[1:])),
+            in_values=tuple(map(self.value, eqn.invars[1:])),
+        )
+        self._write(eqn, invars=invars, params=params)
+
+    def _loop(self, eqn: Any) -> None:
+        invars = [self.as_traced(x, eqn) for x in eqn.invars]
+        self._write(eqn, invars=invars, params=self._rewrite_params(eqn))
+
+    def _custom(self, eqn: Any) -> None:
+        rewriter = self._rewriter
+        has_low = any(map(rewriter.demand.has_low, _jaxpr.inner_jaxprs(eqn)))
+        if eqn.primitive.name == "custom_jvp_call" and not has_low:
+            self._untouched(eqn)
+            return
+        traced = rewriter.custom(eqn, self._scope)
+        if traced is None:
+            self._loop(eqn)
+            return
+        names = dict(zip(traced.invars, eqn.invars, strict=True))
+        names |= dict(zip(traced.outvars, eqn.outvars, strict=True))
+
+        def rename(atom):
+            return atom if isinstance(atom, Literal) else names.get(atom, atom)
+
+        for inner in traced.eqns:
+            invars = [self.as_traced(rename(x), eqn) for x in inner.invars]
+            outvars = [rename(v) for v in inner.outvars]
+            source = eqn.source_info
+            self.eqns.append(
+                inner.replace(invars=invars, outvars=outvars, source_info=source)
+            )
+        self.changed = True
+
+
+def _low_outputs(eqn: Any, dtype: Any) -> list[Any]:
+    """Returns the dtypes that a matmul, or a primitive of the user's, puts out."""
+    if eqn.primitive.name in LOW:
+        return [dtype]
+    operands = [jax.ShapeDtypeStruct(x.aval.shape, dtype_of(x)) for x in eqn.invars]
+    outputs = jax.eval_shape(lambda *xs: _jaxpr.bind(eqn, *xs), *operands)
+    return [x.dtype for x in outputs]

@@ -1,0 +1,97 @@
+"""Decisions about single equations: may it run in half, in which, and why not."""
+
+import enum
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._jaxpr import canonical_precision, is_float32, is_inexact_aval
+
+RESERVED_AUTOCAST = "mpjax_autocast"
+RESERVED_FULL = "mpjax_full_precision"
+
+
+class Fit(enum.Enum):
+    """How a constant survives in a narrower format."""
+
+    EXACT = "exact"
+    ROUNDS = "rounds"
+    OUT_OF_RANGE = "out of range"
+
+
+@functools.lru_cache(maxsize=4096)
+def fit(value: float, dtype: Any) -> Fit:
+    """Returns how `value` survives a cast to a half dtype.
+
+    Out of range is what overflows, and what is below the smallest normal number, where
+    an epsilon loses its bits or becomes zero.
+    """
+    if math.isnan(value) or math.isinf(value):
+        return Fit.EXACT
+    if float(np.asarray(value, np.float32).astype(dtype)) == value:
+        return Fit.EXACT
+    info = jnp.finfo(dtype)
+    in_range = float(info.smallest_normal) <= abs(value) <= float(info.max)
+    return Fit.ROUNDS if in_range else Fit.OUT_OF_RANGE
+
+
+def is_eligible(eqn: Any) -> bool:
+    """Whether all floating operands and outputs were traced as float32."""
+    for atom in (*eqn.invars, *eqn.outvars):
+        if is_inexact_aval(atom.aval) and not is_float32(atom.aval):
+            return False
+    return any(is_float32(atom.aval) for atom in eqn.outvars)
+
+
+def is_reserved(eqn: Any) -> bool:
+    """Whether an equation is a nested `autocast` or a `full_precision`."""
+    name = eqn.params.get("name")
+    return isinstance(name, str) and name.startswith((RESERVED_AUTOCAST, RESERVED_FULL))
+
+
+def why_not_low(eqn: Any, ambient_precision: Any) -> str:
+    """Returns why a matmul stays in float32, or an empty string."""
+    if not is_eligible(eqn):
+        dtypes = sorted({str(a.aval.dtype) for a in eqn.invars if hasattr(a, "aval")})
+        return f"traced in {', '.join(dtypes)}"
+    precision = canonical_precision(eqn.params.get("precision"))
+    if asks_for_more(precision) and precision != canonical_precision(ambient_precision):
+        return f"precision={_precision_name(precision)} asked for"
+    if eqn.primitive.name == "dot_general" and _contracted(eqn) <= 1:
+        return "contracts no more than one element"
+    return ""
+
+
+def asks_for_more(precision: Any) -> bool:
+    """Whether a matmul's precision is anything but None and DEFAULT."""
+    if precision is None:
+        return False
+    parts = precision if isinstance(precision, tuple) else (precision,)
+    return any(_precision_name(part) not in ("None", "DEFAULT") for part in parts)
+
+
+def swaps_operands(dot: Any, permutation: tuple[int, ...]) -> bool:
+    """Whether transposing a matmul's output so is to exchange its operands."""
+    if dot.params.get("out_sharding") is not None:
+        return False
+    (lhs_contract, rhs_contract), (batch, _) = dot.params["dimension_numbers"]
+    num_batch = len(batch)
+    num_lhs = len(dot.invars[0].aval.shape) - num_batch - len(lhs_contract)
+    num_rhs = len(dot.invars[1].aval.shape) - num_batch - len(rhs_contract)
+    lhs = range(num_batch, num_batch + num_lhs)
+    rhs = range(num_batch + num_lhs, num_batch + num_lhs + num_rhs)
+    return tuple(permutation) == (*range(num_batch), *rhs, *lhs)
+
+
+def _contracted(dot: Any) -> int:
+    (lhs_contract, _), _ = dot.params["dimension_numbers"]
+    return math.prod(dot.invars[0].aval.shape[axis] for axis in lhs_contract)
+
+
+def _precision_name(precision: Any) -> str:
+    if isinstance(precision, tuple):
+        return "/".join(sorted({_precision_name(part) for part in precision}))
+    return getattr(precision, "name", str(precision))

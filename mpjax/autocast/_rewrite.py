@@ -1,0 +1,119 @@
+"""The rewrite: a jaxpr in, the same computation in mixed precision out.
+
+Equations are reused (`eqn.replace`), so that source lines, name scopes and shardings
+survive. Casts are made per use, as late as possible, and never shared: the cotangents
+of a weight that is used many times then accumulate in float32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._jaxpr import dtype_of, eval_jaxpr, join_scope, open_jaxpr
+from mpjax.autocast import _custom
+from mpjax.autocast._body import Body
+from mpjax.autocast._decide import is_reserved, why_not_low
+from mpjax.autocast._demand import Demand
+from mpjax.autocast._tables import Kind
+from mpjax.policy import PolicyRules
+
+
+class Rewriter:
+    """Rewrites jaxprs under one set of rules.
+
+    Args:
+      rules: the policy by name scope; its compute dtype is that of matmuls.
+      table: the kind of each primitive.
+      log: called with `(eqn, scope, times, dtype, reason)` for every equation decided
+        on, or None; a log sees every call of a function that is traced once.
+    """
+
+    def __init__(self, rules: PolicyRules, table: dict[str, Kind], log: Any = None):
+        self.rules = rules
+        self.table = table
+        self.log = log
+        config: Any = jax.config
+        self.ambient = config.jax_default_matmul_precision
+        self.demand = Demand(self.kind_of, self.low_dtype)
+        self._done: dict[Any, Any] = {}
+        self._customs: dict[Any, Any] = {}
+
+    def kind_of(self, eqn: Any) -> Kind:
+        """Returns what to do with an equation."""
+        kind = self.table.get(eqn.primitive.name, Kind.OPAQUE)
+        if kind is Kind.FREE and is_reserved(eqn):
+            return Kind.OPAQUE
+        return kind
+
+    def low_dtype(self, eqn: Any, scope: str) -> Any:
+        """Returns the half dtype in which a matmul runs, or None for float32."""
+        if why_not_low(eqn, self.ambient):
+            return None
+        policy = self.rules.policy_for(join_scope(scope, eqn))
+        dtype = jnp.dtype(policy.compute_dtype)
+        return dtype if dtype.itemsize < 4 else None
+
+    def why_not_low(self, eqn: Any, scope: str) -> str:
+        """Returns why a matmul stays in float32."""
+        return why_not_low(eqn, self.ambient) or "a rule says float32"
+
+    def rewrite(
+        self,
+        jaxpr: Any,
+        *,
+        in_dtypes: tuple[Any, ...] | None = None,
+        in_values: tuple[float | None, ...] | None = None,
+        out_half: tuple[bool, ...] | None = None,
+        scope: str = "",
+        times: int = 1,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Rewrites one jaxpr and all inside it.
+
+        Args:
+          jaxpr: closed or open.
+          in_dtypes: actual dtype of each input; as traced if None.
+          in_values: the value of each input that is a known scalar.
+          out_half: outputs may come in half, and whether somebody wants them so; None
+            returns them as traced.
+          scope: its name scope.
+          times: how often it runs.
+
+        Returns:
+          The jaxpr (the very object if nothing changed) and its outputs' dtypes.
+        """
+        body = open_jaxpr(jaxpr)
+        traced = tuple(dtype_of(v) for v in body.invars)
+        in_dtypes = in_dtypes or traced
+        in_values = in_values or (None,) * len(body.invars)
+        has_low = self.demand.has_low(jaxpr)
+        if in_dtypes == traced and not has_low and self.log is None:
+            return jaxpr, tuple(dtype_of(v) for v in body.outvars)
+        cache_key = (
+            id(jaxpr),
+            in_dtypes,
+            in_values,
+            out_half,
+            scope if has_low else "",
+        )
+        if self.log is None and cache_key in self._done:
+            return self._done[cache_key][1]
+        wanted = out_half or (False,) * len(body.outvars)
+        halves, _ = self.demand.halves(jaxpr, wanted, scope)
+        rewritten = Body(self, halves, scope, times)
+        result = rewritten.run(jaxpr, in_dtypes, in_values, restore=out_half is None)
+        self._done[cache_key] = (jaxpr, result)
+        return result
+
+    def custom(self, eqn: Any, scope: str) -> Any:
+        """Returns a jaxpr for a call with a derivative of its own, or None."""
+        cache_key = (id(eqn), scope)
+        if cache_key not in self._customs:
+
+            def evaluate(jaxpr, consts, *args):
+                fresh = Rewriter(self.rules, self.table)
+                rewritten, _ = fresh.rewrite(jaxpr, scope=join_scope(scope, eqn))
+                return eval_jaxpr(open_jaxpr(rewritten), consts, *args)
+
+            self._customs[cache_key] = (eqn, _custom.trace(eqn, evaluate))
+        return self._customs[cache_key][1]

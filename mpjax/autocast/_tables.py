@@ -1,0 +1,132 @@
+"""Which primitive runs in which precision. Matched by `primitive.name`.
+
+The lists follow NVIDIA's recipe as PyTorch and TensorFlow adopted it (matmuls and
+convolutions in half, reductions and exponentials in float32) and "Mixed Precision
+Training" (arXiv:1710.03740, section 3.3).
+"""
+
+import enum
+from collections.abc import Collection
+
+
+class Kind(enum.Enum):
+    """What autocast does with a primitive."""
+
+    LOW = "low"
+    """Operands and output in half: what tensor cores run."""
+
+    HIGH = "high"
+    """Float32: loses too much, or overflows, in half."""
+
+    FOLLOW = "follow"
+    """The widest dtype of its operands."""
+
+    FREE = "free"
+    """A call: rewritten inside, dtypes pass through."""
+
+    BRANCH = "branch"
+    """A conditional: rewritten inside, inputs pass through, outputs as traced."""
+
+    FIXED = "fixed"
+    """A loop: rewritten inside, inputs and outputs as traced."""
+
+    CUSTOM = "custom"
+    """A function with a derivative of its own: both are rewritten, lazily."""
+
+    OPAQUE = "opaque"
+    """As traced: not known, or not to be touched."""
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LOW = _names("dot_general conv_general_dilated ragged_dot_general")
+
+HIGH = _names(
+    """
+    exp exp2 expm1 log log2 log1p pow integer_pow square one_minus_square polynomial
+    sqrt rsqrt cbrt sin cos tan sinh cosh asin acos atan atan2 asinh acosh atanh
+    erf_inv erfc lgamma digamma igamma igammac igamma_grad_a polygamma zeta
+    bessel_i0e bessel_i1e regularized_incomplete_beta
+    reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window_sum
+    psum psum_invariant reduce_scatter
+    """
+)
+
+# Rounds its result, so that running it in float32 is worth something.
+ARITHMETIC = _names("add sub mul div add_any logistic tanh erf")
+
+# The result is one of the operands' numbers, or its negative: exact in any dtype.
+EXACT = _names(
+    """
+    neg abs sign max min select_n clamp
+    broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice
+    gather concatenate pad rev split tile stack unstack copy name stop_gradient
+    reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min
+    sharding_constraint reshard all_gather ppermute all_to_all pvary
+    convert_element_type optimization_barrier
+    """
+)
+
+FREE = _names("jit remat2 checkpoint closed_call call eval_jaxpr shard_map")
+BRANCH = _names("cond")
+FIXED = _names("scan while")
+CUSTOM = _names("custom_jvp_call custom_vjp_call")
+
+# As traced on purpose: comparisons and integers, bits, indices and sentinels, linear
+# algebra, random numbers. `autocast_report` lists any other as not understood.
+KNOWN_OPAQUE = _names(
+    """
+    eq ne ge gt le lt eq_to le_to lt_to and or xor not is_finite argmax argmin
+    shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi
+    bitcast_convert_type reduce_precision nextafter floor ceil round rem iota
+    sort top_k approx_top_k reduce_and reduce_or reduce_xor
+    scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub
+    select_and_scatter_add select_and_gather_add fft cholesky eig eigh lu qr svd schur
+    triangular_solve tridiagonal_solve hessenberg householder_product tridiagonal
+    lu_pivots_to_permutation
+    real imag complex conj axis_index pmax pmin device_put empty2
+    random_bits random_fold_in random_gamma random_seed random_split random_wrap
+    random_unwrap rng_bit_generator rng_uniform threefry2x32
+    """
+)
+
+_KINDS = {
+    **dict.fromkeys(LOW, Kind.LOW),
+    **dict.fromkeys(HIGH, Kind.HIGH),
+    **dict.fromkeys(ARITHMETIC | EXACT, Kind.FOLLOW),
+    **dict.fromkeys(FREE, Kind.FREE),
+    **dict.fromkeys(BRANCH, Kind.BRANCH),
+    **dict.fromkeys(FIXED, Kind.FIXED),
+    **dict.fromkeys(CUSTOM, Kind.CUSTOM),
+}
+_CALLS = FREE | BRANCH | FIXED | CUSTOM
+
+
+def make_table(low: Collection[str], high: Collection[str]) -> dict[str, Kind]:
+    """Returns the kind of each primitive, the user's own lists first.
+
+    Raises:
+      TypeError: if a list is a string.
+      ValueError: for a name in both lists, or a call or loop in `low`.
+    """
+    for name, names in (("low", low), ("high", high)):
+        if isinstance(names, str):
+            raise TypeError(
+                f"{name}={names!r} must be a list of primitives' names: [{names!r}]."
+            )
+    both = sorted(set(low) & set(high))
+    if both:
+        raise ValueError(f"{', '.join(both)}: in both low= and high=; drop it in one.")
+    calls = sorted(set(low) & _CALLS)
+    if calls:
+        raise ValueError(
+            f"low={calls}: a call or loop has no dtype of its own; name the primitives "
+            "inside it."
+        )
+    # A call that is to stay in float32 is left alone whole.
+    opaque = {name: Kind.OPAQUE for name in high if name in _CALLS}
+    return (
+        _KINDS | dict.fromkeys(low, Kind.LOW) | dict.fromkeys(high, Kind.HIGH) | opaque
+    )
