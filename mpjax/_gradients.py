@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from mpjax._tree import float0_to_zeros, is_inexact, to_full
+from mpjax.autocast import autocast
 from mpjax.optimizer import scale_loss
+from mpjax.policy import PolicyRules
 
 
 class Gradients(NamedTuple):
@@ -26,7 +28,9 @@ class Gradients(NamedTuple):
     aux: Any
 
 
-def scaled_gradients(loss_fn, state, batch, key, *, num_microbatches) -> Gradients:
+def scaled_gradients(
+    loss_fn, state, batch, key, *, num_microbatches: int, rules: PolicyRules | None
+) -> Gradients:
     """Differentiates the scaled loss over one batch, in one or several pieces.
 
     Args:
@@ -37,6 +41,7 @@ def scaled_gradients(loss_fn, state, batch, key, *, num_microbatches) -> Gradien
       key: PRNG key of this step.
       num_microbatches: in how many pieces. Gradients and loss are means over them, as
         are floating aux; integer aux are added up. The model state passes through.
+      rules: policies for autocast, or None for none.
 
     Raises:
       ValueError: if the batch cannot be cut into so many equal pieces.
@@ -53,6 +58,8 @@ def scaled_gradients(loss_fn, state, batch, key, *, num_microbatches) -> Gradien
         return scale_loss(loss, state.opt_state), (loss, model_state, aux)
 
     grad_fn = jax.grad(loss_and_aux, has_aux=True, allow_int=True)
+    if rules is not None:
+        grad_fn = autocast(grad_fn, rules)
 
     def one(model_state, batch, key) -> Gradients:
         grads, (loss, new_state, aux) = grad_fn(state.params, model_state, batch, key)

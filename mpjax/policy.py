@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jmp
 
 PRESETS: dict[str, str] = {
@@ -133,6 +134,19 @@ def resolve(policy: PolicyLike | PolicyRules) -> PolicyRules:
     if isinstance(policy, PolicyRules):
         return policy
     return PolicyRules([], default=policy)
+
+
+def can_autocast(rules: PolicyRules) -> bool:
+    """Whether every policy keeps its parameters in float32 and computes in no more.
+
+    Half parameters are there to be computed with as they are, and float64 is what
+    autocast never touches.
+    """
+    return all(
+        jnp.dtype(policy.param_dtype) == jnp.float32
+        and jnp.dtype(policy.compute_dtype).itemsize <= 4
+        for policy in rules.policies()
+    )
 
 
 def cast_to_compute(rules: PolicyRules, tree: Any, *, root: str, keep: str = "") -> Any:

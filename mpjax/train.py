@@ -1,6 +1,7 @@
 """A functional train step in which nothing moves on an overflow."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,8 +12,15 @@ import optax
 from mpjax._gradients import Gradients, scaled_gradients
 from mpjax._struct import is_key, pytree_dataclass, replace_leaves
 from mpjax._tree import is_inexact, sum_of_squares, to_full
+from mpjax.autocast import autocast as autocast_function
 from mpjax.optimizer import LossScaleState, loss_scale_state, select
-from mpjax.policy import PolicyLike, PolicyRules, cast_to_compute, get_policy, resolve
+from mpjax.policy import (
+    PolicyLike,
+    PolicyRules,
+    can_autocast,
+    cast_to_compute,
+    resolve,
+)
 from mpjax.sharding import batch_sharding, state_sharding
 
 LABELS = r"(?i)label|target"
@@ -88,6 +96,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     policy: PolicyLike | PolicyRules = "mixed_float16",
+    autocast: bool = True,
     num_microbatches: int = 1,
     ema_decay: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -103,12 +112,17 @@ def make_train_step(
 
     Args:
       loss_fn: `(params, batch, key) -> (loss, aux)`; where the state has a model state,
-        `(params, model_state, batch, key) -> (loss, (model_state, aux))`. It gets
-        parameters and inputs in the compute dtype; its loss is a scalar mean over
-        the batch.
+        `(params, model_state, batch, key) -> (loss, (model_state, aux))`. Its loss is
+        a scalar mean over the batch.
       tx: the optimizer, wrapped by `with_loss_scale`.
-      policy: casts parameters (`params/...`) and floating inputs (`batch/...`) to its
-        compute dtype. Integers are never cast, nor is the model state.
+      policy: in which dtype to compute. With rules, a rule is looked for in the name
+        scope of an op (autocast) or the path of a parameter or input (casts).
+      autocast: True gives `loss_fn` what it is given, and runs its matmuls and
+        convolutions in half, its sensitive ops in float32, forward and backward; see
+        `mpjax.autocast`. False casts parameters (`params/...`) and floating inputs
+        (`batch/...`) to the compute dtype, as jmp users do, and leaves the rest to
+        `loss_fn`; integers are never cast, nor is the model state. A policy whose
+        parameters are not float32 (`float16`, `float64`) always casts.
       num_microbatches: cuts the batch into so many pieces, whose gradients are averaged
         in float32; the memory of activations shrinks accordingly.
       ema_decay: of the averaged parameters, in [0, 1]; the state needs `ema=True`.
@@ -118,8 +132,8 @@ def make_train_step(
         model state and floating aux are averaged, integer aux added up.
       donate: whether the step may reuse the memory of the state it is given, which is
         then no longer readable.
-      keep_inputs: regular expression; floating inputs whose path it is found in are
-        not cast. By default labels and targets; empty for none.
+      keep_inputs: for casts: regular expression; floating inputs whose path it is
+        found in are not cast. By default labels and targets; empty for none.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
@@ -139,9 +153,12 @@ def make_train_step(
     if ema_decay is not None and not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
 
+    casts = not (autocast and can_autocast(rules))
+
     def cast_loss_fn(params, model_state, batch, key):
-        params = cast_to_compute(rules, params, root="params")
-        batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+        if casts:
+            params = cast_to_compute(rules, params, root="params")
+            batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
         if model_state is None:
             loss, aux = loss_fn(params, batch, key)
             return loss, (None, aux)
@@ -162,7 +179,9 @@ def make_train_step(
             batch,
             step_key,
             num_microbatches=num_microbatches,
+            rules=None if casts else rules,
         )
+        _warn_of_unused(rules, casts)
         if axis_name is not None:
             out = _mean_over_devices(out, axis_name)
         new_state, metrics = _apply(state, out, tx, ema_decay, key)
@@ -178,6 +197,7 @@ def make_eval_step(
     eval_fn: Callable[..., Any],
     *,
     policy: PolicyLike | PolicyRules = "mixed_float16",
+    autocast: bool = True,
     mesh: jax.sharding.Mesh | None = None,
     use_ema: bool = False,
     keep_inputs: str = LABELS,
@@ -187,8 +207,9 @@ def make_eval_step(
     Args:
       eval_fn: `(params, batch) -> outputs`, or `(params, model_state, batch) ->
         outputs` where the state has a model state.
-      policy: casts parameters and inputs to its compute dtype, and the floating
-        outputs to its output dtype (the default's, for rules).
+      policy: in which dtype to compute; floating outputs are cast to its output dtype
+        (the default's, for rules).
+      autocast: as in `make_train_step`.
       mesh: devices to split the batch over.
       use_ema: whether to evaluate the averaged parameters.
       keep_inputs: as in `make_train_step`.
@@ -201,7 +222,7 @@ def make_eval_step(
         has no averaged parameters.
     """
     rules = resolve(policy)
-    output = rules.default if isinstance(policy, PolicyRules) else get_policy(policy)
+    casts = not (autocast and can_autocast(rules))
 
     @jax.jit
     def eval_step(state: TrainState, batch: Any):
@@ -210,11 +231,13 @@ def make_eval_step(
         params = state.ema_params if use_ema else state.params
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        params = cast_to_compute(rules, params, root="params")
-        batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+        if casts:
+            params = cast_to_compute(rules, params, root="params")
+            batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
         has_state = state.model_state is not None
         args = (params, state.model_state, batch) if has_state else (params, batch)
-        return output.cast_to_output(eval_fn(*args))
+        evaluate = eval_fn if casts else autocast_function(eval_fn, rules)
+        return rules.default.cast_to_output(evaluate(*args))
 
     return eval_step
 
@@ -286,6 +309,18 @@ def _check_ema(state: TrainState, ema_decay: float | None) -> None:
             f"{'no' if state.ema_params is None else 'an'} average: pass both "
             "TrainState.create(..., ema=True) and make_train_step(..., ema_decay=0.999)"
             ", or neither."
+        )
+
+
+def _warn_of_unused(rules: PolicyRules, casts: bool) -> None:
+    """Says, at the trace, which rules match nothing: most likely misspelled."""
+    unused = rules.unused_rules()
+    if unused:
+        where = "path of a parameter or input" if casts else "name scope of a matmul"
+        remedy = "" if casts else "; autocast=False looks at paths of parameters"
+        warnings.warn(
+            f"the rules {', '.join(map(repr, unused))} match no {where}{remedy}.",
+            stacklevel=2,
         )
 
 

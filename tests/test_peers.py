@@ -134,14 +134,16 @@ class TestLabels:
         assert float(grad) == 2048
 
     @pytest.mark.parametrize("dtype", ["int32", "float32"])
-    def test_mpjax(self, dtype):
+    @pytest.mark.parametrize("autocast", [True, False])
+    def test_mpjax(self, dtype, autocast):
         def loss_fn(params, batch, key):
-            assert batch["image"].dtype == jnp.float16
+            image_dtype = jnp.float32 if autocast else jnp.float16
+            assert batch["image"].dtype == image_dtype
             return params["w"].astype(jnp.float32) * batch["label"], None
 
         batch = {"image": jnp.ones(()), "label": jnp.asarray(2049, dtype)}
         tx = mpjax.with_loss_scale(optax.sgd(1.0), mpjax.NoOpLossScale())
-        _, (metrics,) = sgd_run(loss_fn, [batch], tx=tx)
+        _, (metrics,) = sgd_run(loss_fn, [batch], tx=tx, autocast=autocast)
         assert float(metrics["loss"]) == 2049
 
 

@@ -1,5 +1,7 @@
 """The train step: what moves, what does not, what it computes and refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,7 +222,9 @@ def test_ema_moves_in_float32_where_half_would_not():
     np.testing.assert_allclose(state.ema_params["w"], expected, rtol=1e-6)
 
 
-def test_eval_step():
+@pytest.mark.parametrize("autocast", [True, False])
+def test_eval_step(autocast):
+    make_eval_step = functools.partial(mpjax.make_eval_step, autocast=autocast)
     tx = mpjax.with_loss_scale(optax.sgd(0.5))
     state = mpjax.TrainState.create(params=PARAMS, tx=tx, ema=True)
     step = mpjax.make_train_step(linear_loss, tx, ema_decay=0.5)
@@ -228,23 +232,21 @@ def test_eval_step():
 
     def eval_fn(params, batch):
         out = batch["x"] @ params["w"]
-        assert out.dtype == jnp.float16
+        assert out.dtype == (jnp.float32 if autocast else jnp.float16)
         return {"out": out, "label": batch["label"]}
 
     batch = regression_batch(seed=1)
     for use_ema, params in ((False, state.params), (True, state.ema_params)):
-        outputs = mpjax.make_eval_step(eval_fn, use_ema=use_ema)(state, batch)
+        outputs = make_eval_step(eval_fn, use_ema=use_ema)(state, batch)
         assert outputs["out"].dtype == jnp.float32
         assert_same_bits(outputs["label"], batch["label"])
         np.testing.assert_allclose(outputs["out"], batch["x"] @ params["w"], atol=1e-2)
     rules = mpjax.PolicyRules([("batch/x", "float32")], default="mixed_float16")
-    outputs = mpjax.make_eval_step(lambda p, b: (b["x"], p["w"]), policy=rules)(
-        state, batch
-    )
+    outputs = make_eval_step(lambda p, b: (b["x"], p["w"]), policy=rules)(state, batch)
     assert_same_bits(outputs[0], batch["x"])
     plain = mpjax.TrainState.create(params=PARAMS, tx=tx)
     with pytest.raises(ValueError, match="ema=True"):
-        mpjax.make_eval_step(eval_fn, use_ema=True)(plain, batch)
+        make_eval_step(eval_fn, use_ema=True)(plain, batch)
 
 
 def test_eval_step_with_model_state():

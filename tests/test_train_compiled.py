@@ -18,14 +18,19 @@ def mlp_loss(params, batch, key):
     return jnp.mean((x.astype(jnp.float32) - batch["label"][:, None]) ** 2), None
 
 
-def mlp(policy, *, donate=True):
+def mlp(policy, *, donate=True, autocast=True):
     keys = jax.random.split(jax.random.key(0), 2)
     shapes = [(4, 64), (64, 64)]
     params = [jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes, strict=True)]
     tx = mpjax.with_loss_scale(rich_optimizer())
     state = mpjax.TrainState.create(params=params, tx=tx, ema=True)
     step = mpjax.make_train_step(
-        mlp_loss, tx, policy=policy, ema_decay=0.99, donate=donate
+        mlp_loss,
+        tx,
+        policy=policy,
+        autocast=autocast,
+        ema_decay=0.99,
+        donate=donate,
     )
     return state, step
 
@@ -34,8 +39,9 @@ def mlp(policy, *, donate=True):
     ("policy", "dtype"),
     [("float32", "f32"), ("mixed_float16", "f16"), ("mixed_bfloat16", "bf16")],
 )
-def test_every_matmul_is_in_the_compute_dtype(policy, dtype):
-    state, step = mlp(policy)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_every_matmul_is_in_the_compute_dtype(policy, dtype, autocast):
+    state, step = mlp(policy, autocast=autocast)
     text = step.lower(state, regression_batch()).as_text()
     dots = re.findall(r"dot_general.*: \((.*?)\) -> (tensor<.*>)", text)
     dots = [dot for dot in dots if dot[1] != "tensor<f32>"]  # the gradient norm
@@ -154,9 +160,34 @@ def test_the_compiled_step_calls_no_host():
 
 def test_rules_choose_the_dtype_per_parameter():
     rules = mpjax.PolicyRules([("params/1", "float32")], default="mixed_float16")
-    state, step = mlp(rules)
+    state, step = mlp(rules, autocast=False)
     text = step.lower(state, regression_batch()).as_text()
     dots = re.findall(r"dot_general.*: \((.*?)\) ->", text)
     kinds = [set(re.findall(r"(b?f\d+)>", operands)) for operands in dots]
     assert kinds.count({"f16"}) == 2
     assert rules.unused_rules() == ()
+
+
+def test_rules_choose_the_dtype_per_scope():
+    def loss_fn(params, batch, key):
+        with jax.named_scope("body"):
+            h = jax.nn.relu(batch["x"] @ params[0])
+        with jax.named_scope("head"):
+            return jnp.mean(h @ params[1]), None
+
+    rules = mpjax.PolicyRules([("head", "float32")], default="mixed_float16")
+    state, _ = mlp(rules)
+    tx = mpjax.with_loss_scale(rich_optimizer())
+    step = mpjax.make_train_step(loss_fn, tx, policy=rules, ema_decay=0.9)
+    text = step.lower(state, regression_batch()).as_text()
+    dots = re.findall(r"dot_general.*: \((.*?)\) ->", text)
+    kinds = [set(re.findall(r"(b?f\d+)>", operands)) for operands in dots]
+    assert sorted(map(tuple, kinds)) == [("f16",), ("f16",), *[("f32",)] * 3]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_rule_that_matches_nothing_is_told(autocast):
+    rules = mpjax.PolicyRules([("hed", "float32")], default="mixed_float16")
+    state, step = mlp(rules, autocast=autocast)
+    with pytest.warns(UserWarning, match="'hed' match no"):
+        step(state, regression_batch())
