@@ -1,7 +1,13 @@
 """Mixed-precision training for JAX: policies, loss scaling, train steps."""
 
 from mpjax._tree import all_finite
-from mpjax.autocast import autocast, full_precision
+from mpjax.autocast import (
+    AutocastReport,
+    OpRecord,
+    autocast,
+    autocast_report,
+    full_precision,
+)
 from mpjax.half_weights import (
     MasterWeightsState,
     StochasticRoundingState,
@@ -30,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "AutocastReport",
     "DynamicLossScale",
     "LossScale",
     "LossScaleState",
@@ -37,12 +44,14 @@ __all__ = [
     "NoOpLossScale",
     "NonFiniteGuard",
     "NonFiniteTrainingError",
+    "OpRecord",
     "PolicyRules",
     "StaticLossScale",
     "StochasticRoundingState",
     "TrainState",
     "all_finite",
     "autocast",
+    "autocast_report",
     "full_precision",
     "get_policy",
     "loss_scale_state",

@@ -1,5 +1,12 @@
 """Op-level automatic mixed precision for any JAX function."""
 
 from mpjax.autocast._api import autocast, full_precision
+from mpjax.autocast._report import AutocastReport, OpRecord, autocast_report
 
-__all__ = ["autocast", "full_precision"]
+__all__ = [
+    "AutocastReport",
+    "OpRecord",
+    "autocast",
+    "autocast_report",
+    "full_precision",
+]

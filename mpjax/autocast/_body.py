@@ -7,8 +7,18 @@ import numpy as np
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
+from mpjax.autocast import _custom
 from mpjax.autocast._decide import Fit, fit, is_eligible, swaps_operands
-from mpjax.autocast._tables import ARITHMETIC, LOW, Kind
+from mpjax.autocast._demand import NOTHING, Wish
+from mpjax.autocast._operands import Operands
+from mpjax.autocast._tables import (
+    ACTIVATION,
+    ARITHMETIC,
+    EXACT,
+    LOW,
+    SHRINKING,
+    Kind,
+)
 
 _FLOAT32 = np.dtype(np.float32)
 # A constant stays one through these, so that it is never rounded.
@@ -25,83 +35,20 @@ _KEEPS_VALUE = frozenset(
 )
 
 
-class Operands:
-    """The variables of a jaxpr as they are after the rewrite, and reading them.
-
-    Attributes:
-      eqns: the equations written so far.
-      changed: whether anything is not as it was.
-    """
-
-    def __init__(self):
-        self.eqns: list[Any] = []
-        self.changed = False
-        self._env: dict[Var, Var] = {}
-        self._values: dict[Var, float] = {}
-
-    def actual(self, atom: Any) -> Any:
-        """Returns what an old variable is now; the variable itself if unchanged."""
-        return atom if isinstance(atom, Literal) else self._env.get(atom, atom)
-
-    def cast(self, atom: Any, dtype: Any, like: Any) -> Any:
-        """Returns an old variable in a dtype, by a cast of its own if need be."""
-        if isinstance(atom, Literal) and np.ndim(atom.val) == 0:
-            same = dtype_of(atom) == dtype
-            return atom if same else _jaxpr.literal(atom.val, dtype)
-        actual = self.actual(atom)
-        if dtype_of(actual) == dtype:
-            return actual
-        return self.convert(actual, _jaxpr.new_var(atom.aval, dtype), like)
-
-    def as_traced(self, atom: Any, like: Any = None) -> Any:
-        """Returns an old variable in the dtype that it was traced in."""
-        actual = self.actual(atom)
-        if dtype_of(actual) == dtype_of(atom):
-            return actual
-        return self.convert(actual, Var(atom.aval), like)
-
-    def convert(self, atom: Any, out: Var, like: Any) -> Var:
-        """Writes a cast of `atom` to the dtype of `out`."""
-        self.eqns.append(_jaxpr.convert_eqn(atom, out, like))
-        self.changed = True
-        return out
-
-    def define(self, var: Var, dtype: Any) -> Var:
-        """Returns the new form of an old variable, in a dtype."""
-        if dtype == dtype_of(var):
-            return var
-        self.changed = True
-        new = self._env[var] = _jaxpr.new_var(var.aval, dtype)
-        return new
-
-    def value(self, atom: Any) -> float | None:
-        """Returns the number that a variable is known to hold everywhere, or None."""
-        if not isinstance(atom, Literal):
-            return self._values.get(atom)
-        if np.ndim(atom.val) or not np.isrealobj(atom.val) or dtype_of(atom) is None:
-            return None
-        return float(atom.val)
-
-    def set_value(self, var: Var, value: float | None) -> None:
-        """Notes what number a variable holds."""
-        if value is not None:
-            self._values[var] = value
-
-
 class Body(Operands):
     """Rewrites one jaxpr.
 
     Args:
       rewriter: the `Rewriter`, which knows the kinds and rules, and goes deeper.
-      halves: the variables of which some consumer takes half.
+      wishes: what the consumers of each variable want.
       scope: the name scope of the jaxpr.
       times: how often it runs.
     """
 
-    def __init__(self, rewriter: Any, halves: set, scope: str, times: int):
+    def __init__(self, rewriter: Any, wishes: dict, scope: str, times: int):
         super().__init__()
         self._rewriter = rewriter
-        self._halves = halves
+        self._wishes = wishes
         self._scope = scope
         self._times = times
         self._dots: dict[Var, int] = {}
@@ -167,7 +114,7 @@ class Body(Operands):
 
     def _untouched(self, eqn: Any, reason: str = "") -> None:
         self._write(eqn, invars=[self.as_traced(x, eqn) for x in eqn.invars])
-        self._log(eqn, None, reason)
+        self._log(eqn, reason=reason)
 
     def _low(self, eqn: Any) -> None:
         dtype = self._rewriter.low_dtype(eqn, self._scope)
@@ -196,14 +143,16 @@ class Body(Operands):
         name = eqn.primitive.name
         if name in _KEEPS_VALUE and is_float32(eqn.outvars[0].aval):
             self.set_value(eqn.outvars[0], self.value(eqn.invars[0]))
-        if all(self.actual(x) is x for x in eqn.invars) or not is_eligible(eqn):
+        is_full = all(self.actual(x) is x for x in eqn.invars)
+        narrow = self._narrow_dtype(eqn)
+        if not is_eligible(eqn) or (is_full and narrow is None):
             self._untouched(eqn)
             return
         if name == "optimization_barrier":
             actual = [self.actual(x) for x in eqn.invars]
             self._write(eqn, invars=actual, dtypes=[dtype_of(x) for x in actual])
             return
-        dtype, rounds, reason = self._follow_dtype(eqn)
+        dtype, rounds, reason = narrow or self._follow_dtype(eqn)
         if dtype == _FLOAT32:
             self._untouched(eqn, reason)
         elif rounds:
@@ -219,6 +168,31 @@ class Body(Operands):
         if dtype != _FLOAT32:
             self._log(eqn, dtype)
 
+    def _wish(self, var: Var) -> Wish:
+        return self._wishes.get(var, NOTHING)
+
+    def _narrow_dtype(self, eqn: Any) -> tuple[Any, bool, str] | None:
+        """Returns in what half, and whether by rounding, a float32 op may return.
+
+        An exact one where all who consume it want half, an activation function where
+        some do.
+        """
+        name = eqn.primitive.name
+        if name in ACTIVATION:
+            halves = self._wish(eqn.outvars[0]).halves
+            if dtype_of(self.actual(eqn.invars[0])) == _FLOAT32 and len(halves) == 1:
+                return next(iter(halves)), False, ""
+        if name not in EXACT or name in SHRINKING:
+            return None
+        dtypes = {self._wish(v).only_half() for v in eqn.outvars}
+        dtype = dtypes.pop()
+        constants = (self.value(x) for x in eqn.invars if is_float32(x.aval))
+        if dtype is None or dtypes or name == "optimization_barrier":
+            return None
+        if all(v is None or fit(v, dtype) is Fit.EXACT for v in constants):
+            return dtype, False, ""
+        return None
+
     def _follow_dtype(self, eqn: Any) -> tuple[Any, bool, str]:
         """Returns the dtype of the result, whether it is rounded to that, and why."""
         floats = [x for x in eqn.invars if is_float32(x.aval)]
@@ -227,7 +201,7 @@ class Body(Operands):
         actual = {dtype_of(self.actual(x)) for x, n in numbers.items() if n is None}
         if len(actual) != 1 or _FLOAT32 in actual:
             return _FLOAT32, False, "an operand is float32"
-        wanted_half = any(v in self._halves for v in eqn.outvars)
+        wanted_half = any(self._wish(v).halves for v in eqn.outvars)
         if eqn.primitive.name in ARITHMETIC and not wanted_half:
             return _FLOAT32, False, "every consumer wants float32"
         dtype = actual.pop()
@@ -308,7 +282,7 @@ class Body(Operands):
             inner[0],
             in_dtypes=tuple(map(dtype_of, invars)),
             in_values=tuple(map(self.value, eqn.invars)),
-            out_half=tuple(v in self._halves for v in eqn.outvars),
+            out_wishes=tuple(self._wishes.get(v, NOTHING) for v in eqn.outvars),
         )
         if rewritten is inner[0]:
             self._write(eqn, invars=invars)
@@ -331,26 +305,52 @@ class Body(Operands):
 
     def _custom(self, eqn: Any) -> None:
         rewriter = self._rewriter
-        has_low = any(map(rewriter.demand.has_low, _jaxpr.inner_jaxprs(eqn)))
-        if eqn.primitive.name == "custom_jvp_call" and not has_low:
-            self._untouched(eqn)
+        if rewriter.demand.is_elementwise(eqn):
+            self._elementwise(eqn)
             return
         traced = rewriter.custom(eqn, self._scope)
         if traced is None:
             self._loop(eqn)
             return
-        names = dict(zip(traced.invars, eqn.invars, strict=True))
-        names |= dict(zip(traced.outvars, eqn.outvars, strict=True))
+        if rewriter.log is not None:
+            self._rewrite_params(eqn)  # only for what it logs
+        self._splice(traced, eqn, [self.as_traced(x, eqn) for x in eqn.invars])
+
+    def _elementwise(self, eqn: Any) -> None:
+        """A `custom_jvp` function such as relu: in half where its result is."""
+        invars = [self.actual(x) for x in eqn.invars]
+        rewritten, dtypes = self._rewriter.silent().rewrite(
+            _jaxpr.inner_jaxprs(eqn)[0],
+            in_dtypes=tuple(map(dtype_of, invars)),
+            in_values=tuple(map(self.value, eqn.invars)),
+            out_wishes=tuple(map(self._wish, eqn.outvars)),
+        )
+        traced = None
+        if dtypes != tuple(map(dtype_of, eqn.outvars)):
+            avals = [x.aval for x in invars]
+            traced = _custom.trace_elementwise(eqn, rewritten, avals, dtypes)
+        if traced is None:
+            self._untouched(eqn)
+            return
+        outs = zip(eqn.outvars, dtypes, strict=True)
+        self._splice(traced, eqn, invars, [self.define(v, d) for v, d in outs])
+        self._log(eqn, dtypes[0])
+
+    def _splice(self, traced: Any, eqn: Any, invars: Any, outvars: Any = None) -> None:
+        """Writes the equations of a jaxpr in the place of one equation."""
+        names = dict(zip(traced.invars, invars, strict=True))
+        names |= dict(zip(traced.outvars, outvars or eqn.outvars, strict=True))
 
         def rename(atom):
             return atom if isinstance(atom, Literal) else names.get(atom, atom)
 
         for inner in traced.eqns:
-            invars = [self.as_traced(rename(x), eqn) for x in inner.invars]
-            outvars = [rename(v) for v in inner.outvars]
-            source = eqn.source_info
             self.eqns.append(
-                inner.replace(invars=invars, outvars=outvars, source_info=source)
+                inner.replace(
+                    invars=[rename(x) for x in inner.invars],
+                    outvars=[rename(v) for v in inner.outvars],
+                    source_info=eqn.source_info,
+                )
             )
         self.changed = True
 

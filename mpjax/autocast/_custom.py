@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mpjax import _jaxpr
-from mpjax._jaxpr import Literal, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr import Literal, dtype_of, eval_jaxpr, inner_jaxprs, open_jaxpr
 
 
 def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
@@ -72,23 +72,64 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
             rewritten(lambda *args: jax.vjp(call, *args)),
             rewritten(lambda vjp, cotangents: vjp(cotangents)),
         )
+    return _trace(fn, [x.aval for x in eqn.invars], [v.aval for v in eqn.outvars])
+
+
+def trace_elementwise(
+    eqn: Any, rewritten: Any, in_avals: list[Any], out_dtypes: tuple[Any, ...]
+) -> Any:
+    """Traces a `custom_jvp` function with another body, its rule in float32.
+
+    Args:
+      eqn: the equation.
+      rewritten: its jaxpr, for inputs of `in_avals` and outputs of `out_dtypes`.
+      in_avals: shape and dtype of each input.
+      out_dtypes: dtype of each output.
+
+    Returns:
+      An open jaxpr, or None where it cannot be traced.
+    """
+    in_dtypes = [dtype_of(x) for x in eqn.invars]
+
+    def primal(*args):
+        return eval_jaxpr(
+            open_jaxpr(rewritten), getattr(rewritten, "consts", ()), *args
+        )
+
+    def rule(primals, tangents):
+        full = [tuple(map(_convert, x, in_dtypes)) for x in (primals, tangents)]
+        out, tangent = jax.jvp(lambda *xs: _jaxpr.bind(eqn, *xs), full[0], full[1])
+        return [*map(_convert, out, out_dtypes)], [*map(_convert, tangent, out_dtypes)]
+
+    fn = jax.custom_jvp(primal)
+    fn.defjvp(rule)
+    out_avals = [
+        v.aval.update(dtype=dtype)
+        for v, dtype in zip(eqn.outvars, out_dtypes, strict=True)
+    ]
+    return _trace(fn, in_avals, out_avals)
+
+
+def _trace(fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]) -> Any:
     try:
-        closed = jax.make_jaxpr(jax.jit(fn))(*[_struct(x.aval) for x in eqn.invars])
+        closed = jax.make_jaxpr(jax.jit(fn))(*map(_struct, in_avals))
     except Exception:  # Whatever the user's function raises where it does not belong.
         return None
     traced = open_jaxpr(closed)
-    defined = {v for inner in traced.eqns for v in inner.outvars}
+    defined = {v for eqn in traced.eqns for v in eqn.outvars}
     outvars = traced.outvars
     fits = (
         not closed.consts
         and not any(isinstance(v, Literal) for v in outvars)
         and len(set(outvars)) == len(outvars)
         and defined.issuperset(outvars)
-        and all(
-            _same(a.aval, b.aval) for a, b in zip(outvars, eqn.outvars, strict=True)
-        )
+        and all(_same(v.aval, a) for v, a in zip(outvars, out_avals, strict=True))
     )
     return traced if fits else None
+
+
+def _convert(x: Any, dtype: Any) -> Any:
+    return x.astype(dtype) if _is_array(x) and x.dtype != dtype else x
 
 
 def _struct(aval: Any) -> Any:

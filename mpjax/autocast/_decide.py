@@ -31,7 +31,9 @@ def fit(value: float, dtype: Any) -> Fit:
     """
     if math.isnan(value) or math.isinf(value):
         return Fit.EXACT
-    if float(np.asarray(value, np.float32).astype(dtype)) == value:
+    with np.errstate(all="ignore"):
+        rounded = float(np.asarray(value, np.float32).astype(dtype))
+    if rounded == value:
         return Fit.EXACT
     info = jnp.finfo(dtype)
     in_range = float(info.smallest_normal) <= abs(value) <= float(info.max)

@@ -1,19 +1,43 @@
-"""Who wants float32: a backward pass over a jaxpr.
+"""Who wants what: a backward pass over a jaxpr.
 
 Where every consumer of a sum or product wants float32, rounding it to half in between
-only loses bits: the operation itself then runs in float32.
+only loses bits: the operation itself then runs in float32. And where every consumer of
+a maximum or a reshape wants half, rounding before it is rounding after it, and what
+lies between, often saved for the backward pass, is half as large.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from mpjax._jaxpr import Literal, inner_jaxprs, is_float32, join_scope, open_jaxpr
-from mpjax.autocast._decide import is_eligible, is_reserved
-from mpjax.autocast._tables import Kind
+from mpjax.autocast._decide import is_eligible
+from mpjax.autocast._tables import EXACT, SHRINKING, Kind
+
+
+class Wish(NamedTuple):
+    """What the consumers of a value want.
+
+    Attributes:
+      halves: the half dtypes in which some consumer takes it.
+      full: whether some consumer wants float32.
+    """
+
+    halves: frozenset
+    full: bool
+
+    def only_half(self) -> Any:
+        """Returns the one half dtype that every consumer wants, or None."""
+        if self.full or len(self.halves) != 1:
+            return None
+        return next(iter(self.halves))
+
+
+NOTHING = Wish(frozenset(), False)
+FULL = Wish(frozenset(), True)
 
 
 class Demand:
-    """Finds, per jaxpr, the variables with a consumer that takes half.
+    """Finds, per jaxpr, what the consumers of each variable want.
 
     Args:
       kind_of: the kind of an equation.
@@ -24,7 +48,7 @@ class Demand:
         self._kind_of = kind_of
         self._low_dtype = low_dtype
         self._has_low: dict[int, tuple[Any, bool]] = {}
-        self._halves: dict[Any, tuple[Any, set, tuple[bool, ...]]] = {}
+        self._known: dict[Any, tuple[Any, dict, tuple[Wish, ...]]] = {}
 
     def has_low(self, jaxpr: Any) -> bool:
         """Whether anything inside can become half: a matmul, or a custom derivative."""
@@ -33,6 +57,14 @@ class Demand:
             found = any(self._eqn_has_low(eqn) for eqn in open_jaxpr(jaxpr).eqns)
             known = self._has_low[id(jaxpr)] = (jaxpr, found)
         return known[1]
+
+    def is_elementwise(self, eqn: Any) -> bool:
+        """Whether it is a `custom_jvp` function with no matmul, such as relu."""
+        return (
+            self._kind_of(eqn) is Kind.CUSTOM
+            and eqn.primitive.name == "custom_jvp_call"
+            and not any(map(self.has_low, inner_jaxprs(eqn)))
+        )
 
     def _eqn_has_low(self, eqn: Any) -> bool:
         kind = self._kind_of(eqn)
@@ -44,56 +76,84 @@ class Demand:
             return any(map(self.has_low, inner_jaxprs(eqn)))
         return False
 
-    def halves(
-        self, jaxpr: Any, out_half: tuple[bool, ...], scope: str
-    ) -> tuple[set, tuple[bool, ...]]:
-        """Returns the variables of which some consumer takes half.
+    def wishes(
+        self, jaxpr: Any, outputs: tuple[Wish, ...], scope: str
+    ) -> tuple[dict, tuple[Wish, ...]]:
+        """Returns what is wanted of each variable.
 
         Args:
           jaxpr: closed or open.
-          out_half: per output, whether a consumer outside takes half.
+          outputs: what is wanted of each output outside.
           scope: the name scope of the jaxpr.
 
         Returns:
-          The set of variables, and the same per input of the jaxpr.
+          A `Wish` per variable (`NOTHING` where it has none), and one per input.
         """
-        body = open_jaxpr(jaxpr)
-        if not any(out_half) and not self.has_low(jaxpr):
-            return set(), (False,) * len(body.invars)
-        cache_key = (id(jaxpr), out_half, scope)
-        known = self._halves.get(cache_key)
+        cache_key = (id(jaxpr), outputs, scope)
+        known = self._known.get(cache_key)
         if known is None:
-            found = self._find(body, out_half, scope)
-            per_input = tuple(v in found for v in body.invars)
-            known = self._halves[cache_key] = (jaxpr, found, per_input)
+            body = open_jaxpr(jaxpr)
+            found = self._find(body, outputs, scope)
+            per_input = tuple(found.get(v, NOTHING) for v in body.invars)
+            known = self._known[cache_key] = (jaxpr, found, per_input)
         return known[1], known[2]
 
-    def _find(self, body: Any, out_half: tuple[bool, ...], scope: str) -> set:
-        half: set = set()
-        _add(half, body.outvars, out_half)
+    def _find(self, body: Any, outputs: tuple[Wish, ...], scope: str) -> dict:
+        found: dict = {}
+        _add(found, body.outvars, outputs)
         for eqn in reversed(body.eqns):
-            kind = self._kind_of(eqn)
-            if kind is Kind.LOW:
-                if self._low_dtype(eqn, scope) is not None:
-                    _add(half, eqn.invars)
-            elif kind is Kind.FOLLOW:
-                if any(v in half for v in eqn.outvars) and is_eligible(eqn):
-                    _add(half, eqn.invars)
-            elif kind is Kind.FREE and not is_reserved(eqn):
-                outs = tuple(v in half for v in eqn.outvars)
-                for sub in inner_jaxprs(eqn):
-                    inner = self.halves(sub, outs, join_scope(scope, eqn))[1]
-                    _add(half, eqn.invars, inner)
-            elif kind is Kind.BRANCH:
-                outs = (False,) * len(eqn.outvars)
-                for sub in inner_jaxprs(eqn):
-                    inner = self.halves(sub, outs, join_scope(scope, eqn))[1]
-                    _add(half, eqn.invars[1:], inner)
-        return half
+            _add(found, eqn.invars, self._of_operands(eqn, found, scope))
+        return found
+
+    def _of_operands(self, eqn: Any, found: dict, scope: str) -> Iterable[Wish]:
+        """What an equation wants of its operands, given what is wanted of it."""
+        kind = self._kind_of(eqn)
+        if kind is Kind.LOW:
+            dtype = self._low_dtype(eqn, scope)
+            wish = FULL if dtype is None else Wish(frozenset((dtype,)), False)
+        elif kind is Kind.FOLLOW and is_eligible(eqn):
+            return _of_following(eqn, [found.get(v, NOTHING) for v in eqn.outvars])
+        elif kind in (Kind.FREE, Kind.BRANCH) or self.is_elementwise(eqn):
+            is_call = kind is not Kind.BRANCH
+            wanted = tuple(
+                found.get(v, NOTHING) if is_call else FULL for v in eqn.outvars
+            )
+            inner_scope = join_scope(scope, eqn)
+            skipped = () if is_call else (FULL,)
+            per_jaxpr = [
+                (*skipped, *self.wishes(sub, wanted, inner_scope)[1])
+                for sub in inner_jaxprs(eqn)
+            ]
+            if all(len(wishes) == len(eqn.invars) for wishes in per_jaxpr):
+                return [_join(wishes) for wishes in zip(*per_jaxpr, strict=True)]
+            wish = FULL
+        else:
+            wish = FULL
+        return [wish] * len(eqn.invars)
 
 
-def _add(half: set, atoms: Any, flags: Any = None) -> None:
-    for index, atom in enumerate(atoms):
-        wanted = flags is None or flags[index]
-        if wanted and not isinstance(atom, Literal) and is_float32(atom.aval):
-            half.add(atom)
+def _of_following(eqn: Any, wanted: list[Wish]) -> list[Wish]:
+    name = eqn.primitive.name
+    out = _join(wanted)
+    if name not in EXACT or name in SHRINKING:
+        # Half will do if the result goes on in half; float32 operands are welcome.
+        out = Wish(out.halves, True)
+    wishes = [out] * len(eqn.invars)
+    if name == "select_and_scatter_add":
+        # The second operand is only compared: no reason to keep it in float32.
+        wishes[1] = Wish(out.halves, False)
+    return wishes
+
+
+def _join(wishes: Iterable[Wish]) -> Wish:
+    wishes = list(wishes)
+    halves = frozenset().union(*(wish.halves for wish in wishes))
+    return Wish(halves, any(wish.full for wish in wishes))
+
+
+def _add(found: dict, atoms: Iterable[Any], wishes: Iterable[Wish]) -> None:
+    for atom, wish in zip(atoms, wishes, strict=True):
+        if wish is NOTHING or isinstance(atom, Literal) or not is_float32(atom.aval):
+            continue
+        old = found.get(atom)
+        found[atom] = wish if old is None else _join((old, wish))

@@ -14,7 +14,7 @@ from mpjax._jaxpr import dtype_of, eval_jaxpr, join_scope, open_jaxpr
 from mpjax.autocast import _custom
 from mpjax.autocast._body import Body
 from mpjax.autocast._decide import is_reserved, why_not_low
-from mpjax.autocast._demand import Demand
+from mpjax.autocast._demand import FULL, Demand, Wish
 from mpjax.autocast._tables import Kind
 from mpjax.policy import PolicyRules
 
@@ -64,7 +64,7 @@ class Rewriter:
         *,
         in_dtypes: tuple[Any, ...] | None = None,
         in_values: tuple[float | None, ...] | None = None,
-        out_half: tuple[bool, ...] | None = None,
+        out_wishes: tuple[Wish, ...] | None = None,
         scope: str = "",
         times: int = 1,
     ) -> tuple[Any, tuple[Any, ...]]:
@@ -74,8 +74,8 @@ class Rewriter:
           jaxpr: closed or open.
           in_dtypes: actual dtype of each input; as traced if None.
           in_values: the value of each input that is a known scalar.
-          out_half: outputs may come in half, and whether somebody wants them so; None
-            returns them as traced.
+          out_wishes: outputs may come in half, and what is wanted of each; None returns
+            them as traced.
           scope: its name scope.
           times: how often it runs.
 
@@ -87,23 +87,29 @@ class Rewriter:
         in_dtypes = in_dtypes or traced
         in_values = in_values or (None,) * len(body.invars)
         has_low = self.demand.has_low(jaxpr)
-        if in_dtypes == traced and not has_low and self.log is None:
+        wanted = any(wish.halves for wish in out_wishes or ())
+        if in_dtypes == traced and not (has_low or wanted or self.log):
             return jaxpr, tuple(dtype_of(v) for v in body.outvars)
         cache_key = (
             id(jaxpr),
             in_dtypes,
             in_values,
-            out_half,
+            out_wishes,
             scope if has_low else "",
         )
         if self.log is None and cache_key in self._done:
             return self._done[cache_key][1]
-        wanted = out_half or (False,) * len(body.outvars)
-        halves, _ = self.demand.halves(jaxpr, wanted, scope)
-        rewritten = Body(self, halves, scope, times)
-        result = rewritten.run(jaxpr, in_dtypes, in_values, restore=out_half is None)
+        restore = out_wishes is None
+        outputs = (FULL,) * len(body.outvars) if out_wishes is None else out_wishes
+        wishes, _ = self.demand.wishes(jaxpr, outputs, scope)
+        rewritten = Body(self, wishes, scope, times)
+        result = rewritten.run(jaxpr, in_dtypes, in_values, restore=restore)
         self._done[cache_key] = (jaxpr, result)
         return result
+
+    def silent(self) -> "Rewriter":
+        """Returns a rewriter under the same rules that logs nothing."""
+        return self if self.log is None else Rewriter(self.rules, self.table)
 
     def custom(self, eqn: Any, scope: str) -> Any:
         """Returns a jaxpr for a call with a derivative of its own, or None."""

@@ -45,7 +45,7 @@ LOW = _names("dot_general conv_general_dilated ragged_dot_general")
 
 HIGH = _names(
     """
-    exp exp2 expm1 log log2 log1p pow integer_pow square one_minus_square polynomial
+    exp exp2 expm1 log log2 log1p pow integer_pow square polynomial
     sqrt rsqrt cbrt sin cos tan sinh cosh asin acos atan atan2 asinh acosh atanh
     erf_inv erfc lgamma digamma igamma igammac igamma_grad_a polygamma zeta
     bessel_i0e bessel_i1e regularized_incomplete_beta
@@ -54,22 +54,34 @@ HIGH = _names(
     """
 )
 
-# Rounds its result, so that running it in float32 is worth something.
-ARITHMETIC = _names("add sub mul div add_any logistic tanh erf")
+# Saturating activation functions. Computed in float32 where the operand is; what goes
+# on to a matmul is kept in half, and so saved for the backward pass in half.
+ACTIVATION = _names("logistic tanh erf")
 
-# The result is one of the operands' numbers, or its negative: exact in any dtype.
+# Rounds its result, so that running it in float32 is worth something.
+ARITHMETIC = _names("add sub mul div add_any one_minus_square") | ACTIVATION
+
+# The result is one of the operands' numbers, or its negative: exact in any dtype, and
+# rounding before is rounding after. (The gradient of a pooling adds up where windows
+# overlap, a few numbers at most.)
 EXACT = _names(
     """
     neg abs sign max min select_n clamp
     broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice
     gather concatenate pad rev split tile stack unstack copy name stop_gradient
     reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min
-    sharding_constraint reshard all_gather ppermute all_to_all pvary
-    convert_element_type optimization_barrier
+    sharding_constraint reshard all_gather all_gather_invariant ppermute all_to_all
+    pvary
+    convert_element_type optimization_barrier select_and_scatter_add
     """
 )
 
-FREE = _names("jit remat2 checkpoint closed_call call eval_jaxpr shard_map")
+# Exact, but with a result smaller than the operand: the cast belongs after it.
+SHRINKING = _names(
+    "gather slice dynamic_slice split unstack reduce_max reduce_min cummax cummin"
+)
+
+FREE = _names("jit remat2 closed_call eval_jaxpr shard_map")
 BRANCH = _names("cond")
 FIXED = _names("scan while")
 CUSTOM = _names("custom_jvp_call custom_vjp_call")
@@ -78,17 +90,19 @@ CUSTOM = _names("custom_jvp_call custom_vjp_call")
 # algebra, random numbers. `autocast_report` lists any other as not understood.
 KNOWN_OPAQUE = _names(
     """
-    eq ne ge gt le lt eq_to le_to lt_to and or xor not is_finite argmax argmin
+    eq ne ge gt le lt and or xor not is_finite argmax argmin
     shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi
     bitcast_convert_type reduce_precision nextafter floor ceil round rem iota
     sort top_k approx_top_k reduce_and reduce_or reduce_xor
     scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub
-    select_and_scatter_add select_and_gather_add fft cholesky eig eigh lu qr svd schur
+    select_and_gather_add fft cholesky eig eigh lu qr svd schur
     triangular_solve tridiagonal_solve hessenberg householder_product tridiagonal
     lu_pivots_to_permutation
-    real imag complex conj axis_index pmax pmin device_put empty2
-    random_bits random_fold_in random_gamma random_seed random_split random_wrap
-    random_unwrap rng_bit_generator rng_uniform threefry2x32
+    cholesky_update symmetric_product real imag complex conj empty
+    axis_index pmax pmin pbroadcast device_put platform_index
+    debug_callback debug_print pure_callback io_callback
+    random_bits random_clone random_fold_in random_gamma random_seed random_split
+    random_wrap random_unwrap rng_bit_generator rng_uniform threefry2x32
     """
 )
 

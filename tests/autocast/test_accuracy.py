@@ -1,0 +1,121 @@
+"""Gradient errors against float64, beside hand-cast models; every matmul in half."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import (
+    CASES,
+    autocast_gradient,
+    gradient,
+    hand_cast,
+    inner_autocast_gradient,
+    oracle,
+    relative_error,
+)
+
+import mpjax
+from mpjax._jaxpr import inner_jaxprs, walk
+from mpjax._tree import is_half
+
+POLICIES = {
+    "mixed_bfloat16": (jnp.bfloat16, 1.0),
+    "mixed_float16": (jnp.float16, 2.0**10),
+}
+MATMULS = ("dot_general", "conv_general_dilated")
+NUM_SEEDS = {"mlp": 5, "ctc": 3, "convnet": 3}
+
+
+@functools.cache
+def truth(name, seed):
+    return oracle(CASES[name](seed))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_no_worse_than_hand_cast(name, policy):
+    """Geometric mean over seeds of the ratio; 2 % for the luck of the draw."""
+    dtype, scale = POLICIES[policy]
+    ratios = []
+    for seed in range(NUM_SEEDS.get(name, 1)):
+        case = CASES[name](seed)
+        args = (case.params, case.inputs)
+        by_hand = gradient(hand_cast(case.loss, dtype), *args, scale=scale)
+        cast = autocast_gradient(case.loss, *args, policy, scale=scale)
+        inner = inner_autocast_gradient(case.loss, *args, policy, scale=scale)
+        expected = truth(name, seed)
+        error = relative_error(by_hand, expected)
+        # In half, not float32 in disguise.
+        assert error > 1e-4
+        assert relative_error(cast, expected) > 1e-4
+        ratios.append([relative_error(g, expected) / error for g in (cast, inner)])
+    outer, inner = np.exp(np.mean(np.log(ratios), axis=0))
+    assert outer <= 1.02
+    assert inner <= 1.05
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_weight_used_512_times_gathers_its_gradient_in_float32(policy):
+    dtype, scale = POLICIES[policy]
+    case = CASES["rnn"]()
+    args = (case.params, case.inputs)
+    by_hand = gradient(hand_cast(case.loss, dtype), *args, scale=scale)
+    cast = autocast_gradient(case.loss, *args, policy, scale=scale)
+    errors = [relative_error(g["w"], truth("rnn", 0)["w"]) for g in (cast, by_hand)]
+    assert errors[0] <= errors[1] / 4
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("form", ["autocast(grad)", "grad(autocast)"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_matmul_is_half_forward_and_backward(name, form, policy):
+    dtype, _ = POLICIES[policy]
+    case = CASES[name]()
+    fn = mpjax.autocast(jax.value_and_grad(case.loss), policy)
+    if form == "grad(autocast)":
+        fn = jax.value_and_grad(mpjax.autocast(case.loss, policy))
+    lowered = jax.jit(fn).trace(case.params, case.inputs)
+    found = [eqn for eqn, _, _ in walk(lowered.jaxpr) if _is_matmul(eqn)]
+    for eqn in found:
+        dtypes = {x.aval.dtype for x in (*eqn.invars, *eqn.outvars)}
+        assert len(dtypes) == 1
+    # All but the gathers by matmul of the CTC loss, which full_precision keeps.
+    kept = [
+        id(inner)
+        for eqn, _, _ in walk(lowered.jaxpr)
+        if str(eqn.params.get("name")).startswith("mpjax_full_precision")
+        for jaxpr in inner_jaxprs(eqn)
+        for inner, _, _ in walk(jaxpr)
+    ]
+    full = [eqn for eqn in found if not is_half(eqn.outvars[0].aval)]
+    assert all(id(eqn) in kept for eqn in full)
+    assert bool(full) == (name == "ctc")
+    halves = [eqn for eqn in found if is_half(eqn.outvars[0].aval)]
+    assert {eqn.outvars[0].aval.dtype for eqn in halves} == {jnp.dtype(dtype)}
+    forward = sum(
+        _is_matmul(eqn) and is_half(eqn.outvars[0].aval)
+        for eqn, _, _ in walk(
+            jax.jit(mpjax.autocast(case.loss, policy))
+            .trace(case.params, case.inputs)
+            .jaxpr
+        )
+    )
+    assert len(halves) >= 2 * forward > 0
+    for operands in _operands(lowered.lower().as_text()):
+        assert len(operands) == 1
+
+
+def _is_matmul(eqn):
+    return eqn.primitive.name in MATMULS
+
+
+def _operands(text):
+    """The element types of the operands and result of each matmul in StableHLO."""
+    lines = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
+    assert lines
+    for line in lines:
+        types = line.rpartition(" : ")[2]
+        yield set(re.findall(r"tensor<(?:\d+x)*(\w+)>", types))
