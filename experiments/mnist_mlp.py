@@ -128,7 +128,7 @@ def train_policy(
     loss_scale = config.make_loss_scale(policy)
     tx = mpjax.with_loss_scale(rmsprop(config.learning_rate), loss_scale)
     state = init_state(model, tx, policy, config.seed, dataset)
-    eval_step = make_eval(model, policy)
+    eval_step = make_eval(model, policy, autocast=config.autocast)
     num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(
         f"{policy}, loss scale {config.loss_scale_name(policy)}: {num_parameters:,} "
@@ -139,7 +139,9 @@ def train_policy(
     task = loop.Task(
         name=policy,
         state=state,
-        train_step=mpjax.make_train_step(make_loss_fn(model), tx, policy=policy),
+        train_step=mpjax.make_train_step(
+            make_loss_fn(model), tx, policy=policy, autocast=config.autocast
+        ),
         batches=lambda first_step: train_set.shuffled(config.seed, first_step),
         evaluate=lambda state: evaluate(eval_step, state, valid_set, "val"),
         loss_scale=loss_scale,
@@ -222,10 +224,12 @@ def make_loss_fn(model):
     return loss_fn
 
 
-def make_eval(model, policy: str):
+def make_eval(model, policy: str, *, autocast: bool = True):
     """Returns a jitted `(state, batch) -> sums` over the batch's examples."""
     return mpjax.make_eval_step(
-        lambda params, batch: _sums(model, params, batch), policy=policy
+        lambda params, batch: _sums(model, params, batch),
+        policy=policy,
+        autocast=autocast,
     )
 
 

@@ -5,7 +5,8 @@
     python -m experiments.parity --num-units 512 --batch-size 256 --num-epochs 10
 
 Trains `mnist_mlp` for every policy, loss scale and seed, and writes mean ± standard
-deviation per cell. Started again, it goes on with the runs that are missing.
+deviation per cell. Started again, it goes on with the runs that are missing. Cells that
+the result file holds, and this command does not ask for, stay in it.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import mpjax
 from experiments import mnist_mlp
 from experiments.data import mnist
 from experiments.errors import ConfigError
@@ -47,6 +49,9 @@ class Config:
 
     num_seeds: int = 5
     """Seeds 0, 1, … per policy and loss scale."""
+
+    autocast: bool = True
+    """As in mnist_mlp."""
 
     num_units: int = 4096
     """As in mnist_mlp."""
@@ -82,8 +87,9 @@ class Config:
 
     def shape(self) -> str:
         """What tells one table from another."""
+        shape = f"{self.num_units}x{self.batch_size}x{self.num_epochs}"
         suffix = "" if self.dataset == "mnist" else f"-{self.dataset}"
-        return f"{self.num_units}x{self.batch_size}x{self.num_epochs}{suffix}"
+        return shape + suffix + ("" if self.autocast else "-cast")
 
     def run_config(
         self, policy: str, loss_scale: str, *, seed: int
@@ -94,6 +100,7 @@ class Config:
         return mnist_mlp.Config(
             policy=policy,
             loss_scale=loss_scale,
+            autocast=self.autocast,
             seed=seed,
             num_units=self.num_units,
             num_epochs=self.num_epochs,
@@ -118,20 +125,20 @@ def main(config: Config) -> dict[str, Any]:
             for policy, loss_scale in config.cells():
                 run = config.run_config(policy, loss_scale, seed=seed)
                 _run(run, dataset, stop)
+    output = config.output or (
+        Path(__file__).parent / "results" / f"{NAME}_{config.shape()}.json"
+    )
     cells = [_runs(config, policy, loss_scale) for policy, loss_scale in config.cells()]
     table = {
         "experiment": NAME,
         "dataset": config.dataset,
+        "autocast": config.autocast,
         "num_units": config.num_units,
         "batch_size": config.batch_size,
         "num_epochs": config.num_epochs,
         "environment": results.environment(),
-        "runs_made_by": _made_by(cells),
-        "runs": [_aggregate(runs) for runs in cells],
+        "runs": _merge(output, [_aggregate(runs) for runs in cells]),
     }
-    output = config.output or (
-        Path(__file__).parent / "results" / f"{NAME}_{config.shape()}.json"
-    )
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, table)
@@ -158,11 +165,27 @@ def _runs(config: Config, policy: str, loss_scale: str) -> list[dict[str, Any]]:
     return [read_json(run.workdir / "result.json") for run in configs if run.workdir]
 
 
-def _made_by(cells: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The devices, versions and commits of the runs, which may be of other days."""
+def _merge(output: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with those of an older file that are not made anew, sorted."""
+    made = [(row["policy"], row["loss_scale"]) for row in rows]
+    older = read_json(output)["runs"] if output.exists() else []
+    rows = rows + [r for r in older if (r["policy"], r["loss_scale"]) not in made]
+    policies = [*mpjax.PRESETS]
+
+    def place(row):
+        policy, loss_scale = row["policy"], row["loss_scale"]
+        known = policies.index(policy) if policy in policies else len(policies)
+        kinds = ("none", "static", "dynamic")
+        return known, policy, kinds.index(loss_scale.partition(":")[0]), loss_scale
+
+    return sorted(rows, key=place)
+
+
+def _made_by(cell: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The devices, versions and commits of a cell's runs, each once."""
     keys = ("device", "commit", "versions")
     made_by = []
-    for result in itertools.chain.from_iterable(cells):
+    for result in cell:
         made = {key: result["environment"][key] for key in keys}
         if made not in made_by:
             made_by.append(made)
@@ -182,6 +205,7 @@ def _aggregate(cell: list[dict[str, Any]]) -> dict[str, Any]:
         "num_skipped": statistics.mean(run["num_skipped"] for run in runs),
         "test_accuracies": accuracies,
         "test_losses": losses,
+        "made_by": _made_by(cell),
     }
 
 

@@ -30,6 +30,10 @@ class BaseConfig:
     """One precision policy, instead of --policies: float32, mixed_float16,
     mixed_bfloat16, float16, bfloat16, or a jmp string such as p=f32,c=f16,o=f32."""
 
+    autocast: bool = True
+    """How a mixed policy is applied: --autocast runs matmuls and convolutions in half
+    and sensitive ops in float32, --no-autocast casts parameters and inputs to half."""
+
     loss_scale: str = "auto"
     """Loss scaling: auto (dynamic where the policy computes in float16, else none),
     none, static:128, dynamic, dynamic:32768."""

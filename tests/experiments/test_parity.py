@@ -59,7 +59,7 @@ def test_stopped_and_started_again_it_fills_the_table(config, monkeypatch, capsy
         assert row["num_seeds"] == len(values) == 2
         assert values[0] != values[1]
     assert table["environment"]["versions"]["jax"]
-    assert len(table["runs_made_by"]) == 1
+    assert [len(row["made_by"]) for row in table["runs"]] == [1, 1]
     assert "written to" in capsys.readouterr().out
 
 
@@ -109,3 +109,24 @@ def test_the_list_has_every_experiment(capsys):
         assert f"{module.__doc__.splitlines()[0]}\n    python -m {name}\n" in out
     assert "__main__" not in out
     assert "errors" not in out
+
+
+def test_cells_of_an_older_file_stay(config):
+    first = dataclasses.replace(config, policies="mixed_float16", num_seeds=1)
+    parity.main(first)
+    table = parity.main(dataclasses.replace(first, policies="float32"))
+    assert [row["policy"] for row in table["runs"]] == ["float32", "mixed_float16"]
+    table = parity.main(dataclasses.replace(first, loss_scales="static:8"))
+    cells = [(row["policy"], row["loss_scale"]) for row in table["runs"]]
+    assert cells == [
+        ("float32", "none"),
+        ("mixed_float16", "none"),
+        ("mixed_float16", "static:8"),
+    ]
+    assert table["runs"][0]["made_by"][0]["versions"]["jax"]
+
+
+def test_without_autocast_it_is_another_table(config):
+    assert (
+        config.shape() + "-cast" == dataclasses.replace(config, autocast=False).shape()
+    )
