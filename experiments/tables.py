@@ -10,13 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import benchmark, parity
+from experiments import autocast, benchmark, parity
 from experiments.harness.results import Column, markdown_table
 from experiments.harness.workdir import read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
+    autocast.NAME: autocast.COLUMNS,
     benchmark.NAME: benchmark.COLUMNS,
     parity.NAME: parity.COLUMNS,
 }

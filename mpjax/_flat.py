@@ -4,6 +4,7 @@ Leaves that are not arrays (strings, activation functions in a module) are stati
 of the function, not of its arguments.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,14 @@ import numpy as np
 
 @jax.tree_util.register_pytree_node_class
 class Static:
-    """A value that is part of a tree's structure; compared by value where it can be."""
+    """A value that is part of a tree's structure; compared by value where it can be.
+
+    What can change in place is compared as it was, so that a change is noticed.
+    """
 
     def __init__(self, value: Any):
         self.value = value
+        self._snapshot = _snapshot(value)
 
     def tree_flatten(self) -> tuple[tuple, "Static"]:
         return (), self
@@ -29,13 +34,25 @@ class Static:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Static):
             return False
-        return self.value is other.value or _equal(self.value, other.value)
+        same = self._snapshot is other._snapshot
+        return same or _equal(self._snapshot, other._snapshot)
 
     def __hash__(self) -> int:
         try:
             return hash(self.value)
         except TypeError:
             return hash(type(self.value))
+
+
+def _snapshot(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        try:
+            return copy.deepcopy(value)
+        except Exception:  # Then it equals nothing, and is traced anew at every call.
+            return object()
+    return value
 
 
 def _equal(a: Any, b: Any) -> bool:

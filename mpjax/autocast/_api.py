@@ -29,8 +29,9 @@ def autocast(
 
     - matmuls and convolutions take and return half;
     - exponentials, powers, sums and other reductions run in float32;
-    - everything else follows its operands, the widest of which decides; a sum or
-      product whose every consumer wants float32 runs in float32;
+    - everything else follows its operands, the widest of which decides; but a sum or
+      product whose every consumer wants float32 runs in float32, and what only goes on
+      to matmuls (through maxima, reshapes, saved activation functions) in half;
     - constants are never rounded: `x * 0.1` is computed in float32 and rounded once,
       and what half cannot hold (a mask of -1e30, an epsilon of 1e-12) stays float32.
 

@@ -85,8 +85,13 @@ class Body(Operands):
             self.set_value(var, value)
         for eqn in self._body.eqns:
             self._handlers[self._rewriter.kind_of(eqn)](eqn)
-        read = self.as_traced if restore else self.actual
-        outvars = [read(atom) for atom in self._body.outvars]
+        outvars = [self.actual(x) for x in self._body.outvars]
+        if restore:
+            made_by = {v: eqn for eqn in self._body.eqns for v in eqn.outvars}
+            outvars = [
+                self.as_traced(old, None if new is old else made_by.get(old))
+                for old, new in zip(self._body.outvars, outvars, strict=True)
+            ]
         out_dtypes = tuple(map(dtype_of, outvars))
         if not self.changed:
             return jaxpr, out_dtypes
@@ -172,16 +177,16 @@ class Body(Operands):
         return self._wishes.get(var, NOTHING)
 
     def _narrow_dtype(self, eqn: Any) -> tuple[Any, bool, str] | None:
-        """Returns in what half, and whether by rounding, a float32 op may return.
+        """Returns in what half an op may run though its operands are float32.
 
-        An exact one where all who consume it want half, an activation function where
-        some do.
+        An exact one where all who consume it want half; an activation function where
+        a matmul takes it, and its derivative would save it in float32 beside that.
         """
         name = eqn.primitive.name
         if name in ACTIVATION:
-            halves = self._wish(eqn.outvars[0]).halves
-            if dtype_of(self.actual(eqn.invars[0])) == _FLOAT32 and len(halves) == 1:
-                return next(iter(halves)), False, ""
+            wish = self._wish(eqn.outvars[0])
+            saved = wish.full and not wish.exact and len(wish.halves) == 1
+            return (next(iter(wish.halves)), False, "") if saved else None
         if name not in EXACT or name in SHRINKING:
             return None
         dtypes = {self._wish(v).only_half() for v in eqn.outvars}

@@ -19,11 +19,14 @@ class Wish(NamedTuple):
 
     Attributes:
       halves: the half dtypes in which some consumer takes it.
-      full: whether some consumer wants float32.
+      full: whether some consumer would rather have float32.
+      exact: whether some consumer must have it as traced: an output, a loop, an
+        operation that is not to be touched.
     """
 
     halves: frozenset
     full: bool
+    exact: bool = False
 
     def only_half(self) -> Any:
         """Returns the one half dtype that every consumer wants, or None."""
@@ -32,8 +35,9 @@ class Wish(NamedTuple):
         return next(iter(self.halves))
 
 
-NOTHING = Wish(frozenset(), False)
-FULL = Wish(frozenset(), True)
+NOTHING = Wish(frozenset(), full=False)
+FULL = Wish(frozenset(), full=True)
+EXACTLY = Wish(frozenset(), full=True, exact=True)
 
 
 class Demand:
@@ -110,25 +114,25 @@ class Demand:
         kind = self._kind_of(eqn)
         if kind is Kind.LOW:
             dtype = self._low_dtype(eqn, scope)
-            wish = FULL if dtype is None else Wish(frozenset((dtype,)), False)
+            wish = FULL if dtype is None else Wish(frozenset((dtype,)), full=False)
         elif kind is Kind.FOLLOW and is_eligible(eqn):
             return _of_following(eqn, [found.get(v, NOTHING) for v in eqn.outvars])
         elif kind in (Kind.FREE, Kind.BRANCH) or self.is_elementwise(eqn):
             is_call = kind is not Kind.BRANCH
             wanted = tuple(
-                found.get(v, NOTHING) if is_call else FULL for v in eqn.outvars
+                found.get(v, NOTHING) if is_call else EXACTLY for v in eqn.outvars
             )
             inner_scope = join_scope(scope, eqn)
-            skipped = () if is_call else (FULL,)
+            skipped = () if is_call else (NOTHING,)
             per_jaxpr = [
                 (*skipped, *self.wishes(sub, wanted, inner_scope)[1])
                 for sub in inner_jaxprs(eqn)
             ]
             if all(len(wishes) == len(eqn.invars) for wishes in per_jaxpr):
                 return [_join(wishes) for wishes in zip(*per_jaxpr, strict=True)]
-            wish = FULL
+            wish = EXACTLY
         else:
-            wish = FULL
+            wish = FULL if kind in (Kind.HIGH, Kind.FOLLOW) else EXACTLY
         return [wish] * len(eqn.invars)
 
 
@@ -137,18 +141,19 @@ def _of_following(eqn: Any, wanted: list[Wish]) -> list[Wish]:
     out = _join(wanted)
     if name not in EXACT or name in SHRINKING:
         # Half will do if the result goes on in half; float32 operands are welcome.
-        out = Wish(out.halves, True)
+        out = Wish(out.halves, full=True)
     wishes = [out] * len(eqn.invars)
     if name == "select_and_scatter_add":
         # The second operand is only compared: no reason to keep it in float32.
-        wishes[1] = Wish(out.halves, False)
+        wishes[1] = Wish(out.halves, full=False)
     return wishes
 
 
 def _join(wishes: Iterable[Wish]) -> Wish:
     wishes = list(wishes)
     halves = frozenset().union(*(wish.halves for wish in wishes))
-    return Wish(halves, any(wish.full for wish in wishes))
+    full = any(wish.full for wish in wishes)
+    return Wish(halves, full, any(wish.exact for wish in wishes))
 
 
 def _add(found: dict, atoms: Iterable[Any], wishes: Iterable[Wish]) -> None:

@@ -14,7 +14,7 @@ from mpjax._jaxpr import dtype_of, eval_jaxpr, join_scope, open_jaxpr
 from mpjax.autocast import _custom
 from mpjax.autocast._body import Body
 from mpjax.autocast._decide import is_reserved, why_not_low
-from mpjax.autocast._demand import FULL, Demand, Wish
+from mpjax.autocast._demand import EXACTLY, Demand, Wish
 from mpjax.autocast._tables import Kind
 from mpjax.policy import PolicyRules
 
@@ -100,7 +100,7 @@ class Rewriter:
         if self.log is None and cache_key in self._done:
             return self._done[cache_key][1]
         restore = out_wishes is None
-        outputs = (FULL,) * len(body.outvars) if out_wishes is None else out_wishes
+        outputs = out_wishes or (EXACTLY,) * len(body.outvars)
         wishes, _ = self.demand.wishes(jaxpr, outputs, scope)
         rewritten = Body(self, wishes, scope, times)
         result = rewritten.run(jaxpr, in_dtypes, in_values, restore=restore)

@@ -54,8 +54,8 @@ HIGH = _names(
     """
 )
 
-# Saturating activation functions. Computed in float32 where the operand is; what goes
-# on to a matmul is kept in half, and so saved for the backward pass in half.
+# Saturating activation functions. One that goes on to a matmul, and to its own
+# derivative, runs in half: else it would be saved for the backward pass in float32.
 ACTIVATION = _names("logistic tanh erf")
 
 # Rounds its result, so that running it in float32 is worth something.
@@ -71,15 +71,12 @@ EXACT = _names(
     gather concatenate pad rev split tile stack unstack copy name stop_gradient
     reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min
     sharding_constraint reshard all_gather all_gather_invariant ppermute all_to_all
-    pvary
-    convert_element_type optimization_barrier select_and_scatter_add
+    pvary convert_element_type optimization_barrier select_and_scatter_add
     """
 )
 
 # Exact, but with a result smaller than the operand: the cast belongs after it.
-SHRINKING = _names(
-    "gather slice dynamic_slice split unstack reduce_max reduce_min cummax cummin"
-)
+SHRINKING = _names("gather slice dynamic_slice split unstack reduce_max reduce_min")
 
 FREE = _names("jit remat2 closed_call eval_jaxpr shard_map")
 BRANCH = _names("cond")

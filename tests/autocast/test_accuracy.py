@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import (
+
+import mpjax
+from experiments.models.small import (
     CASES,
     autocast_gradient,
     gradient,
@@ -16,8 +18,6 @@ from models import (
     oracle,
     relative_error,
 )
-
-import mpjax
 from mpjax._jaxpr import inner_jaxprs, walk
 from mpjax._tree import is_half
 

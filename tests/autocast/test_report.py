@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import Primitive
-from models import CASES
 
 import mpjax
+from experiments.models.small import CASES
 
 STRUCT = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 MATMUL_FLOPS = 2 * 64**3

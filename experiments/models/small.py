@@ -1,4 +1,4 @@
-"""Seven small models as plain functions: what autocast is measured on.
+"""Seven small models as plain functions, on which autocast is measured.
 
 Each is `loss(params, inputs) -> scalar` with float32 parameters, written as a user
 would: logits are cast to float32 before the loss, sums are means. `hand_cast` is what

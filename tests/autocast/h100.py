@@ -1,0 +1,136 @@
+"""Compiles models for an H100 that need not be there; prints JSON.
+
+    python h100.py       # needs pip install "jax[cuda13]"
+
+Run by test_h100.py in a process of its own: the settings must precede JAX.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import mpjax
+from experiments.models import small as models
+
+H100_SXM = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+runtime_version { major: 13 }
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 28 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
+_DEFINITION = re.compile(r"^\s*(?:ROOT )?(%?[\w.-]+) = \(?(\w+)\[", re.MULTILINE)
+_MATMUL = re.compile(
+    r"= [^=\n]* (?:dot|convolution)\((.*?)\)"
+    r"|= [^=\n]* custom-call\((.*?)\), [^\n]*custom_call_target=\"__cu(?:blas|dnn)"
+)
+
+
+def large_cases():
+    """The MLP of the Keras guide at batch 8192, a transformer block, the convnet."""
+    full = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    labels = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
+    dense = lambda m, n: {"w": full(m, n), "b": full(n)}
+    norm = lambda n: {"scale": full(n), "bias": full(n)}
+    width = length = 1024
+    return {
+        "mlp": (
+            models.mlp().loss,
+            [dense(784, 4096), dense(4096, 4096), dense(4096, 10)],
+            {"x": full(8192, 784), "label": labels(8192)},
+        ),
+        "transformer_block": (
+            models.transformer_block().loss,
+            {
+                "qkv": full(width, 3, 16, width // 16),
+                "out": full(16, width // 16, width),
+                "norm_0": norm(width),
+                "norm_1": norm(width),
+                "up": dense(width, 4 * width),
+                "down": dense(4 * width, width),
+            },
+            {"x": full(8, length, width), "target": full(8, length, width)},
+        ),
+        "convnet": (
+            models.convnet().loss,
+            {
+                "conv_0": full(3, 3, 3, 64),
+                "conv_1": full(3, 3, 64, 128),
+                "norm_0": norm(64),
+                "norm_1": norm(128),
+                "dense": dense(8192, 10),
+            },
+            {"x": full(512, 32, 32, 3), "label": labels(512)},
+        ),
+    }
+
+
+def operand_dtypes(text):
+    """The operand dtypes of every matmul and convolution in compiled HLO."""
+    found = []
+    for computation in text.split("\n\n"):
+        dtype_of = dict(_DEFINITION.findall(computation))
+        for match in _MATMUL.finditer(computation):
+            operands = [x.strip() for x in (match[1] or match[2]).split(",")][:2]
+            found.append(sorted({dtype_of[name] for name in operands}))
+    return found
+
+
+def main():
+    """Prints, per model and policy, temporaries in bytes and the matmuls' dtypes."""
+    topology = topologies.get_topology_desc(
+        "h100", "cuda", target_config=H100_SXM, topology="1x1x1"
+    )
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def compile_for_h100(fn, *args):
+        return jax.jit(fn).lower(*jax.tree.map(place, args)).compile()
+
+    result = {}
+    for name, (loss, params, inputs) in large_cases().items():
+        full = compile_for_h100(jax.value_and_grad(loss), params, inputs)
+        for policy, dtype in POLICIES.items():
+            forms = {
+                "hand_cast": jax.value_and_grad(models.hand_cast(loss, dtype)),
+                "autocast(grad)": mpjax.autocast(jax.value_and_grad(loss), policy),
+                "grad(autocast)": jax.value_and_grad(mpjax.autocast(loss, policy)),
+            }
+            compiled = {
+                form: compile_for_h100(fn, params, inputs) for form, fn in forms.items()
+            }
+            row = {form: _temporaries(x) for form, x in compiled.items()}
+            row["float32"] = _temporaries(full)
+            row["matmuls"] = operand_dtypes(compiled["autocast(grad)"].as_text())
+            result[f"{name} {policy}"] = row
+    print(json.dumps({"jax": jax.__version__, "rows": result}))
+
+
+def _temporaries(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    main()
