@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +31,27 @@ from experiments.models.mlp import MLP
 
 NAME = "benchmark"
 HAND_WRITTEN = "flax + optax by hand, float32"
+
+
+class Row(NamedTuple):
+    """One step to time, and the row that its time is divided by."""
+
+    policy: str | None
+    loss_scale: str
+    reference: str
+    autocast: bool = True
+
+
+FLOAT16, BFLOAT16 = "mpjax mixed_float16", "mpjax mixed_bfloat16"
 ROWS = {
-    HAND_WRITTEN: (None, None, HAND_WRITTEN),
-    "mpjax float32": ("float32", "none", HAND_WRITTEN),
-    "mpjax mixed_float16": ("mixed_float16", "none", "mpjax mixed_float16"),
-    "mpjax mixed_float16 + dynamic": (
-        "mixed_float16",
-        "dynamic",
-        "mpjax mixed_float16",
-    ),
-    "mpjax mixed_bfloat16": ("mixed_bfloat16", "none", "mpjax mixed_bfloat16"),
-    "mpjax mixed_bfloat16 + dynamic": (
-        "mixed_bfloat16",
-        "dynamic",
-        "mpjax mixed_bfloat16",
-    ),
+    HAND_WRITTEN: Row(None, "none", HAND_WRITTEN),
+    "mpjax float32": Row("float32", "none", HAND_WRITTEN),
+    FLOAT16: Row("mixed_float16", "none", FLOAT16),
+    f"{FLOAT16} + dynamic": Row("mixed_float16", "dynamic", FLOAT16),
+    f"{FLOAT16}, no autocast": Row("mixed_float16", "none", FLOAT16, autocast=False),
+    BFLOAT16: Row("mixed_bfloat16", "none", BFLOAT16),
+    f"{BFLOAT16} + dynamic": Row("mixed_bfloat16", "dynamic", BFLOAT16),
+    f"{BFLOAT16}, no autocast": Row("mixed_bfloat16", "none", BFLOAT16, autocast=False),
 }
 COLUMNS = (
     Column("row", "name"),
@@ -121,17 +127,20 @@ def make_batch(config: Config) -> dict[str, jax.Array]:
     }
 
 
-def make_row(model, config: Config, batch, row) -> Callable[[], float]:
+def make_row(model, config: Config, batch, row: Row) -> Callable[[], float]:
     """Returns a function that takes one warm step and returns its milliseconds."""
-    policy, loss_scale, _ = row
     params = model.init(jax.random.key(config.seed), batch["image"][:1])["params"]
     loss_fn = make_loss_fn(model)
-    if policy is None:
+    if row.policy is None:
         step, state = hand_written(loss_fn, params)
     else:
-        tx = mpjax.with_loss_scale(rmsprop(1e-3), mpjax.parse_loss_scale(loss_scale))
+        tx = mpjax.with_loss_scale(
+            rmsprop(1e-3), mpjax.parse_loss_scale(row.loss_scale)
+        )
         state = mpjax.TrainState.create(params=params, tx=tx)
-        step = mpjax.make_train_step(loss_fn, tx, policy=policy)
+        step = mpjax.make_train_step(
+            loss_fn, tx, policy=row.policy, autocast=row.autocast
+        )
     compiled = step.lower(state, batch).compile()
     state, _ = jax.block_until_ready(compiled(state, batch))
 
@@ -160,7 +169,7 @@ def hand_written(loss_fn, params) -> tuple[Any, Any]:
 
 
 def _summary(name: str, times_ms: dict[str, list[float]]) -> dict[str, Any]:
-    reference = ROWS[name][2]
+    reference = ROWS[name].reference
     pairs = zip(times_ms[name], times_ms[reference], strict=True)
     times = times_ms[name]
     quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3

@@ -9,7 +9,8 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-NAMES = ["loop", "linen", "nnx", "equinox", "haiku"]
+NAMES = ["loop", "autocast", "linen", "nnx", "equinox", "haiku"]
+FRAMEWORKS = NAMES[2:]
 
 
 def run(name):
@@ -31,7 +32,18 @@ def test_the_loop_learns_and_is_short(capsys):
     assert sum("# 1:" in line or "# 2:" in line for line in lines) == 2
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+def test_autocast_and_its_report(capsys):
+    namespace = run("autocast")
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(namespace["grads"]))
+    assert "a rule says float32" in capsys.readouterr().out
+    dots = [r for r in namespace["report"].records if r.primitive == "dot_general"]
+    assert {(r.scope, r.dtype) for r in dots} == {
+        ("body", "bfloat16"),
+        ("head", "float32"),
+    }
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_train_step_learns_in_each_framework(name):
     namespace = run(name)

@@ -1,0 +1,54 @@
+"""What autocast costs when a function is traced."""
+
+import statistics
+import time
+
+import jax
+import pytest
+
+import mpjax
+from experiments.models.small import CASES
+from mpjax.autocast._rewrite import Rewriter
+from mpjax.autocast._tables import make_table
+from mpjax.policy import resolve
+
+NUM_ROUNDS = 9
+
+
+def timed(fn):
+    """Seconds of a call with nothing traced before, and its result."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    result = fn()
+    return time.perf_counter() - start, result
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer_block", "bigru", "tied"])
+def test_tracing_takes_at_most_twice_as_long(name):
+    """Medians of ratios within interleaved rounds."""
+    case = CASES[name]()
+    ratios = []
+    for _ in range(NUM_ROUNDS):
+        plain = jax.value_and_grad(lambda p, x: case.loss(p, x))
+        cast = mpjax.autocast(jax.value_and_grad(lambda p, x: case.loss(p, x)))
+        without, _ = timed(lambda fn=plain: jax.jit(fn).trace(case.params, case.inputs))
+        with_it, _ = timed(lambda fn=cast: jax.jit(fn).trace(case.params, case.inputs))
+        ratios.append(with_it / without)
+    assert statistics.median(ratios) <= 2
+
+
+def test_the_rewrite_takes_little_of_that():
+    """At most 15 % of `make_jaxpr`, for the transformer block and its gradient."""
+    case = CASES["transformer_block"]()
+    table = make_table((), ())
+    ratios = []
+    for _ in range(NUM_ROUNDS):
+        fn = jax.value_and_grad(lambda p, x: case.loss(p, x))
+        tracing, jaxpr = timed(
+            lambda fn=fn: jax.make_jaxpr(fn)(case.params, case.inputs)
+        )
+        start = time.perf_counter()
+        rewritten, _ = Rewriter(resolve("mixed_bfloat16"), table).rewrite(jaxpr)
+        ratios.append((time.perf_counter() - start) / tracing)
+        assert rewritten is not jaxpr
+    assert statistics.median(ratios) <= 0.15
