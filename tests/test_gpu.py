@@ -20,6 +20,8 @@ from test_train_compiled import (
 )
 from tools import regression_batch
 
+from experiments.models import small
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
@@ -41,3 +43,18 @@ def test_matmuls_stay_half_when_compiled(policy, dtype):
     text = step.lower(state, regression_batch(128)).compile().as_text()
     matmuls = [line for line in text.splitlines() if " dot(" in line or "gemm" in line]
     assert any(f"{dtype}[" in line for line in matmuls)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", small.CASES)
+def test_autocast_gradients_are_no_worse_than_hand_cast(name, policy):
+    case = small.CASES[name]()
+    dtype, scale = (
+        ("float16", 2.0**10) if policy == "mixed_float16" else ("bfloat16", 1)
+    )
+    args = (case.params, case.inputs)
+    by_hand = small.gradient(small.hand_cast(case.loss, dtype), *args, scale=scale)
+    cast = small.autocast_gradient(case.loss, *args, policy, scale=scale)
+    truth = small.oracle(case)
+    error = small.relative_error(cast, truth)
+    assert 1e-5 < error <= 1.1 * small.relative_error(by_hand, truth)
