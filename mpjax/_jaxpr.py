@@ -5,6 +5,7 @@ those that mpjax supports is dealt with here. From JAX 0.11 on a `ClosedJaxpr` *
 a `Jaxpr`, so the two are never told apart by `isinstance`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import core, source_info_util
 from jax.extend.core import JaxprEqn as Eqn
 from jax.extend.core import Literal, Var, check_jaxpr
+
+_FLOAT32 = np.dtype(np.float32)
 
 __all__ = ["Eqn", "Literal", "Var", "check_jaxpr", "eval_jaxpr"]
 
@@ -63,7 +66,12 @@ def map_inner_jaxprs(fn: Callable[[Any], Any], params: dict[str, Any]) -> dict:
 
 def new_var(aval: Any, dtype: Any) -> Var:
     """Returns a fresh variable like `aval`, with another dtype and no weak type."""
-    return Var(aval.update(dtype=np.dtype(dtype), weak_type=False))
+    return Var(_with_dtype(aval, np.dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_dtype(aval: Any, dtype: Any) -> Any:
+    return aval.update(dtype=dtype, weak_type=False)
 
 
 def literal(value: Any, dtype: Any) -> Literal:
@@ -166,10 +174,15 @@ def canonical_precision(precision: Any) -> Any:
 
 def is_float32(aval: Any) -> bool:
     """Whether a value was traced as float32."""
-    return getattr(aval, "dtype", None) == jnp.float32
+    return getattr(aval, "dtype", None) == _FLOAT32
 
 
 def is_inexact_aval(aval: Any) -> bool:
     """Whether a value was traced as a floating or complex number."""
     dtype = getattr(aval, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    return dtype is not None and _is_inexact(dtype)
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)

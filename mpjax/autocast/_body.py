@@ -148,9 +148,10 @@ class Body(Operands):
         name = eqn.primitive.name
         if name in _KEEPS_VALUE and is_float32(eqn.outvars[0].aval):
             self.set_value(eqn.outvars[0], self.value(eqn.invars[0]))
+        eligible = is_eligible(eqn)
+        narrow = self._narrow_dtype(eqn) if eligible else None
         is_full = all(self.actual(x) is x for x in eqn.invars)
-        narrow = self._narrow_dtype(eqn)
-        if not is_eligible(eqn) or (is_full and narrow is None):
+        if not eligible or (is_full and narrow is None):
             self._untouched(eqn)
             return
         if name == "optimization_barrier":

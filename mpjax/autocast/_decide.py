@@ -42,10 +42,16 @@ def fit(value: float, dtype: Any) -> Fit:
 
 def is_eligible(eqn: Any) -> bool:
     """Whether all floating operands and outputs were traced as float32."""
-    for atom in (*eqn.invars, *eqn.outvars):
-        if is_inexact_aval(atom.aval) and not is_float32(atom.aval):
+    for atom in eqn.invars:
+        if not is_float32(atom.aval) and is_inexact_aval(atom.aval):
             return False
-    return any(is_float32(atom.aval) for atom in eqn.outvars)
+    found = False
+    for var in eqn.outvars:
+        if is_float32(var.aval):
+            found = True
+        elif is_inexact_aval(var.aval):
+            return False
+    return found
 
 
 def is_reserved(eqn: Any) -> bool:

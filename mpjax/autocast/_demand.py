@@ -150,7 +150,9 @@ def _of_following(eqn: Any, wanted: list[Wish]) -> list[Wish]:
 
 
 def _join(wishes: Iterable[Wish]) -> Wish:
-    wishes = list(wishes)
+    wishes = set(wishes)
+    if len(wishes) == 1:
+        return wishes.pop()
     halves = frozenset().union(*(wish.halves for wish in wishes))
     full = any(wish.full for wish in wishes)
     return Wish(halves, full, any(wish.exact for wish in wishes))

@@ -38,6 +38,7 @@ class Rewriter:
         self.demand = Demand(self.kind_of, self.low_dtype)
         self._done: dict[Any, Any] = {}
         self._customs: dict[Any, Any] = {}
+        self._low_dtypes: dict[Any, Any] = {}
 
     def kind_of(self, eqn: Any) -> Kind:
         """Returns what to do with an equation."""
@@ -48,6 +49,12 @@ class Rewriter:
 
     def low_dtype(self, eqn: Any, scope: str) -> Any:
         """Returns the half dtype in which a matmul runs, or None for float32."""
+        cache_key = (id(eqn), scope)
+        if cache_key not in self._low_dtypes:
+            self._low_dtypes[cache_key] = (eqn, self._find_low_dtype(eqn, scope))
+        return self._low_dtypes[cache_key][1]
+
+    def _find_low_dtype(self, eqn: Any, scope: str) -> Any:
         if why_not_low(eqn, self.ambient):
             return None
         policy = self.rules.policy_for(join_scope(scope, eqn))
