@@ -43,10 +43,11 @@ def autocast(
     both passes at once; `jax.grad(autocast(fn))` works too. Gradients of float32
     parameters are float32.
 
-    Tracing has the contract of `jax.jit`: arrays in and out, no side effects; leaves
-    that are no arrays are static. Called un-jitted it compiles once per shape, as
-    `jax.jit` does. Pure functions only: NNX modules are split and merged, Linen and
-    Haiku models go in as `apply`, not while they create parameters.
+    Tracing has the contract of `jax.jit`: no side effects, and numbers are traced as
+    arrays are; strings, functions and other leaves are static (close over a flag, by
+    `functools.partial`). Called un-jitted it compiles once per shape, as `jax.jit`
+    does. Pure functions only: NNX modules are split and merged, Linen and Haiku models
+    go in as the whole `apply`, not a layer inside that makes parameters.
 
     Args:
       fn: any function of pytrees.

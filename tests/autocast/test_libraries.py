@@ -1,0 +1,369 @@
+"""Layers and functions that no one here wrote, under autocast beside float32.
+
+The layers of Linen, NNX, Equinox and Haiku, the losses of optax, the attention, linear
+algebra and Fourier transforms of jax. Errors are relative, in the 2-norm: of the
+output, and of the gradient's worst leaf. The bounds are two to three times the largest
+that was measured over the layers, on jax 0.10 and 0.12.
+"""
+
+import functools
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from autocast import layers
+from autocast.layers import FLAT, LOW, Case, normal
+from flax import nnx
+from tools import assert_same_bits, leaf_bytes
+
+import mpjax
+from mpjax._jaxpr import check_jaxpr, dtype_of, open_jaxpr, walk
+
+# Per half dtype: the error of outputs, and of gradients.
+BOUNDS = {"bfloat16": (1.3e-2, 2e-2), "float16": (1.6e-3, 3.4e-3)}
+# Compiles in half the time, to the same numbers up to float32's own rounding.
+FAST = {"xla_backend_optimization_level": 0}
+
+
+def of_logits(fn, num_classes=6):
+    """A function of logits, which a linear layer makes."""
+    w = normal(16, num_classes, seed=1) / 4
+    return lambda: Case(lambda w, x: (fn(x @ w), None), w, FLAT)
+
+
+LABELS = np.array([0, 5, 2, 3, 1, 1, 4, 0])
+ONE_HOT = np.eye(6, dtype=np.float32)[LABELS]
+SIGNS = 2 * ONE_HOT - 1
+TARGETS = normal(8, 6, seed=2)
+PROBABILITIES = np.asarray(jax.nn.softmax(TARGETS))
+LOSSES = {
+    "integer_labels": lambda h: optax.softmax_cross_entropy_with_integer_labels(
+        h, LABELS
+    ),
+    "softmax_cross_entropy": lambda h: optax.softmax_cross_entropy(h, ONE_HOT),
+    "safe_softmax": lambda h: optax.losses.safe_softmax_cross_entropy(h, ONE_HOT),
+    "poly_loss": lambda h: optax.losses.poly_loss_cross_entropy(h, ONE_HOT),
+    "sigmoid_binary": lambda h: optax.sigmoid_binary_cross_entropy(h, ONE_HOT),
+    "sigmoid_focal": lambda h: optax.sigmoid_focal_loss(h, ONE_HOT),
+    "l2_loss": lambda h: optax.l2_loss(h, TARGETS),
+    "squared_error": lambda h: optax.squared_error(h, TARGETS),
+    "huber_loss": lambda h: optax.huber_loss(h, TARGETS),
+    "log_cosh": lambda h: optax.log_cosh(h, TARGETS),
+    "cosine_similarity": lambda h: optax.cosine_similarity(h, TARGETS, epsilon=1e-6),
+    "cosine_distance": lambda h: optax.cosine_distance(h, TARGETS, epsilon=1e-6),
+    "hinge_loss": lambda h: optax.hinge_loss(h, SIGNS),
+    "multiclass_hinge": lambda h: optax.losses.multiclass_hinge_loss(h, LABELS),
+    "kl_divergence": lambda h: optax.kl_divergence(
+        jax.nn.log_softmax(h), PROBABILITIES
+    ),
+    "kl_with_log_targets": lambda h: optax.losses.kl_divergence_with_log_targets(
+        jax.nn.log_softmax(h), np.log(PROBABILITIES)
+    ),
+    "generalized_kl": lambda h: optax.losses.generalized_kl_divergence(
+        jax.nn.log_softmax(h), PROBABILITIES
+    ),
+    "ranking_softmax": lambda h: optax.losses.ranking_softmax_loss(h, PROBABILITIES),
+    "triplet_margin": lambda h: optax.losses.triplet_margin_loss(
+        h, TARGETS, h[::-1], margin=8.0
+    ),
+    "ntxent": lambda h: optax.losses.ntxent(h, LABELS),
+}
+
+
+def attention(*, num_kv_heads=4, **kwargs):
+    """Projections to queries, keys and values, then `jax.nn`'s attention."""
+    w = {
+        name: normal(16, heads, 8, seed=seed) / 4
+        for seed, (name, heads) in enumerate(
+            {"q": 4, "k": num_kv_heads, "v": num_kv_heads}.items()
+        )
+    }
+
+    def fn(w, x):
+        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[name]) for name in "qkv")
+        return jax.nn.dot_product_attention(q, k, v, **kwargs), None
+
+    return lambda: Case(fn, w, layers.SEQUENCE)
+
+
+ATTENTION = {
+    "plain": attention(),
+    "mask": attention(mask=layers.CAUSAL),
+    "bias": attention(bias=normal(1, 4, 6, 6, seed=5)),
+    "causal": attention(is_causal=True),
+    "scale": attention(scale=0.1),
+    "gqa": attention(num_kv_heads=2),
+    "mqa": attention(num_kv_heads=1, is_causal=True),
+    "local_window": attention(local_window_size=(2, 0)),
+    "lengths": attention(key_value_seq_lengths=np.array([6, 3, 1, 4])),
+}
+CASES = (
+    layers.CASES
+    | {f"optax-{name}": of_logits(fn) for name, fn in LOSSES.items()}
+    | {f"attention-{name}": case for name, case in ATTENTION.items()}
+)
+
+
+def argnums_of(case):
+    return (0, 1) if jnp.issubdtype(case.x.dtype, jnp.floating) else 0
+
+
+def loss_of(case):
+    """A scalar that weighs every output differently; the outputs are the aux."""
+
+    def loss(params, x):
+        y, state = case.fn(params, x)
+        leaves = jax.tree.leaves(y)
+        weights = [normal(*leaf.shape, seed=9) for leaf in leaves]
+        return sum(map(jnp.sum, map(jnp.multiply, leaves, weights))), (y, state)
+
+    return loss
+
+
+def forms_of(case, policy):
+    """Both ways to autocast a gradient."""
+    options = {"argnums": argnums_of(case), "has_aux": True}
+    loss = loss_of(case)
+    return [
+        mpjax.autocast(jax.value_and_grad(loss, **options), policy),
+        jax.value_and_grad(mpjax.autocast(loss, policy), **options),
+    ]
+
+
+def compiled(fn, *args):
+    return jax.jit(fn).lower(*args).compile(FAST)(*args)
+
+
+@functools.cache
+def float32(name):
+    """A case, what it gives in float32, and its jaxpr."""
+    case = CASES[name]()
+    grad = jax.value_and_grad(loss_of(case), argnums_of(case), has_aux=True)
+    args = case.params, case.x
+    return case, compiled(grad, *args), jax.make_jaxpr(grad)(*args)
+
+
+def numbers(tree):
+    """The leaves as float64, PRNG keys by their data."""
+
+    def number(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x, np.float64)
+
+    return [number(x) for x in jax.tree.leaves(tree)]
+
+
+def relative_error(tree, truth):
+    """Of the worst leaf; one that is nearly zero is held to a tenth of the mean."""
+    tree, truth = numbers(tree), numbers(truth)
+    mean = np.sqrt(sum(np.sum(t**2) for t in truth) / len(truth))
+    return max(
+        np.linalg.norm(x - t) / max(np.linalg.norm(t), mean / 10, 1e-30)
+        for x, t in zip(tree, truth, strict=True)
+    )
+
+
+def kinds(tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(x.shape, x.dtype) for x in leaves]
+
+
+def matmuls(closed):
+    return [eqn for eqn, _, _ in walk(closed) if eqn.primitive.name in LOW]
+
+
+def contracts_nothing(eqn):
+    """Whether a matmul is an outer product: no sum, so nothing to gain from half."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return np.prod([eqn.invars[0].aval.shape[axis] for axis in contracted]) <= 1
+
+
+def check_matmuls(closed, traced, half):
+    """Every matmul that was traced is there, and in half."""
+    found = matmuls(closed)
+    assert len(found) == len(matmuls(traced)) > 0
+    for eqn in found:
+        dtypes = {str(dtype_of(v)) for v in (*eqn.invars, *eqn.outvars)}
+        outer = contracts_nothing(eqn) and dtypes == {"float32"}
+        assert dtypes == {half} or outer, eqn
+
+
+@pytest.mark.parametrize("half", BOUNDS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_is_near_float32(name, half):
+    case, truth, traced = float32(name)
+    forms = forms_of(case, f"mixed_{half}")
+    for fn in forms:
+        closed = jax.make_jaxpr(fn)(case.params, case.x)
+        check_jaxpr(open_jaxpr(closed))
+        check_matmuls(closed, traced, half)
+    results = compiled(lambda *args: [fn(*args) for fn in forms], case.params, case.x)
+    for result in results:
+        check_numbers(result, truth, BOUNDS[half])
+        check_state(result[0][1][1], truth[0][1][1], case.state, BOUNDS[half][0])
+
+
+def check_numbers(result, truth, bounds):
+    assert kinds(result) == kinds(truth)
+    (_, (y, _)), grads = result
+    (_, (true_y, _)), true_grads = truth
+    assert 1e-5 < relative_error(y, true_y) < bounds[0]
+    assert 1e-5 < relative_error(grads, true_grads) < bounds[1]
+
+
+def check_state(state, truth, before, bound):
+    """The state is that of float32 to a rounding, and has changed where that has."""
+    assert kinds(state) == kinds(before)
+    leaves = zip(*map(jax.tree.leaves, (state, truth, before)), strict=True)
+    for leaf, true, old in leaves:
+        if jnp.issubdtype(true.dtype, jnp.floating):
+            assert relative_error(leaf, true) < bound
+        else:
+            assert_same_bits(leaf, true)
+        new, old = numbers((leaf, true)), numbers(old)[0]
+        assert len({np.array_equal(x, old) for x in new}) == 1
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "BatchNorm" in n])
+def test_batch_norm_moves_its_statistics_in_training_only(name):
+    case, ((_, (_, state)), _), _ = float32(name)
+    moved = leaf_bytes(state) != leaf_bytes(case.state)
+    assert moved == ("train" in name)
+
+
+DROPOUTS = {
+    "linen": lambda: layers.linen(
+        nn.Sequential([nn.Dense(16), nn.Dropout(0.4, deterministic=False)]),
+        FLAT,
+        wrap=False,
+    ),
+    "nnx": lambda: layers.of_nnx(
+        lambda r: nnx.Sequential(nnx.Linear(16, 16, rngs=r), nnx.Dropout(0.4, rngs=r)),
+        FLAT,
+        wrap=False,
+    ),
+    "equinox": lambda: layers.equinox(
+        lambda k: eqx.nn.Sequential(
+            [eqx.nn.Linear(16, 16, key=next(k)), eqx.nn.Dropout(0.4)]
+        ),
+        FLAT,
+        lambda m, x: jax.vmap(m)(x, key=jax.random.split(layers.KEY, len(x))),
+    ),
+    "haiku": lambda: layers.haiku(
+        lambda x: hk.dropout(hk.next_rng_key(), 0.4, hk.Linear(16)(x)), FLAT, wrap=False
+    ),
+}
+
+
+@pytest.mark.parametrize("half", BOUNDS)
+@pytest.mark.parametrize("library", DROPOUTS)
+def test_dropout_drops_the_same_units(library, half):
+    case = DROPOUTS[library]()
+    full, _ = case.fn(case.params, case.x)
+    y, _ = mpjax.autocast(case.fn, f"mixed_{half}")(case.params, case.x)
+    assert 0.25 < np.mean(full == 0) < 0.55
+    np.testing.assert_array_equal(y == 0, full == 0)
+    assert 1e-5 < relative_error(y, full) < BOUNDS[half][0]
+
+
+def ctc(loss_fn):
+    """Four utterances of eight frames, twelve labels, blank 0."""
+    labels = normal(4, 5, seed=3)
+    labels = 1 + np.argsort(labels, axis=-1)
+    label_paddings = (np.arange(5) >= np.array([[5], [4], [2], [3]])).astype(np.float32)
+    paddings = (np.arange(12) >= np.array([[12], [10], [9], [12]])).astype(np.float32)
+    return lambda h: loss_fn(h, paddings, labels, label_paddings)
+
+
+@pytest.mark.parametrize("half", BOUNDS)
+def test_ctc_loss_is_for_full_precision(half):
+    """It gathers by a matmul, with sentinels of -1e5 among what it gathers."""
+    logits = normal(4, 12, 12)
+
+    def grad_of(loss_fn):
+        per_example = ctc(loss_fn)
+        total = lambda h: (jnp.sum(losses := per_example(h)), losses)
+        return jax.grad(total, has_aux=True)
+
+    def errors(loss_fn):
+        cast = mpjax.autocast(grad_of(loss_fn), f"mixed_{half}")
+        pairs = zip(jax.jit(cast)(logits), truth, strict=True)
+        return np.array([relative_error(*pair) for pair in pairs])
+
+    truth = jax.jit(grad_of(optax.ctc_loss))(logits)
+    cast, kept = errors(optax.ctc_loss), errors(mpjax.full_precision(optax.ctc_loss))
+    assert (cast > 1e-5).all()
+    assert (kept < cast / 30).all()
+
+
+MATRIX = normal(5, 5, seed=4) + 4 * np.eye(5, dtype=np.float32)
+RIGHT = normal(5, 3, seed=2)
+LINALG = {
+    "solve": lambda a: jnp.linalg.solve(a, RIGHT),
+    "inv": jnp.linalg.inv,
+    "pinv": jnp.linalg.pinv,
+    "lstsq": lambda a: jnp.linalg.lstsq(a, RIGHT)[0],
+    "qr": jnp.linalg.qr,
+    "svd": jnp.linalg.svd,
+    "cholesky": lambda a: jnp.linalg.cholesky(a + a.T + 8 * jnp.eye(5)),
+    "eigh": lambda a: jnp.linalg.eigh(a + a.T),
+    "norm": jnp.linalg.norm,
+    "norm_nuclear": lambda a: jnp.linalg.norm(a, "nuc"),
+    "det": jnp.linalg.det,
+    "lu": lambda a: jax.scipy.linalg.lu(a)[1:],
+    "solve_triangular": lambda a: jax.scipy.linalg.solve_triangular(a, RIGHT),
+    "fft": lambda a: jnp.abs(jnp.fft.fft(a)),
+    "rfft": lambda a: jnp.abs(jnp.fft.rfft(a)) ** 2,
+    "ifft2": lambda a: jnp.real(jnp.fft.ifft2(jnp.fft.fft2(a) ** 2)),
+    "fftconvolve": lambda a: jax.scipy.signal.fftconvolve(a, RIGHT),
+}
+
+
+def weighed(fn):
+    def loss(a):
+        leaves = jax.tree.leaves(fn(a))
+        return sum(jnp.sum(y * normal(*y.shape, seed=9)) for y in leaves)
+
+    return loss
+
+
+@pytest.mark.parametrize("name", LINALG)
+def test_linear_algebra_keeps_every_bit(name):
+    """Its matmuls ask for the highest precision; but for those of QR's gradient."""
+    fn = LINALG[name]
+    value, grad = jax.jit(fn)(MATRIX), jax.jit(jax.grad(weighed(fn)))(MATRIX)
+    for half, (_, bound) in BOUNDS.items():
+        cast = functools.partial(mpjax.autocast, policy=f"mixed_{half}")
+        assert_same_bits(jax.jit(cast(fn))(MATRIX), value)
+        assert_same_bits(jax.jit(jax.grad(weighed(cast(fn))))(MATRIX), grad)
+        cast_grad = jax.jit(cast(jax.grad(weighed(fn))))(MATRIX)
+        if name == "qr":
+            assert 1e-5 < relative_error(cast_grad, grad) < bound
+        else:
+            assert_same_bits(cast_grad, grad)
+
+
+@pytest.mark.parametrize("half", BOUNDS)
+def test_linear_algebra_of_a_half_matmul_is_float32(half):
+    def fn(a):
+        h = a @ a.T
+        return jnp.linalg.cholesky(h), jnp.linalg.eigvalsh(h), jnp.fft.rfft(h).real
+
+    grad = jax.grad(weighed(fn))
+    closed = jax.make_jaxpr(mpjax.autocast(grad, f"mixed_{half}"))(MATRIX)
+    dtypes = {
+        eqn.primitive.name: {str(dtype_of(v)) for v in eqn.invars}
+        for eqn, _, _ in walk(closed)
+    }
+    assert dtypes["cholesky"] == dtypes["eigh"] == {"float32"}
+    assert dtypes["fft"] <= {"float32", "complex64"}
+    assert half in {str(dtype_of(eqn.outvars[0])) for eqn in matmuls(closed)}
+    result = jax.jit(mpjax.autocast(grad, f"mixed_{half}"))(MATRIX)
+    assert relative_error(result, jax.jit(grad)(MATRIX)) < BOUNDS[half][1]
