@@ -195,8 +195,16 @@ def check_matmuls(closed, traced, half):
         assert dtypes == {half} or outer, eqn
 
 
-@pytest.mark.parametrize("half", BOUNDS)
-@pytest.mark.parametrize("name", CASES)
+def cases_and_halves():
+    """Every layer in both formats; float16 of like layers only when time allows."""
+    for name in CASES:
+        yield pytest.param(name, "bfloat16", id=f"{name}-bfloat16")
+        again = name.startswith(("nnx", "equinox", "haiku"))
+        marks = [pytest.mark.slow] if again else []
+        yield pytest.param(name, "float16", id=f"{name}-float16", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "half"), cases_and_halves())
 def test_a_layer_is_near_float32(name, half):
     case, truth, traced = float32(name)
     forms = forms_of(case, f"mixed_{half}")
