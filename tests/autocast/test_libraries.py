@@ -204,7 +204,7 @@ def cases_and_halves():
         yield pytest.param(name, "float16", id=f"{name}-float16", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "half"), cases_and_halves())
+@pytest.mark.parametrize(("name", "half"), list(cases_and_halves()))
 def test_a_layer_is_near_float32(name, half):
     case, truth, traced = float32(name)
     forms = forms_of(case, f"mixed_{half}")
