@@ -1,4 +1,4 @@
-"""Autocast beside casting by hand: errors of the gradient, and step times.
+"""Autocast beside casting by hand: how true the gradient is, and step times.
 
     python -m experiments.autocast                  # 4 min on 2 CPU cores
 

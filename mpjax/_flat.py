@@ -133,4 +133,6 @@ def _is_dynamic(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
     if dtype is None or dtype == jax.dtypes.float0 or not hasattr(x, "shape"):
         return hasattr(x, "__jax_array__")
-    return not (isinstance(x, (np.ndarray, np.generic)) and dtype.kind in "OSUMmV")
+    if isinstance(x, (np.ndarray, np.generic)):
+        return dtype.kind not in "OSUMm" and dtype.type is not np.void
+    return True

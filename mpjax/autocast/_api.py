@@ -1,11 +1,13 @@
 """`autocast` and `full_precision`: functions in, functions out."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
 from mpjax._jaxpr import eval_jaxpr, open_jaxpr
@@ -75,7 +77,8 @@ def autocast(
 
     def evaluate(spec: Static, arrays: list[Any]):
         flat = FlatFunction(fn, spec)
-        closed = jax.make_jaxpr(flat)(*arrays)
+        with jax.disable_jit(False):
+            closed = jax.make_jaxpr(flat)(*arrays)
         rewritten, _ = Rewriter(casting, table).rewrite(closed)
         outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
         return outputs, flat.out_spec
@@ -136,7 +139,10 @@ def _jit(evaluate: Callable[..., Any], fn: Any, reserved: str) -> Callable[..., 
     def wrapper(*args, **kwargs):
         refuse_modules(fn, args, kwargs)
         arrays, spec = flatten((args, kwargs))
-        outputs, out_spec = jitted(spec, arrays)
+        # The name is in the jit: within a trace it must not be disabled.
+        traced = any(isinstance(x, Tracer) for x in arrays)
+        with jax.disable_jit(False) if traced else contextlib.nullcontext():
+            outputs, out_spec = jitted(spec, arrays)
         return unflatten(outputs, out_spec)
 
     return wrapper

@@ -58,15 +58,15 @@ HIGH = _names(
 # derivative, runs in half: else it would be saved for the backward pass in float32.
 ACTIVATION = _names("logistic tanh erf")
 
-# Rounds its result, so that running it in float32 is worth something.
-ARITHMETIC = _names("add sub mul div add_any one_minus_square") | ACTIVATION
+# Rounds its result, or hangs on its operand's last bit: better in float32.
+ARITHMETIC = _names("add sub mul div add_any one_minus_square sign") | ACTIVATION
 
 # The result is one of the operands' numbers, or its negative: exact in any dtype, and
 # rounding before is rounding after. (The gradient of a pooling adds up where windows
 # overlap, a few numbers at most.)
 EXACT = _names(
     """
-    neg abs sign max min select_n clamp
+    neg abs max min select_n clamp
     broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice
     gather concatenate pad rev split tile stack unstack copy name stop_gradient
     reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min

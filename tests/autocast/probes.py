@@ -157,6 +157,7 @@ HIGH = {
 }
 
 ARITHMETIC = {
+    "sign": lax.sign,
     "add": binary(lax.add),
     "sub": lambda x: lax.sub(x, x.T),
     "mul": binary(lax.mul),
@@ -171,7 +172,6 @@ ARITHMETIC = {
 EXACT = {
     "neg": lax.neg,
     "abs": lax.abs,
-    "sign": lax.sign,
     "max": lambda x: lax.max(x, x.T),
     "min": lambda x: lax.min(x, x.T),
     "select_n": lambda x: lax.select(x > 0.5, x, x.T),
