@@ -20,14 +20,17 @@ from mpjax import autocast, sharding
 from mpjax._jaxpr import check_jaxpr, dtype_of, is_inexact_aval, open_jaxpr, walk
 
 ROWS = P("i")
-VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 
 # The first version of jax that makes a primitive, and the first that no longer does.
 SINCE = {
     "eval_jaxpr": (0, 11),
     "log2": (0, 11),
+    "mulhi": (0, 10, 2),
     "one_minus_square": (0, 11),
     "polynomial": (0, 12),
+    "stack": (0, 10, 1),
+    "unstack": (0, 10, 1),
 }
 UNTIL = {"closed_call": (0, 11)}
 

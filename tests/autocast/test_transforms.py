@@ -22,7 +22,7 @@ from autocast.functions import (
     symbolic_forward,
     types,
 )
-from autocast.probes import BF16, F16, F32, eqns, floats
+from autocast.probes import BF16, F16, F32, VERSION, eqns, floats
 from jax import lax, nn
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
@@ -210,6 +210,7 @@ def test_collectives_in_a_named_vmap_and_pmap(order):
         assert_transformed(new, over(fn), xs, W)
 
 
+@pytest.mark.skipif(VERSION < (0, 10, 2), reason="jax cannot derive such a matmul")
 def test_explicit_sharding():
     with jax.set_mesh(mesh(AxisType.Explicit)):
         x = jax.device_put(X, NamedSharding(jax.sharding.get_mesh(), P("i", None)))
