@@ -93,6 +93,7 @@ class FlatFunction:
     """
 
     def __init__(self, fn: Callable[..., Any], spec: Static):
+        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self.fn = fn
         self.spec = spec
         self.out_spec: Any = None

@@ -78,7 +78,8 @@ def autocast(
     def evaluate(spec: Static, arrays: list[Any]):
         flat = FlatFunction(fn, spec)
         with jax.disable_jit(False):
-            closed = jax.make_jaxpr(flat)(*arrays)
+            # Within a jit: evaluated, the rewritten equations are not traced again.
+            closed = jax.make_jaxpr(jax.jit(flat))(*arrays)
         rewritten, _ = Rewriter(casting, table).rewrite(closed)
         outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
         return outputs, flat.out_spec

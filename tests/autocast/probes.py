@@ -363,6 +363,13 @@ def rewrite(fn, *args, policy="mixed_bfloat16", **kwargs):
     return closed
 
 
+def body(closed):
+    """What is inside the jit of autocast, and that of the function itself."""
+    (call,) = closed.eqns
+    (call,) = open_jaxpr(call.params["jaxpr"]).eqns
+    return open_jaxpr(call.params["jaxpr"])
+
+
 def by_ops(closed, *args):
     """Evaluates op by op: compiled for a CPU, roundings to half may be left out."""
     with jax.disable_jit():

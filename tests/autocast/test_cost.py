@@ -16,14 +16,14 @@ NUM_ROUNDS = 9
 
 
 def timed(fn):
-    """Seconds of a call with nothing traced before, and its result."""
+    """Seconds of this thread in a call, with nothing traced before, and its result."""
     jax.clear_caches()
-    start = time.perf_counter()
+    start = time.thread_time()
     result = fn()
-    return time.perf_counter() - start, result
+    return time.thread_time() - start, result
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer_block", "bigru"])
+@pytest.mark.parametrize("name", CASES)
 def test_tracing_takes_at_most_twice_as_long(name):
     """The least of interleaved rounds, which what else runs disturbs least."""
     case = CASES[name]()
@@ -48,8 +48,8 @@ def test_the_rewrite_takes_little_of_that():
         tracing, jaxpr = timed(
             lambda fn=fn: jax.make_jaxpr(fn)(case.params, case.inputs)
         )
-        start = time.perf_counter()
+        start = time.thread_time()
         rewritten, _ = Rewriter(resolve("mixed_bfloat16"), table).rewrite(jaxpr)
-        ratios.append((time.perf_counter() - start) / tracing)
+        ratios.append((time.thread_time() - start) / tracing)
         assert rewritten is not jaxpr
     assert statistics.median(ratios) <= 0.15
