@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
-from mpjax._jaxpr import eval_jaxpr, open_jaxpr
+from mpjax._jaxpr import (
+    eval_jaxpr,
+    map_inner_jaxprs,
+    open_jaxpr,
+    with_equations,
+)
 from mpjax.autocast._decide import RESERVED_AUTOCAST, RESERVED_FULL
 from mpjax.autocast._rewrite import Rewriter
 from mpjax.autocast._tables import make_table
@@ -77,10 +82,15 @@ def autocast(
 
     def evaluate(spec: Static, arrays: list[Any]):
         flat = FlatFunction(fn, spec)
+        is_traced = any(isinstance(x, Tracer) for x in arrays)
         with jax.disable_jit(False):
-            # Within a jit: evaluated, the rewritten equations are not traced again.
-            closed = jax.make_jaxpr(jax.jit(flat))(*arrays)
-        rewritten, _ = Rewriter(casting, table).rewrite(closed)
+            # As one jit, whose equations, once rewritten, are not traced again.
+            closed = jax.make_jaxpr(jax.jit(flat) if is_traced else flat)(*arrays)
+        rewriter = Rewriter(casting, table)
+        if is_traced:
+            rewritten = _rewrite_inside(rewriter, closed)
+        else:
+            rewritten, _ = rewriter.rewrite(closed)
         outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
         return outputs, flat.out_spec
 
@@ -128,6 +138,16 @@ def as_rules(
                 "float32; enable x64 and pass float64 arrays instead."
             )
     return found
+
+
+def _rewrite_inside(rewriter: Rewriter, jaxpr: Any) -> Any:
+    """Rewrites what is in the jits of a jaxpr, their inputs and outputs as traced."""
+    rewrite = lambda inner: rewriter.rewrite(inner)[0]
+    eqns = [
+        eqn.replace(params=map_inner_jaxprs(rewrite, eqn.params))
+        for eqn in open_jaxpr(jaxpr).eqns
+    ]
+    return with_equations(jaxpr, eqns=eqns)
 
 
 def _jit(evaluate: Callable[..., Any], fn: Any, reserved: str) -> Callable[..., Any]:
