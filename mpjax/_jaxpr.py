@@ -127,6 +127,15 @@ def num_trips(eqn: Any) -> int:
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
 
+def scan_sizes(eqn: Any) -> tuple[int, int]:
+    """Returns how many constants and how many carried values a scan has."""
+    params = eqn.params
+    if "ft_in" in params:  # From JAX 0.11 on.
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
 def dtype_of(atom: Any) -> Any:
     """Returns the dtype of a variable or literal; None for a token."""
     return getattr(atom.aval, "dtype", None)
