@@ -5,6 +5,7 @@ those that mpjax supports is dealt with here. From JAX 0.11 on a `ClosedJaxpr` *
 a `Jaxpr`, so the two are never told apart by `isinstance`.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -107,6 +108,24 @@ def bind(eqn: Any, *values: Any) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+@contextlib.contextmanager
+def context_of(eqn: Any) -> Iterator[None]:
+    """Traces what is inside with an equation's source line, name scope and context."""
+    info = eqn.source_info
+    name_stack = source_info_util.current_name_stack() + info.name_stack
+    with (
+        source_info_util.user_context(info.traceback, name_stack=name_stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def consts_as_inputs(closed: Any) -> Any:
+    """Returns a closed jaxpr as an open one whose first inputs are its constants."""
+    jaxpr = open_jaxpr(closed)
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+
+
 def walk(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[Any, str, int]]:
     """Yields every equation, at any depth, before those inside it.
 
@@ -157,7 +176,9 @@ def join_scope(scope: str, eqn: Any) -> str:
     for part in own.split("/"):
         bare = _TRANSFORM.sub("", part)
         bare = bare.rstrip(")") if bare != part else bare
-        if bare and (not parts or parts[-1] != bare):
+        if bare in ("", "rematted_computation"):
+            continue
+        if not parts or parts[-1] != bare:
             parts.append(bare)
     return "/".join([scope, *parts]) if scope else "/".join(parts)
 

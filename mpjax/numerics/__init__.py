@@ -14,16 +14,22 @@ from mpjax.numerics._histogram import (
     exponent_histogram,
 )
 from mpjax.numerics._nonfinite import find_nonfinite
+from mpjax.numerics._probe import OpHistograms, Probe, probe
+from mpjax.numerics._tap import tap
 
 __all__ = [
     "ExponentHistogram",
     "LossAtScale",
     "LossScaleAdvice",
     "NonFinite",
+    "OpHistograms",
+    "Probe",
     "RepresentableFraction",
     "empty_histogram",
     "exponent_histogram",
     "find_nonfinite",
+    "probe",
     "recommend_loss_scale",
     "representable_fraction",
+    "tap",
 ]

@@ -10,9 +10,10 @@ from jax.core import Tracer
 
 from mpjax import _jaxpr
 from mpjax._flat import FlatFunction, flatten, refuse_modules
-from mpjax._jaxpr import Literal, inner_jaxprs, join_scope, open_jaxpr, source_line
+from mpjax._jaxpr import Literal, inner_jaxprs, open_jaxpr, source_line
 from mpjax.numerics import _causes
 from mpjax.numerics._causes import NonFinite, is_inexact
+from mpjax.numerics._place import Place
 
 _CALLS = frozenset(
     (
@@ -104,33 +105,6 @@ class Value(NamedTuple):
 
     array: Any
     origin: Origin | None
-
-
-class Place(NamedTuple):
-    """Where in a function an equation is: around it, from the outermost on.
-
-    Attributes:
-      scope: name scope.
-      is_backward: whether JAX's transposition made it.
-      iterations: of the loops.
-    """
-
-    scope: str = ""
-    is_backward: bool = False
-    iterations: tuple[int, ...] = ()
-
-    def enter(self, eqn: Any) -> "Place":
-        """Returns the place inside an equation, or of it."""
-        is_transposed = "transpose(" in str(eqn.source_info.name_stack)
-        return Place(
-            join_scope(self.scope, eqn),
-            self.is_backward or is_transposed,
-            self.iterations,
-        )
-
-    def at(self, iteration: int) -> "Place":
-        """Returns the place inside an iteration of a loop."""
-        return self._replace(iterations=(*self.iterations, iteration))
 
 
 class _Interpreter:
@@ -251,7 +225,7 @@ class _Interpreter:
             primitive=eqn.primitive.name,
             scope=place.scope,
             source=source_line(eqn),
-            is_backward=place.is_backward,
+            is_backward=place.is_backward and not place.is_recomputed,
             dtype=str(bad.dtype),
             shape=tuple(bad.shape),
             num_nan=num_nan,

@@ -1,0 +1,358 @@
+"""Histograms of what every operation of a function gives, without touching it."""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax import _jaxpr
+from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
+from mpjax._jaxpr import Literal, eval_jaxpr, inner_jaxprs, open_jaxpr
+from mpjax.numerics._histogram import ExponentHistogram, exponent_histogram
+from mpjax.numerics._place import Place
+from mpjax.numerics._tap import (
+    COTANGENT,
+    VALUE,
+    Names,
+    matched_names,
+    operation_name,
+)
+
+_CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
+_ENTERED = (*_CALLS, "remat2", "cond", "scan", "while")
+
+
+class OpHistograms(NamedTuple):
+    """What one operation gave, all its runs together.
+
+    Attributes:
+      values: histogram of its output.
+      cotangents: of the gradient with respect to its output, where `tap` marked it and
+        the function went backward through it; else None.
+    """
+
+    values: ExponentHistogram | None
+    cotangents: ExponentHistogram | None
+
+
+def probe(
+    fn: Callable[..., Any],
+    *,
+    ops: Collection[str] = (),
+    lo: int = -60,
+    hi: int = 16,
+) -> "Probe":
+    """Makes a function return a histogram of every matmul's and convolution's output.
+
+    What figures 2b and 3 of "Mixed Precision Training" are drawn of. The function is
+    traced, and looked into through jit, scan, while, cond, remat and functions with
+    derivatives of their own, not into shard_map or kernels. Counting runs beside the
+    function, which computes what it counts a second time, so that outputs are bitwise
+    what they were; a side effect such as `jax.debug.print` may happen twice. Put it
+    around everything: a gradient, an `autocast`, a whole train step.
+
+    The histograms have the names of the operations, name scope and primitive:
+    `encoder/dot_general`, `encoder/dot_general#2` for the second, `encoder/dot_general
+    (backward)` for a matmul of the backward pass, which gives the gradient with respect
+    to an input of the forward one: of the activations, or of the weights. What
+    `jax.ad_checkpoint.checkpoint_name` names is there by that name. Runs in a loop add
+    up. `tap` around what is differentiated gives the cotangents of each operation.
+
+    Args:
+      fn: any function of pytrees, under the contract of `jax.jit`.
+      ops: names of further primitives to look at, such as "tanh".
+      lo: smallest exponent told apart.
+      hi: largest exponent told apart.
+
+    Returns:
+      A function with the arguments of `fn` that returns `(outputs, histograms)`, the
+      histograms a dict of `OpHistograms`, jitted; its method `when(pred, *args)` counts
+      in some of the steps only.
+
+    Raises:
+      TypeError: when called with an NNX module, or differentiated.
+
+    >>> from mpjax.numerics import tap
+    >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    >>> probed = probe(jax.value_and_grad(tap(loss)))
+    >>> (value, grad), histograms = probed(jnp.ones((8, 2)), jnp.ones((4, 8)))
+    >>> list(histograms)
+    ['dot_general', 'dot_general (backward)']
+    >>> found = histograms["dot_general"]
+    >>> print(found.values)
+         2^3             8  100.00%  ########################################
+    >>> print(found.cotangents)
+         2^1             8  100.00%  ########################################
+    """
+    return Probe(fn, matched_names(ops), lo, hi)
+
+
+class Probe:
+    """A function that returns histograms beside its outputs; `probe` makes it."""
+
+    def __init__(
+        self, fn: Callable[..., Any], matched: frozenset[str], lo: int, hi: int
+    ):
+        functools.update_wrapper(self, fn, updated=())
+        self._fn = fn
+        self._matched = matched
+        self._count = functools.partial(exponent_histogram, lo=lo, hi=hi)
+        self._jitted = jax.jit(self._evaluate, static_argnums=0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns `(outputs, histograms)` of the function."""
+        return self._call(False, None, args, kwargs)
+
+    def when(self, pred: Any, *args: Any, **kwargs: Any) -> Any:
+        """Counts only if `pred` is true: `probed.when(step % 100 == 0, ...)`.
+
+        Where it is false all counts are 0, and the function runs at its own speed.
+
+        Args:
+          pred: boolean scalar.
+          *args: arguments of the function.
+          **kwargs: likewise.
+
+        Returns:
+          `(outputs, histograms)`.
+        """
+        return self._call(True, jnp.asarray(pred, bool), args, kwargs)
+
+    def _call(self, is_sampled: bool, pred: Any, args: Any, kwargs: Any) -> Any:
+        refuse_modules(self._fn, args, kwargs)
+        arrays, spec = flatten((args, kwargs))
+        with jax.disable_jit(False):
+            outputs, out_spec, found = self._jitted(is_sampled, spec, pred, arrays)
+        names, histograms = found  # A dict would come out of jit sorted.
+        return unflatten(outputs, out_spec), dict(
+            zip(names.value, histograms, strict=True)
+        )
+
+    def _evaluate(self, is_sampled: bool, spec: Static, pred: Any, arrays: list) -> Any:
+        flat = FlatFunction(self._fn, spec)
+        closed = jax.make_jaxpr(flat)(*arrays)
+        body = _jaxpr.consts_as_inputs(closed)
+        interpreter = _Interpreter(self._matched, self._count)
+
+        def counted(*args):
+            call, labels = interpreter.make(body, Place())
+            _, counts = call(*args)
+            return _collect(labels, counts)
+
+        def run(*args):
+            # Beside the function as it is: what else reads its values could change how
+            # XLA compiles it, and so its last bits. Barriers keep the two apart, and
+            # the function last, so that it may overwrite what is donated.
+            if is_sampled:
+                nothing = _zeros_like(counted, *args)
+                inputs = lax.optimization_barrier(args)
+                found = lax.cond(pred, counted, lambda *_: nothing, *inputs)
+            else:
+                found = counted(*lax.optimization_barrier(args))
+            args, found = lax.optimization_barrier((args, found))
+            return eval_jaxpr(body, (), *args), found
+
+        run = jax.custom_jvp(run)
+        run.defjvp(_refuse_derivatives)
+        outputs, found = run(*closed.consts, *arrays)
+        return outputs, flat.out_spec, found
+
+
+class _Label(NamedTuple):
+    """Whose numbers a histogram counts."""
+
+    name: str
+    slot: str
+    is_mark: bool
+
+
+class _Interpreter:
+    """Evaluates a jaxpr, and counts what its operations give."""
+
+    def __init__(self, matched: frozenset[str], count: Callable[[Any], Any]):
+        self.matched = matched
+        self.count = count
+
+    def make(self, jaxpr: Any, place: Place) -> tuple[Callable[..., Any], list[_Label]]:
+        """Returns a function that gives `(outputs, counts)`, and their labels.
+
+        The labels are there once the function was traced.
+        """
+        labels: list[_Label] = []
+
+        def call(*args):
+            labels.clear()
+            return self._run(jaxpr, args, place, labels)
+
+        return call, labels
+
+    def _run(
+        self, jaxpr: Any, args: Sequence[Any], place: Place, labels: list[_Label]
+    ) -> tuple[list[Any], list[Any]]:
+        body = open_jaxpr(jaxpr)
+        consts = getattr(jaxpr, "consts", ())
+        env = dict(zip((*body.constvars, *body.invars), (*consts, *args), strict=True))
+        read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
+        marked = {e.invars[0] for e in body.eqns if _mark(e).startswith(VALUE)}
+        counts = []
+        for eqn in body.eqns:
+            inner = place.enter(eqn)
+            values = [read(x) for x in eqn.invars]
+            with _jaxpr.context_of(eqn):
+                outputs, found, found_labels = self._equation(eqn, values, inner)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            counts += found
+            labels += found_labels
+            for v, x in zip(eqn.outvars, outputs, strict=True):
+                label = self._label(eqn, inner)
+                if label and v not in marked and _is_floating(x):
+                    counts.append(self.count(x))
+                    labels.append(label)
+        return [read(x) for x in body.outvars], counts
+
+    def _label(self, eqn: Any, place: Place) -> _Label | None:
+        """Returns the label of an equation that is to be counted."""
+        if place.is_recomputed:
+            return None
+        mark = _mark(eqn)
+        for prefix, slot in ((VALUE, "values"), (COTANGENT, "cotangents")):
+            if mark.startswith(prefix):
+                return _Label(mark.removeprefix(prefix), slot, is_mark=True)
+        if mark or eqn.primitive.name in self.matched:
+            name = mark or operation_name(place.scope, eqn)
+            name += " (backward)" if place.is_backward else ""
+            return _Label(name, "values", is_mark=False)
+        return None
+
+    def _equation(self, eqn: Any, values: list[Any], place: Place) -> Any:
+        name = eqn.primitive.name
+        if name in _ENTERED and any(map(self._is_of_interest, inner_jaxprs(eqn))):
+            if name in ("cond", "scan", "while"):
+                return getattr(self, f"_{name}")(eqn, values, place)
+            return self._enter(eqn, values, place)
+        return _jaxpr.bind(eqn, *values), [], []
+
+    def _is_of_interest(self, jaxpr: Any) -> bool:
+        return any(
+            eqn.primitive.name in self.matched or _mark(eqn)
+            for eqn, _, _ in _jaxpr.walk(jaxpr)
+        )
+
+    def _enter(self, eqn: Any, values: list[Any], place: Place) -> Any:
+        call, labels = self.make(inner_jaxprs(eqn)[0], place)
+        if eqn.primitive.name == "jit":
+            # By its name autocast may know it.
+            call.__name__ = call.__qualname__ = eqn.params["name"]
+            return *jax.jit(call)(*values), labels
+        if eqn.primitive.name != "remat2":
+            return *call(*values), labels
+        # The equation itself, so that what is to be computed again still is.
+        flat, treedef = None, None
+
+        def flattened(*args):
+            nonlocal flat, treedef
+            flat, treedef = jax.tree.flatten(call(*args))
+            return flat
+
+        closed = jax.make_jaxpr(flattened)(*values)
+        jaxpr = _jaxpr.consts_as_inputs(closed)
+        params = {**eqn.params, "jaxpr": jaxpr}
+        outputs = eqn.primitive.bind(*closed.consts, *values, **params)
+        return *jax.tree.unflatten(treedef, outputs), labels
+
+    def _cond(self, eqn: Any, values: list[Any], place: Place) -> Any:
+        index, *operands = values
+        made = [self.make(branch, place) for branch in eqn.params["branches"]]
+        zeros = [_zeros_like(call, *operands)[1] for call, _ in made]
+
+        def padded(i):
+            def branch(*args):
+                outputs, counts = made[i][0](*args)
+                return outputs, [counts if i == j else z for j, z in enumerate(zeros)]
+
+            return branch
+
+        branches = [padded(i) for i in range(len(made))]
+        outputs, counts = lax.switch(index, branches, *operands)
+        labels = [label for _, labels in made for label in labels]
+        return outputs, [n for found in counts for n in found], labels
+
+    def _scan(self, eqn: Any, values: list[Any], place: Place) -> Any:
+        params = eqn.params
+        num_consts, num_carry = _jaxpr.scan_sizes(eqn)
+        consts, rest = values[:num_consts], values[num_consts:]
+        call, labels = self.make(params["jaxpr"], place)
+
+        def step(carry, xs):
+            outputs, counts = call(*consts, *carry, *xs)
+            return outputs[:num_carry], (outputs[num_carry:], counts)
+
+        carry, (ys, counts) = lax.scan(
+            step,
+            rest[:num_carry],
+            rest[num_carry:],
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        return [*carry, *ys], jax.tree.map(lambda n: n.sum(0, n.dtype), counts), labels
+
+    def _while(self, eqn: Any, values: list[Any], place: Place) -> Any:
+        params = eqn.params
+        num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+        cond_consts, body_consts = values[:num_cond], values[num_cond:][:num_body]
+        carry = values[num_cond + num_body :]
+        goes_on, _ = self.make(params["cond_jaxpr"], place)
+        call, labels = self.make(params["body_jaxpr"], place)
+
+        def step(state):
+            outputs, counts = call(*body_consts, *state[0])
+            return outputs, jax.tree.map(jnp.add, state[1], counts)
+
+        outputs, counts = lax.while_loop(
+            lambda state: goes_on(*cond_consts, *state[0])[0][0],
+            step,
+            (carry, _zeros_like(call, *body_consts, *carry)[1]),
+        )
+        return outputs, counts, labels
+
+
+def _collect(labels: list[_Label], counts: list[Any]) -> tuple[Static, list[Any]]:
+    """Returns the names of the operations, and the `OpHistograms` of each.
+
+    What has the same mark is added up.
+    """
+    names = Names()
+    slots: dict[str, dict[str, Any]] = {}
+    for label, count in zip(labels, counts, strict=True):
+        name = label.name if label.is_mark else names.new(label.name)
+        own = slots.setdefault(name, {})
+        own[label.slot] = own[label.slot] + count if label.slot in own else count
+    histograms = [
+        OpHistograms(own.get("values"), own.get("cotangents")) for own in slots.values()
+    ]
+    return Static(tuple(slots)), histograms
+
+
+def _mark(eqn: Any) -> str:
+    """Returns the name that `checkpoint_name` gave, or an empty string."""
+    return eqn.params["name"] if eqn.primitive.name == "name" else ""
+
+
+def _zeros_like(fn: Callable[..., Any], *args: Any) -> Any:
+    shapes = jax.eval_shape(fn, *args)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _is_floating(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _refuse_derivatives(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "probe(fn) has no derivative; differentiate inside, probe(jax.grad(fn)), so "
+        "that the backward pass is looked at too."
+    )

@@ -1,0 +1,144 @@
+"""Taps: identities that make cotangents visible to `probe`."""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
+from mpjax._jaxpr import (
+    Var,
+    eval_jaxpr,
+    is_inexact_aval,
+    join_scope,
+    map_inner_jaxprs,
+    open_jaxpr,
+    with_equations,
+)
+
+MATMULS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
+VALUE = "mpjax.tap.value:"
+COTANGENT = "mpjax.tap.cotangent:"
+# What is inside has a derivative of its own, in which a tap would never be asked.
+_OWN_RULES = ("custom_jvp_call", "custom_vjp_call")
+
+
+def tap(fn: Callable[..., Any], *, ops: Collection[str] = ()) -> Callable[..., Any]:
+    """Marks the output of every matmul and convolution, for `probe` to find.
+
+    A mark is an identity with an identity for derivative, and compiles to nothing. Put
+    it around what is differentiated, and `probe` around the whole; then the histograms
+    of cotangents have the names of the forward operations.
+
+    Matmuls inside a function with a derivative of its own (`jax.custom_vjp`) are not
+    marked: its rule decides what is computed backward, and `probe` sees that by itself.
+    Marks have no forward-mode derivative: no `jax.jvp`, `jax.jacfwd` or `jax.hessian`.
+
+    Args:
+      fn: any function of pytrees, under the contract of `jax.jit`.
+      ops: names of further primitives to mark, such as "tanh".
+
+    Returns:
+      A function with the arguments and outputs of `fn`.
+
+    Raises:
+      TypeError: when called with an NNX module.
+    """
+    matched = matched_names(ops)
+
+    def evaluate(spec: Static, arrays: list[Any]) -> tuple[list[Any], Static]:
+        flat = FlatFunction(fn, spec)
+        with jax.disable_jit(False):
+            closed = jax.make_jaxpr(flat)(*arrays)
+        tapped = _Tapper(matched).rewrite(closed, "")
+        return eval_jaxpr(open_jaxpr(tapped), closed.consts, *arrays), flat.out_spec
+
+    @functools.wraps(fn, updated=())
+    def wrapper(*args, **kwargs):
+        refuse_modules(fn, args, kwargs)
+        arrays, spec = flatten((args, kwargs))
+        return unflatten(*evaluate(spec, arrays))
+
+    return wrapper
+
+
+def matched_names(ops: Collection[str]) -> frozenset[str]:
+    """Returns the names of primitives that are looked at: matmuls and `ops`.
+
+    Raises:
+      TypeError: if `ops` is one string, whose letters would match nothing.
+    """
+    if isinstance(ops, str):
+        raise TypeError(
+            f"ops={ops!r} must be a collection of names, not a string: ops=({ops!r},)."
+        )
+    return MATMULS | frozenset(ops)
+
+
+class Names:
+    """Gives each operation a name of its own: its scope and primitive, numbered."""
+
+    def __init__(self):
+        self._given: dict[str, int] = {}
+
+    def new(self, base: str) -> str:
+        """Returns `base`, or `base#2` the second time."""
+        number = self._given[base] = self._given.get(base, 0) + 1
+        return base if number == 1 else f"{base}#{number}"
+
+
+def operation_name(scope: str, eqn: Any) -> str:
+    """Returns the name of an operation: `encoder/Dense_0/dot_general`."""
+    return f"{scope}/{eqn.primitive.name}" if scope else eqn.primitive.name
+
+
+class _Tapper:
+    def __init__(self, matched: frozenset[str]):
+        self.matched = matched
+        self.names = Names()
+
+    def rewrite(self, jaxpr: Any, scope: str) -> Any:
+        eqns = []
+        for eqn in open_jaxpr(jaxpr).eqns:
+            inner = join_scope(scope, eqn)
+            if eqn.primitive.name not in _OWN_RULES:
+                rewrite = functools.partial(self.rewrite, scope=inner)
+                eqn = eqn.replace(params=map_inner_jaxprs(rewrite, eqn.params))
+            if eqn.primitive.name in self.matched:
+                eqns += self._marked(eqn, inner)
+            else:
+                eqns.append(eqn)
+        return with_equations(jaxpr, eqns=eqns)
+
+    def _marked(self, eqn: Any, scope: str) -> list[Any]:
+        outvars, marks = [], []
+        for v in eqn.outvars:
+            if not isinstance(v, Var) or not is_inexact_aval(v.aval):
+                outvars.append(v)
+                continue
+            raw = Var(v.aval)
+            name = self.names.new(operation_name(scope, eqn))
+            (mark,) = open_jaxpr(jax.make_jaxpr(_make_tap(name))(_struct(v.aval))).eqns
+            marks.append(
+                mark.replace(invars=[raw], outvars=[v], source_info=eqn.source_info)
+            )
+            outvars.append(raw)
+        return [eqn.replace(outvars=outvars), *marks]
+
+
+def _make_tap(name: str) -> Callable[[jax.Array], jax.Array]:
+    def value(x):
+        return checkpoint_name(x, VALUE + name)
+
+    identity = jax.custom_vjp(value)
+    identity.defvjp(
+        lambda x: (value(x), None),
+        lambda _, cotangent: (checkpoint_name(cotangent, COTANGENT + name),),
+    )
+    return identity
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
