@@ -1,5 +1,6 @@
 """Stops a run that loss scaling cannot save, from outside the jitted step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,16 @@ import numpy as np
 
 
 class NonFiniteTrainingError(RuntimeError):
-    """Gradients stay non-finite although the loss scale is at its minimum."""
+    """Gradients stay non-finite although the loss scale is at its minimum.
+
+    Attributes:
+      found: which operation made the first Inf or NaN, a `mpjax.numerics.NonFinite`,
+        where that was looked for.
+    """
+
+    def __init__(self, message: str, found: Any = None):
+        super().__init__(message)
+        self.found = found
 
 
 class NonFiniteGuard:
@@ -41,15 +51,23 @@ class NonFiniteGuard:
         self.max_consecutive_skipped = max_consecutive_skipped
         self.num_consecutive_skipped = 0
 
-    def check(self, metrics: dict[str, Any]) -> None:
+    def check(
+        self, metrics: dict[str, Any], find: Callable[[], Any] | None = None
+    ) -> None:
         """Counts one step, or several stacked along a first axis.
 
         Reads `grads_finite` and `loss_scale`; on device arrays this waits for the step,
         so a loop calls it on metrics of steps that are done.
 
+        Args:
+          metrics: of `make_train_step`.
+          find: finds what to name in the error, called before it is raised:
+            `lambda: mpjax.numerics.find_nonfinite(train_step)(state, batch)`. As
+            nothing moves on a skipped step, the newest state will do.
+
         Raises:
           NonFiniteTrainingError: after too many skips in a row at the minimum; the
-            message names the metrics at hand.
+            message names the metrics at hand, and what `find` found.
         """
         metrics = jax.device_get(metrics)
         finite = np.atleast_1d(metrics["grads_finite"])
@@ -60,18 +78,25 @@ class NonFiniteGuard:
                 self.num_consecutive_skipped + 1 if hopeless else 0
             )
             if self.num_consecutive_skipped >= self.max_consecutive_skipped:
-                raise NonFiniteTrainingError(self._message(metrics, index))
+                found = find() if find is not None else None
+                raise NonFiniteTrainingError(
+                    self._message(metrics, index, found), found
+                )
 
-    def _message(self, metrics: dict[str, Any], index: int) -> str:
+    def _message(self, metrics: dict[str, Any], index: int, found: Any) -> str:
         seen = ", ".join(
             f"{name}={np.atleast_1d(value)[min(index, np.size(value) - 1)]}"
             for name, value in metrics.items()
             if np.ndim(value) <= 1 and np.size(value)
         )
+        cause = (
+            f"The first of it: {found}"
+            if found is not None
+            else "Look for NaN or Inf in the data, a division by zero or log of zero "
+            "in the loss, or a learning rate that is too large."
+        )
         return (
             f"the gradients were not finite in {self.num_consecutive_skipped} steps in "
             f"a row at the smallest loss scale ({self.min_loss_scale:g}), so loss "
-            f"scaling cannot help. The last step had {seen}. Look for NaN or Inf in "
-            "the data, a division by zero or log of zero in the loss, or a learning "
-            "rate that is too large."
+            f"scaling cannot help. The last step had {seen}. {cause}"
         )

@@ -36,6 +36,17 @@ def test_raises_after_exactly_so_many_skips_at_the_minimum():
         assert word in str(error.value)
 
 
+def test_the_error_names_what_was_found():
+    watch = guard(max_consecutive_skipped=2)
+    calls = []
+    find = lambda: calls.append(1) or "log at model.py:3"
+    watch.check(row(False, 4), find)
+    assert not calls
+    with pytest.raises(mpjax.NonFiniteTrainingError, match=r"log at model\.py:3") as error:
+        watch.check(row(False, 4), find)
+    assert error.value.found == "log at model.py:3"
+
+
 def test_stacked_metrics_of_a_scan():
     watch = guard()
     finite = jnp.array([False, True, False, False, False])

@@ -17,6 +17,7 @@ from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import BaseConfig
 from experiments.harness.recorder import Recorder, weighted_mean
 from experiments.harness.stop import StopRequest, on_signals
+from mpjax.numerics import NonFinite, find_nonfinite
 
 # Steps the device may be behind the host, and how often the screen shows a new one.
 MAX_STEPS_IN_FLIGHT = 2
@@ -99,6 +100,7 @@ class _Loop:
         self.recorder: Recorder = recorder
         self.stop = stop
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self.newest: tuple[int, Any] = (0, task.state)
         limit = config.max_consecutive_skipped
         self.guard = mpjax.NonFiniteGuard(
             task.loss_scale, max_consecutive_skipped=limit
@@ -128,6 +130,7 @@ class _Loop:
             state, metrics = train_step(state, batch)
             step += 1
             self.pending.append((step, metrics))
+            self.newest = step, state
             self._wait(bar)
             last = step == task.num_steps
             if step % task.steps_per_epoch == 0 or last:
@@ -156,9 +159,16 @@ class _Loop:
         shown = None
         for step, metrics in jax.device_get(steps):
             self.recorder.write("train", step, metrics)
-            self.guard.check(metrics)
+            self.guard.check(metrics, self._find_nonfinite)
             shown = step, metrics
         bar.show(shown)
+
+    def _find_nonfinite(self) -> NonFinite | None:
+        """Looks for the operation that made the last step's Inf or NaN."""
+        step, state = self.newest
+        batch = next(self.task.batches(step - 1))
+        tqdm.write("looking for the first Inf or NaN ...", file=sys.stdout)
+        return find_nonfinite(self.task.train_step)(state, batch)
 
     def _end_epoch(self, step: int, state: mpjax.TrainState, ms_per_step: float):
         size = self.task.steps_per_epoch

@@ -157,6 +157,7 @@ def test_nan_in_the_data_ends_the_run_after_so_many_skips(call, tmp_path):
     code, err = call(*flags, dataset=data)
     assert code == 1
     assert_paragraph(err, "training stopped", "not finite in 7 steps in a row")
+    assert "args[1]['image']: already in an input" in " ".join(err.split())
     assert_skipped(tmp_path / "run")
     steps = {path.name for path in (tmp_path / "run").glob("*/checkpoints/*")}
     assert steps == {"4", "8"}
@@ -173,8 +174,10 @@ def test_nan_without_loss_scaling_is_an_error_to_a_caller_too(tmp_path):
         max_consecutive_skipped=3,
         workdir=tmp_path / "run",
     )
-    with pytest.raises(NonFiniteTrainingError, match="3 steps in a row"):
+    with pytest.raises(NonFiniteTrainingError, match="3 steps in a row") as error:
         mnist_mlp.main(config, with_nan())
+    assert error.value.found.leaf == "args[1]['image']"
+    assert error.value.found.index[1] == 0
 
 
 def test_a_full_disk_ends_the_run_with_an_error(tmp_path):
