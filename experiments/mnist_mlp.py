@@ -20,12 +20,14 @@ from experiments.data import mnist
 from experiments.data.mnist import ImageDataset
 from experiments.data.on_device import DeviceDataset
 from experiments.errors import ConfigError
-from experiments.harness import cli, loop, plots, results
+from experiments.harness import cli, loop, numerics, plots, results
 from experiments.harness.config import BaseConfig, require, require_positive
+from experiments.harness.numerics_plots import numerics_figure
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Column, Result
 from experiments.harness.workdir import write_text, writing
 from experiments.models.mlp import MLP
+from mpjax.numerics import tap
 
 NAME = "mnist_mlp"
 EVAL_BATCH_SIZE = 2000
@@ -67,9 +69,17 @@ class Config(BaseConfig):
     data_dir: Path | None = None
     """A TFDS directory to read MNIST from; by default the cache, then every source."""
 
+    numerics: bool = False
+    """Count the exponents of what every matmul gives, forward and backward, and draw
+    them (numerics.png)."""
+
+    numerics_interval: int = 5
+    """With --numerics: steps from one count to the next."""
+
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "num_units", "num_epochs", "batch_size", "learning_rate")
+        require_positive(self, "numerics_interval")
         split = self.validation_split
         require(0 < split < 1, "--validation-split", "between 0 and 1", self)
         if self.dataset not in mnist.DATASETS:
@@ -114,6 +124,9 @@ def report(result: Result, config: Config, dataset_name: str) -> None:
     with writing(result.workdir):
         plots.training_figure(result.workdir / "training.png", title, rows)
         write_text(result.workdir / "result.md", f"{title}\n\n{table}")
+        for policy in rows if config.numerics else ():
+            path = result.workdir / policy / "numerics.png"
+            numerics_figure(path, f"{title}, {policy}", rows[policy])
     results.print_table(title, COLUMNS, result.runs)
     print(f"metrics, plots and checkpoints: {result.workdir}")
 
@@ -136,12 +149,19 @@ def train_policy(
         f"{dataset.source}, {jax.devices()[0].device_kind}",
         flush=True,
     )
+    loss_fn = make_loss_fn(model)
+    train_step = mpjax.make_train_step(
+        tap(loss_fn) if config.numerics else loss_fn,
+        tx,
+        policy=policy,
+        autocast=config.autocast,
+    )
+    if config.numerics:
+        train_step = numerics.counting(train_step, config.numerics_interval)
     task = loop.Task(
         name=policy,
         state=state,
-        train_step=mpjax.make_train_step(
-            make_loss_fn(model), tx, policy=policy, autocast=config.autocast
-        ),
+        train_step=train_step,
         batches=lambda first_step: train_set.shuffled(config.seed, first_step),
         evaluate=lambda state: evaluate(eval_step, state, valid_set, "val"),
         loss_scale=loss_scale,

@@ -42,7 +42,9 @@ def test_the_error_names_what_was_found():
     find = lambda: calls.append(1) or "log at model.py:3"
     watch.check(row(False, 4), find)
     assert not calls
-    with pytest.raises(mpjax.NonFiniteTrainingError, match=r"log at model\.py:3") as error:
+    with pytest.raises(
+        mpjax.NonFiniteTrainingError, match=r"log at model\.py:3"
+    ) as error:
         watch.check(row(False, 4), find)
     assert error.value.found == "log at model.py:3"
 

@@ -13,6 +13,7 @@ import jax
 from tqdm.auto import tqdm
 
 import mpjax
+from experiments.harness import numerics
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import BaseConfig
 from experiments.harness.recorder import Recorder, weighted_mean
@@ -158,7 +159,10 @@ class _Loop:
         steps = [self.pending.popleft() for _ in range(len(self.pending) - keep)]
         shown = None
         for step, metrics in jax.device_get(steps):
+            operations = numerics.to_row(metrics.pop(numerics.HISTOGRAMS, {}))
             self.recorder.write("train", step, metrics)
+            if operations is not None:
+                self.recorder.write("numerics", step, {"operations": operations})
             self.guard.check(metrics, self._find_nonfinite)
             shown = step, metrics
         bar.show(shown)

@@ -42,10 +42,10 @@ def training_figure(path: Path, title: str, runs: dict[str, list[dict[str, Any]]
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(2, 0.6)))
     scale.set_yscale("log", base=2)
-    _decorate(loss, "loss (faint: training steps, dots: validation)", "step")
-    _decorate(accuracy, "validation accuracy", "step")
-    _decorate(scale, "loss scale (crosses: skipped steps)", "step")
-    _decorate(step_time, "median ms per step, without compilation", None)
+    decorate(loss, "loss (faint: training steps, dots: validation)", "step")
+    decorate(accuracy, "validation accuracy", "step")
+    decorate(scale, "loss scale (crosses: skipped steps)", "step")
+    decorate(step_time, "median ms per step, without compilation", None)
     if accuracy.get_legend_handles_labels()[0]:
         accuracy.legend(loc="lower right", frameon=False)
     with whole_file(path) as temporary:
@@ -81,7 +81,8 @@ def _bars(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
     axes.margins(y=0.1)
 
 
-def _decorate(axes: Axes, title: str, xlabel: str | None) -> None:
+def decorate(axes: Axes, title: str, xlabel: str | None) -> None:
+    """Gives axes their title and the look of the others."""
     axes.set_title(title, fontsize=10)
     if xlabel:
         axes.set_xlabel(xlabel)

@@ -1,0 +1,74 @@
+"""`--numerics`: what is counted, drawn, and left as it was."""
+
+import cli_runs
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import mnist_mlp
+from experiments.harness import numerics, numerics_plots
+from experiments.harness.recorder import read_rows
+from mpjax.numerics import OpHistograms, exponent_histogram, representable_fraction
+
+DENSE = [f"MLP/Dense_{i}/dot_general" for i in range(3)]
+
+
+def train(workdir, **changes):
+    config = mnist_mlp.Config(
+        policies="float32,mixed_float16",
+        num_units=8,
+        num_epochs=3,
+        batch_size=24,
+        workdir=workdir,
+        **changes,
+    )
+    return mnist_mlp.main(config, cli_runs.images())
+
+
+def test_it_counts_draws_and_changes_nothing(tmp_path):
+    plain = train(tmp_path / "plain")
+    counted = train(tmp_path / "counted", numerics=True, numerics_interval=4)
+    for a, b in zip(plain.runs, counted.runs, strict=True):
+        for name in a.keys() - {*cli_runs.TIMES}:
+            assert a[name] == b[name], name
+    for policy in ("float32", "mixed_float16"):
+        directory = tmp_path / "counted" / policy
+        assert (directory / "numerics.png").read_bytes().startswith(b"\x89PNG")
+        rows = read_rows(directory / "metrics.jsonl")
+        found = [row for row in rows if row["kind"] == "numerics"]
+        assert [row["step"] for row in found] == [1, 5, 9]
+        operations = found[0]["operations"]
+        assert set(DENSE) <= operations.keys()
+        for name, width in zip(DENSE, (8, 8, 10), strict=True):
+            for slot in ("values", "cotangents"):
+                counts = operations[name][slot]
+                total = sum(counts["counts"]) + sum(
+                    counts[n] for n in counts.keys() - {"counts"}
+                )
+                assert total == 24 * width
+        cotangents = operations[DENSE[2]]["cotangents"]
+        mean = np.average(numerics_plots.EXPONENTS, weights=cotangents["counts"])
+        assert (mean > 0) == (policy == "mixed_float16")  # Times the loss scale.
+    assert not (tmp_path / "plain" / "float32" / "numerics.png").exists()
+
+
+def test_an_interval_is_positive():
+    with pytest.raises(mnist_mlp.ConfigError, match="--numerics-interval"):
+        mnist_mlp.Config(numerics_interval=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**7])
+def test_the_share_that_float16_loses_is_that_of_the_unscaled_numbers(scale):
+    x = 2.0 ** -jnp.arange(1.0, 41.0)
+    histogram = exponent_histogram(scale * x, lo=numerics.LO, hi=numerics.HI)
+    row = numerics.to_row({"dot": OpHistograms(None, histogram)})
+    rows = [{"step": 3, "operations": row}]
+    (found,) = numerics_plots.shares_lost(rows, "dot", {3: scale})
+    expected = representable_fraction(exponent_histogram(x), "float16").zero
+    assert found == (3, pytest.approx(float(expected)))
+
+
+def test_nothing_counted_is_no_row():
+    histogram = exponent_histogram(jnp.zeros(0))
+    assert numerics.to_row({"dot": OpHistograms(histogram, None)}) is None
+    assert numerics.to_row({}) is None
