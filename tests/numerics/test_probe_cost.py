@@ -1,0 +1,81 @@
+"""What counting costs a training loop: at most 5 % where every 100th step counts."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mpjax
+from mpjax.numerics import probe, tap
+
+INTERVAL = 100
+SIZES = (784, 512, 512, 10)
+
+
+def loss_fn(params, batch, key):
+    x = batch
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return jnp.mean(x.astype(jnp.float32) ** 2), {}
+
+
+def make(loss_fn, policy):
+    tx = mpjax.with_loss_scale(optax.rmsprop(1e-3))
+    keys = jax.random.split(jax.random.key(0), len(SIZES))
+    params = [
+        0.05 * jax.random.normal(key, shape)
+        for key, shape in zip(keys, zip(SIZES, SIZES[1:], strict=False), strict=False)
+    ]
+    step = mpjax.make_train_step(loss_fn, tx, policy=policy)
+    return step, mpjax.TrainState.create(params=params, tx=tx)
+
+
+def compile_both(policy, batch):
+    plain, state = make(loss_fn, policy)
+    tapped, counted_state = make(tap(loss_fn), policy)
+    probed = probe(tapped)
+
+    def counting(state, batch):
+        return probed.when(state.step % INTERVAL == 0, state, batch)
+
+    counting = jax.jit(counting, donate_argnums=0)
+    return (
+        (plain.lower(state, batch).compile(), state),
+        (counting.lower(counted_state, batch).compile(), counted_state),
+    )
+
+
+def test_the_counting_step_copies_no_more_than_the_plain_one():
+    batch = jax.random.uniform(jax.random.key(1), (64, 784))
+    (plain, _), (counting, _) = compile_both("mixed_float16", batch)
+    text = [c.as_text() for c in (plain, counting)]
+    for shape in ("784,512", "512,512"):
+        plain_copies, copies = (t.count(f"f32[{shape}]{{1,0}} copy(") for t in text)
+        assert copies <= plain_copies
+    sizes = [c.memory_analysis().alias_size_in_bytes for c in (plain, counting)]
+    assert sizes[0] == pytest.approx(sizes[1], abs=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_counting_in_every_100th_step_costs_at_most_5_percent(policy):
+    """In seconds of the processor, which other work disturbs least."""
+    batch = jax.random.uniform(jax.random.key(1), (1024, 784))
+    (plain, plain_state), (counting, state) = compile_both(policy, batch)
+    times = {"plain": [], "between": [], "counted": []}
+    for i in range(2 * INTERVAL + 1):
+        start = time.process_time()
+        plain_state, _ = jax.block_until_ready(plain(plain_state, batch))
+        middle = time.process_time()
+        (state, _), _ = jax.block_until_ready(counting(state, batch))
+        if i:  # The first run of a program is slower.
+            times["plain"].append(middle - start)
+            kind = "between" if i % INTERVAL else "counted"
+            times[kind].append(time.process_time() - middle)
+    plain_s, between_s, counted_s = (np.median(t) for t in times.values())
+    mean_s = (counted_s + (INTERVAL - 1) * between_s) / INTERVAL
+    print(f"{policy}: {mean_s / plain_s:.3f}, a counted step {counted_s / plain_s:.2f}")
+    assert mean_s <= 1.05 * plain_s
