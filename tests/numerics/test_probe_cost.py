@@ -1,5 +1,6 @@
 """What counting costs a training loop: at most 5 % where every 100th step counts."""
 
+import itertools
 import time
 
 import jax
@@ -27,7 +28,7 @@ def make(loss_fn, policy):
     keys = jax.random.split(jax.random.key(0), len(SIZES))
     params = [
         0.05 * jax.random.normal(key, shape)
-        for key, shape in zip(keys, zip(SIZES, SIZES[1:], strict=False), strict=False)
+        for key, shape in zip(keys, itertools.pairwise(SIZES), strict=False)
     ]
     step = mpjax.make_train_step(loss_fn, tx, policy=policy)
     return step, mpjax.TrainState.create(params=params, tx=tx)
