@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 import mpjax
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
+from experiments.harness.loss_scales import parse_loss_scale
 from experiments.harness.results import Column
 from experiments.harness.workdir import write_json
 from experiments.mnist_mlp import make_loss_fn, rmsprop
@@ -134,9 +135,7 @@ def make_row(model, config: Config, batch, row: Row) -> Callable[[], float]:
     if row.policy is None:
         step, state = hand_written(loss_fn, params)
     else:
-        tx = mpjax.with_loss_scale(
-            rmsprop(1e-3), mpjax.parse_loss_scale(row.loss_scale)
-        )
+        tx = mpjax.with_loss_scale(rmsprop(1e-3), parse_loss_scale(row.loss_scale))
         state = mpjax.TrainState.create(params=params, tx=tx)
         step = mpjax.make_train_step(
             loss_fn, tx, policy=row.policy, autocast=row.autocast

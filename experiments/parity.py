@@ -11,7 +11,6 @@ the result file holds, and this command does not ask for, stay in it.
 
 import dataclasses
 import itertools
-import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from experiments.data import mnist
 from experiments.errors import ConfigError
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive, split_policies
+from experiments.harness.loss_scales import split_loss_scales
 from experiments.harness.results import Column
 from experiments.harness.stop import Interrupted, StopRequest, on_signals
 from experiments.harness.workdir import read_json, write_json, writing
@@ -82,7 +82,7 @@ class Config:
 
     def cells(self) -> list[tuple[str, str]]:
         """Every policy with every loss scale."""
-        lists = split_policies(self.policies), _split_loss_scales(self.loss_scales)
+        lists = split_policies(self.policies), split_loss_scales(self.loss_scales)
         return list(dict.fromkeys(itertools.product(*lists)))
 
     def shape(self) -> str:
@@ -175,7 +175,7 @@ def _merge(output: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def place(row):
         policy, loss_scale = row["policy"], row["loss_scale"]
         known = policies.index(policy) if policy in policies else len(policies)
-        kinds = ("none", "static", "dynamic")
+        kinds = ("none", "static", "dynamic", "histogram")
         return known, policy, kinds.index(loss_scale.partition(":")[0]), loss_scale
 
     return sorted(rows, key=place)
@@ -207,12 +207,6 @@ def _aggregate(cell: list[dict[str, Any]]) -> dict[str, Any]:
         "test_losses": losses,
         "made_by": _made_by(cell),
     }
-
-
-def _split_loss_scales(text: str) -> list[str]:
-    """Splits at commas, but for those before a setting: `dynamic,growth_interval=9`."""
-    pieces = re.split(r",(?![^,]*=)", text)
-    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def _spread(values: list[Any]) -> str:

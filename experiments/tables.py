@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import autocast, benchmark, parity
+from experiments import autocast, benchmark, loss_scales, parity
 from experiments.harness.results import Column, markdown_table
 from experiments.harness.workdir import read_json
 
@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
     autocast.NAME: autocast.COLUMNS,
     benchmark.NAME: benchmark.COLUMNS,
+    loss_scales.NAME: loss_scales.COLUMNS,
     parity.NAME: parity.COLUMNS,
 }
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -7,6 +7,7 @@ a `Jaxpr`, so the two are never told apart by `isinstance`.
 
 import contextlib
 import functools
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,10 @@ from jax.extend.core import JaxprEqn as Eqn
 from jax.extend.core import Literal, Var, check_jaxpr
 
 _FLOAT32 = np.dtype(np.float32)
+
+# An operation in a function of JAX itself has the line that calls it, not the line
+# there that calls any function.
+source_info_util.register_exclusion(str(pathlib.Path(__file__).with_name("_flat.py")))
 
 __all__ = ["Eqn", "Literal", "Var", "check_jaxpr", "eval_jaxpr"]
 

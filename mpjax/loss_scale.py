@@ -8,7 +8,6 @@ scales here follow jmp's protocol: `.loss_scale`, `.scale(tree)`, `.unscale(tree
 
 import dataclasses
 import math
-import re
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
@@ -17,11 +16,18 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 
+from mpjax._settings import (
+    LARGEST_LOSS_SCALE,
+    int_array,
+    is_count,
+    multiply,
+    parse_number,
+    require,
+    scale_array,
+    set_field,
+)
 from mpjax._struct import pytree_dataclass, replace_leaves
-from mpjax._tree import is_inexact, to_full
-
-# The reciprocal of a larger float32 is subnormal, and flushed to zero by most devices.
-LARGEST_LOSS_SCALE = 2.0**126
+from mpjax._tree import to_full
 
 
 @runtime_checkable
@@ -88,7 +94,7 @@ class StaticLossScale:
     loss_scale: Any
 
     def __post_init__(self):
-        _set(self, "loss_scale", _scale_array(self.loss_scale))
+        set_field(self, "loss_scale", scale_array(self.loss_scale))
 
     @property
     def min_loss_scale(self) -> Any:
@@ -97,11 +103,11 @@ class StaticLossScale:
 
     def scale(self, tree: Any) -> Any:
         """Multiplies the inexact leaves, in float32 at least."""
-        return _multiply(tree, self.loss_scale)
+        return multiply(tree, self.loss_scale)
 
     def unscale(self, tree: Any) -> Any:
         """Divides the inexact leaves, in float32 at least."""
-        return _multiply(tree, 1 / self.loss_scale)
+        return multiply(tree, 1 / self.loss_scale)
 
     def adjust(self, grads_finite: jax.Array) -> Self:
         """Returns itself."""
@@ -182,12 +188,12 @@ class DynamicLossScale:
 
     def __post_init__(self):
         for name in ("growth_interval", "hysteresis"):
-            _require(self, name, "a whole number of at least 1", _is_count)
-        _require(self, "growth_factor", "at least 1", lambda x: 1 <= x < math.inf)
-        _require(self, "backoff_factor", "between 0 and 1", lambda x: 0 < x < 1)
-        _require(self, "min_loss_scale", "positive", lambda x: 0 < x < math.inf)
+            require(self, name, "a whole number of at least 1", is_count)
+        require(self, "growth_factor", "at least 1", lambda x: 1 <= x < math.inf)
+        require(self, "backoff_factor", "between 0 and 1", lambda x: 0 < x < 1)
+        require(self, "min_loss_scale", "positive", lambda x: 0 < x < math.inf)
         top = LARGEST_LOSS_SCALE
-        _require(self, "max_loss_scale", "at most 2**126", lambda x: 0 < x <= top)
+        require(self, "max_loss_scale", "at most 2**126", lambda x: 0 < x <= top)
         low, high = float(self.min_loss_scale), float(self.max_loss_scale)
         if low > high:
             raise ValueError(
@@ -195,21 +201,21 @@ class DynamicLossScale:
                 "or widen the range."
             )
         for name in ("growth_factor", "backoff_factor"):
-            _set(self, name, float(getattr(self, name)))
-        _set(self, "min_loss_scale", low)
-        _set(self, "max_loss_scale", high)
-        _set(self, "loss_scale", _scale_array(self.loss_scale, low, high))
+            set_field(self, name, float(getattr(self, name)))
+        set_field(self, "min_loss_scale", low)
+        set_field(self, "max_loss_scale", high)
+        set_field(self, "loss_scale", scale_array(self.loss_scale, low, high))
         left = self.hysteresis if self.hysteresis_left is None else self.hysteresis_left
-        _set(self, "hysteresis_left", _int_array(left))
-        _set(self, "num_finite_steps", _int_array(self.num_finite_steps))
+        set_field(self, "hysteresis_left", int_array(left))
+        set_field(self, "num_finite_steps", int_array(self.num_finite_steps))
 
     def scale(self, tree: Any) -> Any:
         """Multiplies the inexact leaves, in float32 at least."""
-        return _multiply(tree, self.loss_scale)
+        return multiply(tree, self.loss_scale)
 
     def unscale(self, tree: Any) -> Any:
         """Divides the inexact leaves, in float32 at least."""
-        return _multiply(tree, 1 / self.loss_scale)
+        return multiply(tree, 1 / self.loss_scale)
 
     def adjust(self, grads_finite: jax.Array) -> Self:
         """Returns the loss scale for the next step.
@@ -292,16 +298,16 @@ def parse_loss_scale(text: str) -> NoOpLossScale | StaticLossScale | DynamicLoss
         if kind == "none" and not parts:
             return NoOpLossScale()
         if kind == "static" and len(parts) == 1:
-            return StaticLossScale(_number(parts[0]))
+            return StaticLossScale(parse_number(parts[0]))
         if kind == "dynamic":
             settings = {}
             if parts and "=" not in parts[0]:
-                settings["loss_scale"] = _number(parts.pop(0))
+                settings["loss_scale"] = parse_number(parts.pop(0))
             for part in parts:
                 name, _, value = part.partition("=")
                 if name not in _settings:
                     raise ValueError(f"no setting {name!r}; known: {_settings}")
-                settings[name] = _number(value)
+                settings[name] = parse_number(value)
             return DynamicLossScale(**settings)
         raise ValueError("it is none of these")
     except ValueError as error:
@@ -316,56 +322,3 @@ _settings = tuple(
     for field in dataclasses.fields(DynamicLossScale)  # pyright: ignore[reportArgumentType]
     if field.name not in ("loss_scale", "num_finite_steps", "hysteresis_left")
 )
-
-
-def _multiply(tree: Any, factor: Any) -> Any:
-    return jax.tree.map(lambda x: to_full(x) * factor if is_inexact(x) else x, tree)
-
-
-def _scale_array(value: Any, low: float = 0.0, high: float = LARGEST_LOSS_SCALE) -> Any:
-    """Returns `value` as a strongly typed float32 scalar, checked where it is known.
-
-    A number becomes a NumPy array, so that building a loss scale starts no backend.
-    """
-    if isinstance(value, jax.core.Tracer):
-        return jax.lax.convert_element_type(value, np.float32)
-    number = np.asarray(value, np.float64)
-    if number.shape != () or not 0 < number <= high or number < low:
-        raise ValueError(
-            f"loss_scale={value} must be a positive number in [{low:g}, {high:g}]; "
-            "choose another, or widen min_loss_scale and max_loss_scale."
-        )
-    if isinstance(value, jax.Array):
-        return jax.lax.convert_element_type(value, np.float32)
-    return number.astype(np.float32)
-
-
-def _int_array(value: Any) -> Any:
-    if isinstance(value, jax.Array):
-        return jax.lax.convert_element_type(value, np.int32)
-    return np.asarray(value, np.int32)
-
-
-def _is_count(x: Any) -> bool:
-    return isinstance(x, (int, np.integer)) and x is not True and int(x) >= 1
-
-
-def _require(node: Any, name: str, what: str, holds: Any) -> None:
-    value = getattr(node, name)
-    if not holds(value):
-        raise ValueError(f"{name}={value!r} must be {what}.")
-
-
-def _set(node: Any, name: str, value: Any) -> None:
-    object.__setattr__(node, name, value)
-
-
-def _number(text: str) -> int | float:
-    power = re.fullmatch(r"(\d+)(?:\*\*|\^)(-?\d+)", text)
-    if power:
-        base, exponent = map(int, power.groups())
-        if base > 10 or abs(exponent) > 150:
-            raise ValueError(f"{text!r} is out of range")
-        return base**exponent
-    number = float(text)
-    return int(number) if number.is_integer() else number

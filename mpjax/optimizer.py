@@ -63,7 +63,9 @@ def with_loss_scale(
 
     Args:
       tx: an optax transform, or an `optax.MultiSteps`.
-      loss_scale: one of `mpjax.loss_scale`, or any object with jmp's protocol.
+      loss_scale: one of `mpjax.loss_scale`, or any object with jmp's protocol. One that
+        has `.observe(scaled_grads, axis_name=...) -> Self` too is shown the gradients
+        of every step, skipped or not, before `.adjust`.
       axis_name: mesh axes of the surrounding `shard_map` over which a step counts as
         finite only if it is finite on every device.
 
@@ -97,8 +99,9 @@ def with_loss_scale(
             lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
         )
         updates = _zeros_for_integers(updates, params)
+        observed = _observe(state.loss_scale, scaled, axis_name)
         return updates, LossScaleState(
-            loss_scale=state.loss_scale.adjust(finite),
+            loss_scale=observed.adjust(finite),
             grads_finite=finite,
             num_skipped=state.num_skipped + jnp.where(finite, 0, 1),
             num_consecutive_skipped=jnp.where(
@@ -162,6 +165,11 @@ def select(pred: jax.Array, new: Any, old: Any) -> Any:
         return jnp.where(pred, jnp.asarray(new, old.dtype), jnp.asarray(old, old.dtype))
 
     return jax.tree.map(choose, new, old)
+
+
+def _observe(loss_scale: Any, scaled: Any, axis_name: Any) -> Any:
+    observe = getattr(loss_scale, "observe", None)
+    return loss_scale if observe is None else observe(scaled, axis_name=axis_name)
 
 
 def _init_inner(tx: optax.GradientTransformation, params: Any) -> Any:

@@ -13,6 +13,7 @@ import jmp
 
 import mpjax
 from experiments.errors import ConfigError
+from experiments.harness.loss_scales import parse_loss_scale
 
 # Fields that say where and how to run, not what.
 NOT_COMPARED = ("workdir", "resume", "data_dir")
@@ -36,7 +37,7 @@ class BaseConfig:
 
     loss_scale: str = "auto"
     """Loss scaling: auto (dynamic where the policy computes in float16, else none),
-    none, static:128, dynamic, dynamic:32768."""
+    none, static:128, dynamic, dynamic:32768, histogram, histogram:32768."""
 
     seed: int = 0
     """Seed of initialisation, shuffling and everything else that is random."""
@@ -96,7 +97,7 @@ class BaseConfig:
     def make_loss_scale(self, policy: str) -> Any:
         """Returns the loss scale for a policy; ConfigError if the flag has none."""
         try:
-            return mpjax.parse_loss_scale(self.loss_scale_name(policy))
+            return parse_loss_scale(self.loss_scale_name(policy))
         except ValueError as error:
             raise ConfigError(f"--loss-scale: {error}") from error
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -14,8 +13,15 @@ from mpjax._jaxpr import (
     inner_jaxprs,
     is_inexact_aval,
     join_scope,
-    source_line,
     walk,
+)
+from mpjax._table import (
+    plain_table,
+    print_report,
+    rich_group,
+    rich_table,
+    shares,
+    short_source,
 )
 from mpjax.autocast._api import as_rules
 from mpjax.autocast._decide import RESERVED_FULL, is_reserved
@@ -93,36 +99,15 @@ class AutocastReport:
 
     def print(self) -> None:
         """Prints it: by rich on a terminal where that is installed, else plain."""
-        try:
-            from rich.console import Console
-        except ImportError:
-            print(self)
-            return
-        if sys.stdout.isatty():
-            Console().print(self)
-        else:
-            print(self)
+        print_report(self)
 
     def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-
-        table = Table(*_COLUMNS, caption_justify="left")
-        for row in self._rows():
-            half = "green" if row[1] in ("bfloat16", "float16") else "yellow"
-            table.add_row(row[0], f"[{half}]{row[1]}[/]", *row[2:])
-        return Group(self._summary(), table, *self._warnings())
+        table = rich_table(_COLUMNS, self._rows())
+        return rich_group(self._summary(), table, *self._warnings())
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        text = [line.rstrip() for line in lines]
-        return "\n".join([self._summary(), *text, *self._warnings()])
+        table = plain_table(_COLUMNS, self._rows())
+        return "\n".join([self._summary(), table, *self._warnings()])
 
     def _rows(self) -> list[tuple[str, ...]]:
         """What does arithmetic, or is not understood; moving data goes unsaid."""
@@ -141,12 +126,7 @@ class AutocastReport:
         ]
 
     def _summary(self) -> str:
-        flops = self.flops_by_dtype()
-        total = sum(flops.values()) or 1
-        parts = [
-            f"{name} {count / 1e6:.3g} MFLOP ({100 * count / total:.1f} %)"
-            for name, count in flops.items()
-        ]
+        parts = shares(self.flops_by_dtype(), "MFLOP")
         return ", ".join(parts) or "no floating-point operations"
 
     def _warnings(self) -> list[str]:
@@ -242,8 +222,8 @@ class _Log:
             return
         name = str(dtype or floats[0].dtype)
         half = name in ("bfloat16", "float16")
-        source = source_line(eqn).rpartition("/")[2].replace(".<locals>", "")
-        row = (eqn.primitive.name, name, "" if half else reason, scope, source)
+        why = "" if half else reason
+        row = (eqn.primitive.name, name, why, scope, short_source(eqn))
         count = self._counts.setdefault(row, [0, 0])
         count[0] += times * count_flops(eqn)
         count[1] += times

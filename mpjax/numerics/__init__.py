@@ -1,6 +1,7 @@
 """See why half precision works or fails."""
 
 from mpjax.numerics._causes import NonFinite
+from mpjax.numerics._findings import Finding
 from mpjax.numerics._formats import (
     LossAtScale,
     LossScaleAdvice,
@@ -13,21 +14,28 @@ from mpjax.numerics._histogram import (
     empty_histogram,
     exponent_histogram,
 )
+from mpjax.numerics._histogram_loss_scale import HistogramLossScale
 from mpjax.numerics._nonfinite import find_nonfinite
 from mpjax.numerics._probe import OpHistograms, Probe, probe
+from mpjax.numerics._report import OpRecord, PrecisionReport, precision_report
 from mpjax.numerics._tap import tap
 
 __all__ = [
     "ExponentHistogram",
+    "Finding",
+    "HistogramLossScale",
     "LossAtScale",
     "LossScaleAdvice",
     "NonFinite",
     "OpHistograms",
+    "OpRecord",
+    "PrecisionReport",
     "Probe",
     "RepresentableFraction",
     "empty_histogram",
     "exponent_histogram",
     "find_nonfinite",
+    "precision_report",
     "probe",
     "recommend_loss_scale",
     "representable_fraction",

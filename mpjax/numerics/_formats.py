@@ -131,7 +131,7 @@ def representable_fraction(
     >>> [float(representable_fraction(h, "float16", s).zero) for s in (1, 2, 4)]
     [0.25, 0.25, 0.0]
     """
-    fmt = _format(dtype)
+    fmt = format_of(dtype)
     shift = _log2(loss_scale)
     xp: Any = np if _is_known((histogram, shift)) else jnp
     lost = _count_lost(histogram, fmt, shift, xp)
@@ -168,7 +168,7 @@ def recommend_loss_scale(
       TypeError: under jit; there is nobody there to read a reason.
       ValueError: for another dtype, a negative headroom or a maximum below 1.
     """
-    fmt = _format(dtype)
+    fmt = format_of(dtype)
     name = jnp.dtype(dtype).name
     if not _is_known(histogram):
         raise TypeError(
@@ -286,7 +286,12 @@ def _reason(histogram, name, table, best, fits) -> str:
     return "".join(parts) + f"{ignored}."
 
 
-def _format(dtype: Any) -> _Format:
+def format_of(dtype: Any) -> _Format:
+    """Returns the format of a dtype.
+
+    Raises:
+      ValueError: if it is not in `FORMATS`.
+    """
     try:
         return FORMATS[jnp.dtype(dtype).name]
     except (TypeError, KeyError):

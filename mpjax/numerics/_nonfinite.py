@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from mpjax import _jaxpr
 from mpjax._flat import FlatFunction, flatten, refuse_modules
-from mpjax._jaxpr import Literal, inner_jaxprs, open_jaxpr, source_line
+from mpjax._jaxpr import Literal, inner_jaxprs, open_jaxpr
 from mpjax.numerics import _causes
 from mpjax.numerics._causes import NonFinite, is_inexact
 from mpjax.numerics._place import Place
@@ -224,7 +224,7 @@ class _Interpreter:
             cause=_causes.find_cause(eqn, arrays, outputs),
             primitive=eqn.primitive.name,
             scope=place.scope,
-            source=source_line(eqn),
+            source=place.source,
             is_backward=place.is_backward and not place.is_recomputed,
             dtype=str(bad.dtype),
             shape=tuple(bad.shape),

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple, Self
 
-from mpjax._jaxpr import join_scope
+from mpjax._jaxpr import join_scope, source_line
 
 
 class Place(NamedTuple):
@@ -14,12 +14,14 @@ class Place(NamedTuple):
       is_recomputed: whether it repeats the forward pass inside the backward pass, for
         `jax.checkpoint`.
       iterations: of the loops, where they are known.
+      eqns: the equation, and those around it, the outermost first.
     """
 
     scope: str = ""
     is_backward: bool = False
     is_recomputed: bool = False
     iterations: tuple[int, ...] = ()
+    eqns: tuple[Any, ...] = ()
 
     def enter(self, eqn: Any) -> Self:
         """Returns the place of an equation, and of what is inside it."""
@@ -28,7 +30,13 @@ class Place(NamedTuple):
             scope=join_scope(self.scope, eqn),
             is_backward=self.is_backward or "transpose(" in stack,
             is_recomputed=self.is_recomputed or "rematted_computation" in stack,
+            eqns=(*self.eqns, eqn),
         )
+
+    @property
+    def source(self) -> str:
+        """The user's source line, of the call where JAX's own code has none."""
+        return next(filter(None, map(source_line, reversed(self.eqns))), "")
 
     def at(self, iteration: int) -> Self:
         """Returns the place inside an iteration of a loop."""

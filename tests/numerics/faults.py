@@ -190,6 +190,10 @@ def root_at_zero(x):
     return jnp.sum(jnp.sqrt(jnp.maximum(x, 0)))  # here
 
 
+def in_a_function_of_jax(x):
+    return jnp.var(jnp.exp(x * 80)) + jnp.where(x > 0, x, 0).sum()  # here
+
+
 def norm_at_zero(x):
     return jnp.sqrt(jnp.sum((x * 0) ** 2))  # here
 
@@ -245,6 +249,7 @@ FAULTS = [
     Fault(reversed_scan, (X,), "div", causes.DIVISION_BY_ZERO, (0,)),
     Fault(scan_in_scan, (X,), "div", causes.DIVISION_BY_ZERO, (2, 1)),
     Fault(inside_while, (X,), "log", causes.LOG_OF_ZERO, (2,)),
+    Fault(in_a_function_of_jax, (X,), "square", causes.OVERFLOW),
     Fault(custom_jvp_inside, (X,), "log", causes.OUT_OF_DOMAIN),
     Fault(gradient(root_at_zero), (X,), "div", causes.DIVISION_BY_ZERO),
     Fault(gradient(norm_at_zero), (X,), "div", causes.DIVISION_BY_ZERO),

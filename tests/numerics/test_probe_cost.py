@@ -49,14 +49,11 @@ def compile_both(policy, batch):
     )
 
 
-def test_the_counting_step_copies_no_more_than_the_plain_one():
+def test_the_state_of_a_counting_step_is_donated():
     batch = jax.random.uniform(jax.random.key(1), (64, 784))
-    (plain, _), (counting, _) = compile_both("mixed_float16", batch)
-    text = [c.as_text() for c in (plain, counting)]
-    for shape in ("784,512", "512,512"):
-        plain_copies, copies = (t.count(f"f32[{shape}]{{1,0}} copy(") for t in text)
-        assert copies <= plain_copies
-    sizes = [c.memory_analysis().alias_size_in_bytes for c in (plain, counting)]
+    compiled = [step for step, _ in compile_both("mixed_float16", batch)]
+    sizes = [step.memory_analysis().alias_size_in_bytes for step in compiled]
+    assert sizes[0] > 5_000_000
     assert sizes[0] == pytest.approx(sizes[1], abs=64)
 
 

@@ -1,0 +1,285 @@
+"""FLOPs and bytes of a function by dtype and by name scope, and what is wrong."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._flat import FlatFunction, flatten, refuse_modules
+from mpjax._flops import count_flops
+from mpjax._jaxpr import dtype_of, inner_jaxprs, is_inexact_aval, walk
+from mpjax._table import (
+    plain_table,
+    print_report,
+    rich_group,
+    rich_table,
+    shares,
+    short_source,
+)
+from mpjax.numerics._findings import Finding, merge
+from mpjax.numerics._flow import is_call
+from mpjax.numerics._lint import find
+from mpjax.numerics._retrace import find_retraces
+from mpjax.numerics._tap import MATMULS
+
+_COLUMNS = ("scope", "dtype", "MFLOP", "MB", "calls")
+# What XLA does without touching memory.
+_VIEWS = frozenset(
+    (
+        "copy",
+        "name",
+        "optimization_barrier",
+        "pvary",
+        "reshape",
+        "sharding_constraint",
+        "squeeze",
+        "stop_gradient",
+    )
+)
+# Reads of its first operand as much as it gives.
+_SLICES = frozenset(("dynamic_slice", "gather", "slice"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpRecord:
+    """One operation of a function, or several that differ in nothing shown here.
+
+    Attributes:
+      primitive: its name.
+      dtype: in which it computes; see `precision_report`.
+      scope: its name scope.
+      source: the user's source line, `model.py:12:4 (loss_fn)`.
+      flops: of all calls together.
+      moved_bytes: read and written, likewise.
+      num_calls: how often it runs; a `while` body and each branch of a `cond` once.
+    """
+
+    primitive: str
+    dtype: str
+    scope: str
+    source: str
+    flops: int
+    moved_bytes: int
+    num_calls: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionReport:
+    """What a function computes in which precision, and where that is wrong.
+
+    `print(report)` gives plain tables, `report.print()` coloured ones on a terminal
+    where rich is installed, `report.to_dict()` all data.
+
+    Attributes:
+      records: the operations, those with most FLOPs first, then with most bytes.
+      findings: what had better be changed, those with most FLOPs first; each a
+        `Finding` with its remedy.
+    """
+
+    records: tuple[OpRecord, ...]
+    findings: tuple[Finding, ...] = ()
+
+    def flops_by_dtype(self) -> dict[str, int]:
+        """Returns the FLOPs of each dtype, most first."""
+        return _add_up((r.dtype, r.flops) for r in self.records)
+
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """Returns the bytes that the operations of each dtype move, most first."""
+        return _add_up((r.dtype, r.moved_bytes) for r in self.records)
+
+    def flops_by_scope(self) -> dict[str, dict[str, int]]:
+        """Returns the FLOPs of each dtype, by name scope; "" is outside of any."""
+        return self._by_scope("flops")
+
+    def bytes_by_scope(self) -> dict[str, dict[str, int]]:
+        """Returns the bytes of each dtype, by name scope; "" is outside of any."""
+        return self._by_scope("moved_bytes")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain values, ready for JSON."""
+        return {
+            "flops_by_dtype": self.flops_by_dtype(),
+            "bytes_by_dtype": self.bytes_by_dtype(),
+            "flops_by_scope": self.flops_by_scope(),
+            "bytes_by_scope": self.bytes_by_scope(),
+            "records": [dataclasses.asdict(record) for record in self.records],
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+        }
+
+    def print(self) -> None:
+        """Prints it: by rich on a terminal where that is installed, else plain."""
+        print_report(self)
+
+    def __rich__(self) -> Any:
+        table = rich_table(_COLUMNS, self._rows())
+        return rich_group(*self._summary(), table, *self._verdict())
+
+    def __str__(self) -> str:
+        table = plain_table(_COLUMNS, self._rows())
+        return "\n".join([*self._summary(), table, *self._verdict()])
+
+    def _by_scope(self, field: str) -> dict[str, dict[str, int]]:
+        scopes = _add_up((r.scope, getattr(r, field)) for r in self.records)
+        return {
+            scope: _add_up(
+                (r.dtype, getattr(r, field)) for r in self.records if r.scope == scope
+            )
+            for scope in scopes
+        }
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        totals: dict[tuple[str, str], list[int]] = {}
+        for r in self.records:
+            total = totals.setdefault((r.scope, r.dtype), [0, 0, 0])
+            for i, number in enumerate((r.flops, r.moved_bytes, r.num_calls)):
+                total[i] += number
+        return [
+            (scope, dtype, f"{flops / 1e6:.3g}", f"{moved / 1e6:.3g}", str(num_calls))
+            for (scope, dtype), (flops, moved, num_calls) in totals.items()
+            if flops or moved
+        ]
+
+    def _summary(self) -> list[str]:
+        flops = {k: v for k, v in self.flops_by_dtype().items() if v}
+        moved = {k: v for k, v in self.bytes_by_dtype().items() if v}
+        return [
+            ", ".join(shares(flops, "MFLOP")) or "no floating-point operations",
+            ", ".join(shares(moved, "MB")) or "no bytes moved",
+        ]
+
+    def _verdict(self) -> list[str]:
+        if not self.findings:
+            return ["nothing found"]
+        return [f"{len(self.findings)} found:", *(f"- {x}" for x in self.findings)]
+
+
+def precision_report(fn: Callable[..., Any]) -> Callable[..., PrecisionReport]:
+    """Tells in which precision a function computes, and where that is wrong.
+
+    The function is traced, not run. Every operation counts, also those of jit, scan
+    (times its length), while and cond (the body, and each branch, once), remat and
+    functions with derivatives of their own; the call itself does not.
+
+    An operation's dtype is that of its first floating result. Where none is floating,
+    as of a comparison, it is that of its first floating operand, else of its result.
+    A matmul's or convolution's is that of its operands, the widest where they differ,
+    whatever its output is.
+
+    Bytes are operands read and results written, as if nothing were fused: an upper
+    bound of what the compiled function moves, most of whose elementwise operations
+    XLA fuses. Views (reshape, squeeze) move nothing; slices and gathers read as much as
+    they give. A FLOP is one of `autocast_report`.
+
+    The findings are
+      - sums, cumulative sums, products, scatters of more than 8 numbers, and totals
+        carried by a loop, in float16 or bfloat16 (matmuls accumulate in float32);
+      - exponentials, logarithms and powers in float16 or bfloat16;
+      - half that became float32 because it met a constant (a NumPy number,
+        `jnp.linspace`, `jax.nn.one_hot`, random numbers), not by an explicit cast, and
+        then went into a matmul, an output, or made more of half float32;
+      - matmuls in float32 after that, and those of half with float32;
+      - float64 where no argument is;
+      - state that comes out with another dtype, or weak type, than it went in with, so
+        that jit traces anew;
+      - casts there and back, with nothing between.
+    What `autocast` did inside of its function is not a leak: see `autocast_report`.
+
+    Args:
+      fn: any function of pytrees, under the contract of `jax.jit`;
+        `jax.value_and_grad(loss_fn)` and a whole train step likewise.
+
+    Returns:
+      A function that takes the arguments of `fn`, or `jax.ShapeDtypeStruct` in their
+      place, and returns a `PrecisionReport`. Nothing is computed.
+
+    Raises:
+      TypeError: when called with an NNX module.
+
+    >>> struct = jax.ShapeDtypeStruct((512, 512), "bfloat16")
+    >>> report = precision_report(lambda x, w: x @ w * jnp.float32(2))(struct, struct)
+    >>> report.flops_by_dtype()
+    {'bfloat16': 268435456, 'float32': 262144}
+    >>> [finding.kind for finding in report.findings]
+    ['leak to float32']
+    """
+
+    def report(*args: Any, **kwargs: Any) -> PrecisionReport:
+        refuse_modules(fn, args, kwargs)
+        arrays, spec = flatten((args, kwargs))
+        flat = FlatFunction(fn, spec)
+        with jax.disable_jit(False):
+            jaxpr = jax.make_jaxpr(flat)(*arrays)
+        findings, values = find(jaxpr)
+        findings += find_retraces(args, jaxpr, values, spec, flat.out_spec)
+        return PrecisionReport(_records(jaxpr), merge(findings))
+
+    return report
+
+
+def _records(jaxpr: Any) -> tuple[OpRecord, ...]:
+    counts: dict[tuple, list[int]] = {}
+    for eqn, scope, source, times in _operations(jaxpr):
+        dtype = _compute_dtype(eqn)
+        if dtype is None:
+            continue
+        total = counts.setdefault((eqn.primitive.name, dtype, scope, source), [0, 0, 0])
+        is_floating = any(is_inexact_aval(v.aval) for v in eqn.outvars)
+        total[0] += times * count_flops(eqn) if is_floating else 0
+        total[1] += times * _moved_bytes(eqn)
+        total[2] += times
+    records = [OpRecord(*row, *total) for row, total in counts.items()]
+    return tuple(sorted(records, key=lambda r: (-r.flops, -r.moved_bytes)))
+
+
+def _operations(jaxpr: Any) -> Iterator[tuple[Any, str, str, int]]:
+    """Yields `(eqn, scope, source, times)` of all but calls.
+
+    What has no source line, in a jit of JAX's own, takes that of the call.
+    """
+    inside: dict[int, str | None] = {}
+    for eqn, scope, times in walk(jaxpr):
+        source = inside.get(id(eqn), "")
+        if source is not None:
+            source = short_source(eqn) or source
+        is_operation = source is not None and not is_call(eqn)
+        for sub in inner_jaxprs(eqn):
+            # The scalar function of a reduction is no operation of its own.
+            own = None if is_operation or source is None else source
+            inside.update((id(x), own) for x in getattr(sub, "eqns", ()))
+        if is_operation:
+            yield eqn, scope, source or "", times
+
+
+def _compute_dtype(eqn: Any) -> str | None:
+    operands = [x for x in eqn.invars if is_inexact_aval(x.aval)]
+    if eqn.primitive.name in MATMULS and operands:
+        return str(jnp.promote_types(*(dtype_of(x) for x in operands[:2])))
+    atoms = [v for v in eqn.outvars if is_inexact_aval(v.aval)] or operands
+    dtypes = [dtype_of(x) for x in (*atoms, *eqn.outvars)]
+    return str(dtypes[0]) if dtypes and dtypes[0] is not None else None
+
+
+def _moved_bytes(eqn: Any) -> int:
+    name = eqn.primitive.name
+    if name in _VIEWS:
+        return 0
+    written = sum(map(_num_bytes, eqn.outvars))
+    if name in _SLICES:
+        return 2 * written + sum(map(_num_bytes, eqn.invars[1:]))
+    return written + sum(map(_num_bytes, eqn.invars))
+
+
+def _num_bytes(atom: Any) -> int:
+    dtype = dtype_of(atom)
+    return math.prod(atom.aval.shape) * getattr(dtype, "itemsize", 0) if dtype else 0
+
+
+def _add_up(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = collections.Counter()
+    for name, number in counts:
+        total[name] += number
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
