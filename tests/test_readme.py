@@ -9,8 +9,8 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-NAMES = ["loop", "autocast", "linen", "nnx", "equinox", "haiku"]
-FRAMEWORKS = NAMES[2:]
+NAMES = ["loop", "autocast", "linen", "nnx", "equinox", "haiku", "numerics"]
+FRAMEWORKS = NAMES[2:6]
 
 
 def run(name):
@@ -41,6 +41,16 @@ def test_autocast_and_its_report(capsys):
         ("body", "bfloat16"),
         ("head", "float32"),
     }
+
+
+def test_numerics_says_what_the_text_says(capsys):
+    namespace = run("numerics")
+    out = capsys.readouterr().out
+    assert "becomes zero in float16" in out
+    assert int(namespace["histograms"]["encoder/dot_general"].cotangents.num_values)
+    assert namespace["found"].primitive == "log"
+    assert namespace["found"].source.startswith("README:numerics:")
+    assert not namespace["report"].findings
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)

@@ -8,14 +8,13 @@ once more, to be looked at.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from jax.core import Tracer
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, inner_jaxprs, open_jaxpr
-from mpjax._table import short_source
-from mpjax.autocast._decide import is_reserved
+from mpjax.numerics._place import Place
 
 # Ops whose parameter is a jaxpr of scalars, by which they reduce: no calls.
 _REDUCERS = ("reduce", "scatter", "select_and")
@@ -52,44 +51,6 @@ class Site(NamedTuple):
     primitive: str
     scope: str
     source: str
-
-
-class Place(NamedTuple):
-    """What is around an equation.
-
-    Attributes:
-      scope: name scope.
-      source: the user's source line.
-      times: how often it runs.
-      is_backward: whether JAX's transposition made it.
-      is_rewritten: whether it is inside `autocast` or `full_precision`.
-    """
-
-    scope: str = ""
-    source: str = ""
-    times: int = 1
-    is_backward: bool = False
-    is_rewritten: bool = False
-
-    def enter(self, eqn: Any) -> Self:
-        """Returns the place of an equation.
-
-        What is in a jit of JAX's own, such as that of `jnp.where`, has no source line;
-        it takes that of the call.
-        """
-        return self._replace(
-            scope=_jaxpr.join_scope(self.scope, eqn),
-            source=short_source(eqn) or self.source,
-            is_backward=self.is_backward
-            or "transpose(" in str(eqn.source_info.name_stack),
-        )
-
-    def inside(self, eqn: Any) -> Self:
-        """Returns the place of what is inside an equation, itself at this place."""
-        return self._replace(
-            times=self.times * _jaxpr.num_trips(eqn),
-            is_rewritten=self.is_rewritten or is_reserved(eqn),
-        )
 
 
 @dataclasses.dataclass(frozen=True)

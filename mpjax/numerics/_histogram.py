@@ -98,12 +98,13 @@ class ExponentHistogram:
             ]
         rows += [(f"> 2^{self.hi}", self.above), ("inf", self.infs), ("nan", self.nans)]
         total = max(int(self.num_values), 1)
-        return "\n".join(
+        lines = (
             f"{name:>8}  {int(n):>12}  {n / total:7.2%}  "
             + "#" * round(40 * int(n) / total)
             for name, n in rows
             if n or name.startswith("2^")
         )
+        return "\n".join(map(str.rstrip, lines))
 
 
 def exponent_histogram(

@@ -26,7 +26,8 @@ from mpjax.numerics._findings import (
     what_it_loses,
     when_it_stalls,
 )
-from mpjax.numerics._flow import MOVEMENT, Flow, Place, Site, Value
+from mpjax.numerics._flow import MOVEMENT, Flow, Site, Value
+from mpjax.numerics._place import Place
 from mpjax.numerics._tap import MATMULS
 
 _SENSITIVE = frozenset(

@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple, Self
 
-from mpjax._jaxpr import join_scope, source_line
+from mpjax._jaxpr import join_scope, num_trips
+from mpjax._table import short_source
+from mpjax.autocast._decide import is_reserved
 
 
 class Place(NamedTuple):
@@ -10,33 +12,43 @@ class Place(NamedTuple):
 
     Attributes:
       scope: name scope.
-      is_backward: whether JAX's transposition made the equation.
+      source: the user's source line.
+      times: how often it runs, where that is known.
+      iterations: those of the loops around it, where they are known.
+      is_backward: whether JAX's transposition made it.
       is_recomputed: whether it repeats the forward pass inside the backward pass, for
         `jax.checkpoint`.
-      iterations: of the loops, where they are known.
-      eqns: the equation, and those around it, the outermost first.
+      is_rewritten: whether it is inside `autocast` or `full_precision`.
     """
 
     scope: str = ""
+    source: str = ""
+    times: int = 1
+    iterations: tuple[int, ...] = ()
     is_backward: bool = False
     is_recomputed: bool = False
-    iterations: tuple[int, ...] = ()
-    eqns: tuple[Any, ...] = ()
+    is_rewritten: bool = False
 
     def enter(self, eqn: Any) -> Self:
-        """Returns the place of an equation, and of what is inside it."""
+        """Returns the place of an equation.
+
+        What is in a jit of JAX's own, such as that of `jnp.where`, has no source line;
+        it takes that of the call.
+        """
         stack = str(eqn.source_info.name_stack)
         return self._replace(
             scope=join_scope(self.scope, eqn),
+            source=short_source(eqn) or self.source,
             is_backward=self.is_backward or "transpose(" in stack,
             is_recomputed=self.is_recomputed or "rematted_computation" in stack,
-            eqns=(*self.eqns, eqn),
         )
 
-    @property
-    def source(self) -> str:
-        """The user's source line, of the call where JAX's own code has none."""
-        return next(filter(None, map(source_line, reversed(self.eqns))), "")
+    def inside(self, eqn: Any) -> Self:
+        """Returns the place of what is inside an equation, itself at this place."""
+        return self._replace(
+            times=self.times * num_trips(eqn),
+            is_rewritten=self.is_rewritten or is_reserved(eqn),
+        )
 
     def at(self, iteration: int) -> Self:
         """Returns the place inside an iteration of a loop."""
