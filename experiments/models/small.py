@@ -8,6 +8,7 @@ B: batch, T: time, D: features, C: classes.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -30,21 +31,34 @@ class Case:
 
 
 def gradient(loss, params, inputs, *, scale: float = 1.0) -> Any:
-    """Returns float64 gradients, taken through a loss scaled by `scale`."""
-    grads = jax.jit(jax.grad(lambda p, x: loss(p, x) * scale))(params, inputs)
+    """Returns float64 gradients, taken through a loss scaled by `scale`.
+
+    Of the same loss it is compiled once.
+    """
+    grads = _compiled(loss, None, scale)(params, inputs)
     return jax.tree.map(lambda g: np.asarray(g, np.float64) / scale, grads)
 
 
 def autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0) -> Any:
     """The same with autocast around the gradient, as the train step has it."""
-    grad = mpjax.autocast(jax.grad(lambda p, x: loss(p, x) * scale), policy)
-    grads = jax.jit(grad)(params, inputs)
+    grads = _compiled(loss, policy, scale)(params, inputs)
     return jax.tree.map(lambda g: np.asarray(g, np.float64) / scale, grads)
 
 
 def inner_autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0):
     """The same with the gradient around autocast."""
-    return gradient(mpjax.autocast(loss, policy), params, inputs, scale=scale)
+    return gradient(_inner_autocast(loss, policy), params, inputs, scale=scale)
+
+
+@functools.cache
+def _compiled(loss, policy: str | None, scale: float) -> Callable[..., Any]:
+    grad = jax.grad(lambda params, inputs: loss(params, inputs) * scale)
+    return jax.jit(grad if policy is None else mpjax.autocast(grad, policy))
+
+
+@functools.cache
+def _inner_autocast(loss, policy: str) -> Callable[..., Any]:
+    return mpjax.autocast(loss, policy)
 
 
 def oracle(case: Case) -> Any:
@@ -54,6 +68,7 @@ def oracle(case: Case) -> Any:
         return gradient(case.loss, params, inputs)
 
 
+@functools.cache
 def hand_cast(loss, dtype) -> Callable[[Any, Any], jax.Array]:
     """The loss as jmp users make it: parameters and inputs cast to half."""
     return lambda params, inputs: loss(cast(params, dtype), cast(inputs, dtype))

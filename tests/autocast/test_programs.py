@@ -212,7 +212,7 @@ def assert_well_typed(fn, plain, *args):
     return closed
 
 
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(programs(ONE, TWO), st.sampled_from(sorted(POLICIES)))
 def test_values(program, policy):
     fn = function(program)

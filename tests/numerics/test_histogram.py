@@ -80,7 +80,7 @@ def test_float8(name):
     assert_counts(exponent_histogram(x), by_frexp(x, -60, 16))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40),
     st.integers(-160, 130),
