@@ -10,7 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import autocast, benchmark, loss_scales, parity
+from experiments import (
+    autocast,
+    benchmark,
+    loss_scales,
+    mnist_convnet,
+    parity,
+    precisions,
+)
 from experiments.harness.results import Column, markdown_table
 from experiments.harness.workdir import read_json
 
@@ -20,6 +27,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     autocast.NAME: autocast.COLUMNS,
     benchmark.NAME: benchmark.COLUMNS,
     loss_scales.NAME: loss_scales.COLUMNS,
+    mnist_convnet.NAME: mnist_convnet.COLUMNS,
+    mnist_convnet.PRECISIONS_NAME: precisions.COLUMNS,
     parity.NAME: parity.COLUMNS,
 }
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)

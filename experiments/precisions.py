@@ -1,0 +1,186 @@
+"""One set of trained weights, evaluated in several precisions beside float64."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+import mpjax
+from experiments.harness.plots import DPI, decorate
+from experiments.harness.results import Column
+from experiments.harness.workdir import whole_file
+
+BATCH_SIZE = 2000
+REFERENCE = "float64"
+# In float8 are the weights alone; it computes in float16, which holds both formats.
+PRECISIONS: dict[str, jmp.Policy] = {
+    **{
+        name: mpjax.get_policy(name)
+        for name in (REFERENCE, "float32", "bfloat16", "float16")
+    },
+    **{
+        name: jmp.Policy(jnp.dtype(name), jnp.dtype("float16"), jnp.dtype("float16"))
+        for name in ("float8_e4m3fn", "float8_e5m2")
+    },
+}
+COLUMNS = (
+    Column("trained in", "policy"),
+    Column("evaluated in", "precision"),
+    Column("accuracy", "test_accuracy", "{:.2%}"),
+    Column("changed", "num_changed"),
+    Column("logit error", "max_logit_difference", "{:.1e}"),
+    Column("margin from", "min_changed_margin", "{:.2g}"),
+    Column("to", "max_changed_margin", "{:.2g}"),
+    Column("weights, B", "weight_bytes", "{:,}"),
+    Column("activations, B", "activation_bytes", "{:,}"),
+)
+
+
+def evaluate(
+    model: nn.Module,
+    params: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    precisions: Sequence[str] = tuple(PRECISIONS),
+) -> list[dict[str, Any]]:
+    """Evaluates the same weights in each precision.
+
+    `N` denotes the number of images, `D` their pixels.
+
+    Args:
+      model: a Linen module that computes in the dtype of its parameters and input.
+      params: its parameters.
+      images: (N, D) float32.
+      labels: integers (N,).
+      precisions: names in `PRECISIONS`; without `float64` nothing is compared.
+
+    Returns:
+      A row per precision: `test_accuracy`, `num_correct`, `weight_bytes`,
+      `activation_bytes` (what the layers give for one image), and beside float64:
+      `num_changed` (images whose prediction is another), `max_logit_difference`,
+      `min_changed_margin` and `max_changed_margin` (float64's margin between the first
+      and the second class, among the changed); None where there is nothing to compare.
+    """
+    values = {name: logits(model, params, images, name) for name in precisions}
+    rows = []
+    for name in precisions:
+        num_correct = int(np.sum(values[name].argmax(-1) == labels))
+        reference = None if name == REFERENCE else values.get(REFERENCE)
+        rows.append(
+            {
+                "precision": name,
+                "test_accuracy": num_correct / len(labels),
+                "num_correct": num_correct,
+                **_differences(values[name], reference),
+                "weight_bytes": weight_bytes(params, name),
+                "activation_bytes": activation_bytes(model, params, images, name),
+            }
+        )
+    return rows
+
+
+def logits(
+    model: nn.Module, params: Any, images: np.ndarray, precision: str
+) -> np.ndarray:
+    """Returns the logits (N, num_classes), computed in a precision, as float64.
+
+    It runs op by op, so that every intermediate value is rounded: within one compiled
+    program XLA may keep those of half precision in float32.
+    """
+    policy = PRECISIONS[precision]
+    parts = []
+    with jax.enable_x64(policy.compute_dtype == jnp.float64):
+        params = _cast(params, policy)
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = jnp.asarray(images[start : start + BATCH_SIZE], jnp.float32)
+            out: Any = model.apply({"params": params}, policy.cast_to_compute(batch))
+            parts.append(np.asarray(policy.cast_to_output(out), np.float64))
+    return np.concatenate(parts)
+
+
+def weight_bytes(params: Any, precision: str) -> int:
+    """Returns the bytes of all parameters as they are kept in a precision."""
+    itemsize = jnp.dtype(PRECISIONS[precision].param_dtype).itemsize
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(params)) * itemsize
+
+
+def activation_bytes(
+    model: nn.Module, params: Any, images: np.ndarray, precision: str
+) -> int:
+    """Returns the bytes of what all dense and convolution layers give for one image."""
+    policy = PRECISIONS[precision]
+
+    def layer_outputs(params, batch):
+        _, state = model.apply(
+            {"params": _cast(params, policy)},
+            policy.cast_to_compute(batch),
+            capture_intermediates=lambda module, _: isinstance(
+                module, (nn.Conv, nn.Dense)
+            ),
+            mutable=["intermediates"],
+        )
+        return state
+
+    with jax.enable_x64(policy.compute_dtype == jnp.float64):
+        shapes = jax.eval_shape(layer_outputs, params, images[:1])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """Draws accuracy and disagreement per precision, a colour per trained policy.
+
+    Args:
+      path: the PNG to write.
+      title: of the figure.
+      rows: of `evaluate`, each with the `policy` that the weights were trained in.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure.suptitle(title)
+    accuracy, changed = figure.subplots(1, 2)
+    names = list(dict.fromkeys(row["precision"] for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    width = 0.8 / len(policies)
+    for index, policy in enumerate(policies):
+        own = [row for row in rows if row["policy"] == policy]
+        offset = (index - (len(policies) - 1) / 2) * width
+        places = [names.index(row["precision"]) + offset for row in own]
+        percent = [100 * row["test_accuracy"] for row in own]
+        accuracy.plot(places, percent, "o", color=f"C{index}", label=policy)
+        heights = [row["num_changed"] or 0 for row in own]
+        bars = changed.bar(places, heights, width, color=f"C{index}")
+        changed.bar_label(bars, padding=2, fontsize=8)
+    for axes in (accuracy, changed):
+        axes.set_xticks(range(len(names)), names, rotation=20)
+    accuracy.margins(y=0.15)
+    changed.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(title="trained in", frameon=False, loc="outside right center")
+    decorate(accuracy, "test accuracy, %", None)
+    decorate(changed, "images whose prediction is not float64's", None)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
+
+
+def _cast(params: Any, policy: jmp.Policy) -> Any:
+    """The weights rounded to the policy's parameters, in its compute dtype."""
+    return policy.cast_to_compute(
+        policy.cast_to_param(jax.tree.map(jnp.asarray, params))
+    )
+
+
+def _differences(values: np.ndarray, reference: np.ndarray | None) -> dict[str, Any]:
+    names = ("num_changed", "max_logit_difference")
+    names += ("min_changed_margin", "max_changed_margin")
+    if reference is None:
+        return dict.fromkeys(names)
+    second, first = np.sort(reference, axis=-1)[:, -2:].T
+    margins = (first - second)[values.argmax(-1) != reference.argmax(-1)]
+    ends = (float(margins.min()), float(margins.max())) if margins.size else (None,) * 2
+    difference = float(np.abs(values - reference).max())
+    return dict(zip(names, (margins.size, difference, *ends), strict=True))
