@@ -1,6 +1,6 @@
 """DeepConvNet on MNIST: trained in float32 and mixed, evaluated in six precisions.
 
-    python -m experiments.mnist_convnet     # 5 min per policy on 2 cores of an AMD EPYC
+    python -m experiments.mnist_convnet     # 20 min on 2 cores of an AMD EPYC; 99.4 %
     python -m experiments.mnist_convnet --load weights.safetensors --precisions float16
 
 Adam with a one-cycle learning rate (a short warm-up, then a cosine to zero), batch 128,
@@ -62,7 +62,7 @@ class Config(BaseConfig):
     """Precisions to evaluate the trained weights in, separated by commas; with float64,
     the others are compared with it."""
 
-    num_epochs: int = 6
+    num_epochs: int = 10
     """Passes over the training set."""
 
     batch_size: int = 128

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import experiments.__main__ as listing
-from experiments import mnist_mlp, parity
+from experiments import mnist_convnet, mnist_mlp, parity
 from experiments.harness import cli, stop
 
 
@@ -78,7 +78,7 @@ def test_a_run_without_a_number_makes_no_mean():
     assert parity._spread([0.5]) == "0.5000 ± 0.0000"
 
 
-@pytest.mark.parametrize("module", [mnist_mlp, parity])
+@pytest.mark.parametrize("module", [mnist_convnet, mnist_mlp, parity])
 def test_help_names_every_flag_with_its_text(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
     with pytest.raises(SystemExit) as exit_info:
@@ -104,7 +104,7 @@ def test_flags_are_spelled_with_either_line(flag, monkeypatch):
 def test_the_list_has_every_experiment(capsys):
     listing.main()
     out = capsys.readouterr().out
-    for module in (mnist_mlp, parity):
+    for module in (mnist_convnet, mnist_mlp, parity):
         name = module.__name__
         assert f"{module.__doc__.splitlines()[0]}\n    python -m {name}\n" in out
     assert "__main__" not in out
