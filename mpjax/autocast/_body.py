@@ -8,7 +8,13 @@ import numpy as np
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
 from mpjax.autocast import _custom
-from mpjax.autocast._decide import Fit, fit, is_eligible, swaps_operands
+from mpjax.autocast._decide import (
+    Fit,
+    asks_for_sign,
+    fit,
+    is_eligible,
+    swaps_operands,
+)
 from mpjax.autocast._demand import NOTHING, Wish
 from mpjax.autocast._operands import Operands
 from mpjax.autocast._tables import (
@@ -61,7 +67,7 @@ class Body(Operands):
             Kind.BRANCH: self._branch,
             Kind.FIXED: self._loop,
             Kind.CUSTOM: self._custom,
-            Kind.OPAQUE: self._untouched,
+            Kind.OPAQUE: self._opaque,
         }
 
     def run(self, jaxpr: Any, in_dtypes: Any, in_values: Any, *, restore: bool) -> Any:
@@ -120,6 +126,15 @@ class Body(Operands):
     def _untouched(self, eqn: Any, reason: str = "") -> None:
         self._write(eqn, invars=[self.as_traced(x, eqn) for x in eqn.invars])
         self._log(eqn, reason=reason)
+
+    def _opaque(self, eqn: Any) -> None:
+        if asks_for_sign(eqn):
+            for x in eqn.invars:
+                dtype = None if isinstance(x, Literal) else self._wish(x).only_half()
+                if dtype is not None:
+                    self._write(eqn, invars=self._in_half(eqn, dtype))
+                    return
+        self._untouched(eqn)
 
     def _low(self, eqn: Any) -> None:
         dtype = self._rewriter.low_dtype(eqn, self._scope)

@@ -8,7 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._jaxpr import canonical_precision, is_float32, is_inexact_aval
+from mpjax._jaxpr import (
+    Literal,
+    canonical_precision,
+    is_float32,
+    is_inexact_aval,
+)
+from mpjax.autocast._tables import SIGN_TEST
 
 RESERVED_AUTOCAST = "mpjax_autocast"
 RESERVED_FULL = "mpjax_full_precision"
@@ -52,6 +58,17 @@ def is_eligible(eqn: Any) -> bool:
         elif is_inexact_aval(var.aval):
             return False
     return found
+
+
+def asks_for_sign(eqn: Any) -> bool:
+    """Whether it compares a number with zero: rounded or not, its sign is the same.
+
+    But for what is too small for half: then it asks of the zero that a matmul gets.
+    """
+    return eqn.primitive.name in SIGN_TEST and any(
+        isinstance(x, Literal) and np.ndim(x.val) == 0 and x.val == 0
+        for x in eqn.invars
+    )
 
 
 def is_reserved(eqn: Any) -> bool:

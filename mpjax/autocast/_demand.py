@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from mpjax._jaxpr import Literal, inner_jaxprs, is_float32, join_scope, open_jaxpr
-from mpjax.autocast._decide import is_eligible
+from mpjax.autocast._decide import asks_for_sign, is_eligible
 from mpjax.autocast._tables import EXACT, SHRINKING, Kind
 
 
@@ -112,7 +112,9 @@ class Demand:
     def _of_operands(self, eqn: Any, found: dict, scope: str) -> Iterable[Wish]:
         """What an equation wants of its operands, given what is wanted of it."""
         kind = self._kind_of(eqn)
-        if kind is Kind.LOW:
+        if kind is Kind.OPAQUE and asks_for_sign(eqn):
+            wish = NOTHING
+        elif kind is Kind.LOW:
             dtype = self._low_dtype(eqn, scope)
             wish = FULL if dtype is None else Wish(frozenset((dtype,)), full=False)
         elif kind is Kind.FOLLOW and is_eligible(eqn):

@@ -78,6 +78,10 @@ EXACT = _names(
 # Exact, but with a result smaller than the operand: the cast belongs after it.
 SHRINKING = _names("gather slice dynamic_slice split unstack reduce_max reduce_min")
 
+# With zero on one side: the derivative of relu. On a value that goes on only in half,
+# it is asked of the half, or a float32 copy would be saved for the backward pass.
+SIGN_TEST = _names("ge gt le lt")
+
 FREE = _names("jit remat2 closed_call eval_jaxpr shard_map")
 BRANCH = _names("cond")
 FIXED = _names("scan while")
@@ -85,9 +89,9 @@ CUSTOM = _names("custom_jvp_call custom_vjp_call")
 
 # As traced on purpose: comparisons and integers, bits, indices and sentinels, linear
 # algebra, random numbers. `autocast_report` lists any other as not understood.
-KNOWN_OPAQUE = _names(
+KNOWN_OPAQUE = SIGN_TEST | _names(
     """
-    eq ne ge gt le lt and or xor not is_finite argmax argmin
+    eq ne and or xor not is_finite argmax argmin
     shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi
     bitcast_convert_type reduce_precision nextafter floor ceil round rem iota
     sort top_k approx_top_k reduce_and reduce_or reduce_xor

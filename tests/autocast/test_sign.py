@@ -1,0 +1,112 @@
+"""A comparison with zero is asked of the half value where all else takes that.
+
+The derivative of relu asks `x > 0`. Asked of the float32 sum before the cast to half,
+it would have a second copy of every activation saved for the backward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from autocast.probes import (
+    BF16,
+    F16,
+    F32,
+    POLICIES,
+    H,
+    W,
+    X,
+    eqns,
+    floats,
+    rewrite,
+)
+
+from mpjax import autocast
+
+DTYPES = dict(zip(("mixed_float16", "mixed_bfloat16"), (F16, BF16), strict=True))
+
+
+def relu_net(w, x, activation=jax.nn.relu):
+    h = activation(x @ w + 1 / 3)
+    return jnp.sum(h @ w)
+
+
+def clipped(x):
+    return jnp.where(x > 0, x, 0)
+
+
+def leaky(x):
+    return jnp.where(x >= 0, x, x / 8)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("activation", [jax.nn.relu, clipped])
+def test_the_mask_of_relu_is_taken_from_the_half_value(activation, policy):
+    grad = jax.grad(relu_net)
+    closed = rewrite(lambda w, x: grad(w, x, activation), W, X, policy=policy)
+    (comparison,) = eqns(closed, "gt")
+    assert floats(comparison) == {DTYPES[policy]}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_it_stays_float32_where_another_consumer_has_the_value_so(policy):
+    def fn(w, x):
+        h = x @ w + 1 / 3
+        return jnp.sum(clipped(h) @ w) + jnp.sum(jnp.log(jnp.abs(h)))
+
+    for comparison in eqns(rewrite(fn, W, X, policy=policy), "gt"):
+        assert floats(comparison) == {F32}
+    closed = rewrite(lambda w, x: leaky(x @ w + 1 / 3) @ w, W, X, policy=policy)
+    for comparison in (*eqns(closed, "le"), *eqns(closed, "ge")):
+        assert floats(comparison) == {F32}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_comparison_with_another_number_stays_float32(policy):
+    def fn(w, x):
+        h = x @ w + 1 / 3
+        return jnp.where(h > 1 / 3, h, 0) @ w
+
+    (comparison,) = eqns(rewrite(fn, W, X, policy=policy), "gt")
+    assert floats(comparison) == {F32}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_equality_stays_float32(policy):
+    def fn(w, x):
+        h = x @ w + 1 / 3
+        return jnp.where(h == 0, 1.0, h) @ w
+
+    (comparison,) = eqns(rewrite(fn, W, X, policy=policy), "eq")
+    assert floats(comparison) == {F32}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_mask_is_float32s_but_for_what_underflows(policy):
+    """In (0, 2^-25) float16 has zero: no output of this relu, and no gradient."""
+    tiny = 2.0**-30
+    bias = jnp.asarray([-1.0, -tiny, 0.0, tiny, 1.0, 2.0, -2.0, np.nan])
+
+    def masks(w, b):
+        h = jnp.zeros((1, 8)) @ w + b
+        return jnp.where(h > 0, h, 0) @ w, h > 0
+
+    def through(w, b):
+        return jax.grad(lambda b: jnp.sum(jax.nn.relu(jnp.zeros((1, 8)) @ w + b) @ w))(
+            b
+        )
+
+    w = jnp.eye(8)
+    expected = jnp.asarray([0, 0, 0, 1, 1, 1, 0, 0.0])
+    if policy == "mixed_float16":
+        expected = expected.at[3].set(0)
+    np.testing.assert_array_equal(autocast(through, policy)(w, bias), expected)
+    outputs, mask = autocast(masks, policy)(w, bias)
+    np.testing.assert_array_equal(mask[0], expected > 0)
+    np.testing.assert_array_equal(outputs[0, :3], [0, 0, 0])
+
+
+def test_nothing_changes_without_a_matmul():
+    closed = rewrite(lambda h: jnp.where(h > 0, h, 0), H)
+    (comparison,) = eqns(closed, "gt")
+    assert floats(comparison) == {F32}
