@@ -1,5 +1,6 @@
 """Scaled gradients of a loss, cast by policy, accumulated over microbatches."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,30 @@ def scaled_gradients(
     mean = jax.tree.map(lambda g: g / num_microbatches, total)
     reduce = lambda x: x.mean(0) if is_inexact(x) else x.sum(0)
     return Gradients(mean, losses.mean(), model_state, jax.tree.map(reduce, aux))
+
+
+def checkpointed(loss_fn: Callable[..., Any], policy: Any) -> Callable[..., Any]:
+    """Wraps a loss so that its backward pass computes anew what `policy` does not save.
+
+    Args:
+      loss_fn: any function.
+      policy: a name in `jax.checkpoint_policies` that ends in `_saveable`, a function
+        of that kind, or None for `loss_fn` itself.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if policy is None:
+        return loss_fn
+    if isinstance(policy, str):
+        known = [n for n in dir(jax.checkpoint_policies) if n.endswith("_saveable")]
+        if policy not in known:
+            raise ValueError(
+                f"checkpoint_policy={policy!r} is none of {', '.join(known)}; pass any "
+                "other as a function."
+            )
+        policy = getattr(jax.checkpoint_policies, policy)
+    return jax.checkpoint(loss_fn, policy=policy)
 
 
 def split_batch(batch: Any, num: int) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpjax._gradients import Gradients, scaled_gradients
+from mpjax._gradients import Gradients, checkpointed, scaled_gradients
 from mpjax._struct import is_key, pytree_dataclass, replace_leaves
 from mpjax._tree import is_inexact, sum_of_squares, to_full
 from mpjax.autocast import autocast as autocast_function
@@ -101,6 +101,7 @@ def make_train_step(
     ema_decay: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    checkpoint_policy: str | Callable[..., bool] | None = None,
     donate: bool = True,
     keep_inputs: str = LABELS,
 ) -> jax.stages.Wrapped:
@@ -130,6 +131,10 @@ def make_train_step(
         with `shard_state` first.
       axis_name: for a step inside `shard_map`: the axes over which gradients, loss,
         model state and floating aux are averaged, integer aux added up.
+      checkpoint_policy: what the backward pass keeps of the forward pass, the rest
+        being computed again: a name in `jax.checkpoint_policies` such as
+        "dots_saveable" (matmuls alone), or such a function. None keeps all. Layers
+        under a `jax.checkpoint` of their own save more.
       donate: whether the step may reuse the memory of the state it is given, which is
         then no longer readable.
       keep_inputs: for casts: regular expression; floating inputs whose path it is
@@ -154,6 +159,7 @@ def make_train_step(
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
 
     casts = not (autocast and can_autocast(rules))
+    loss_fn = checkpointed(loss_fn, checkpoint_policy)
 
     def cast_loss_fn(params, model_state, batch, key):
         if casts:

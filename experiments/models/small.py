@@ -139,12 +139,15 @@ def convnet(seed: int = 0) -> Case:
     return Case(loss, params, inputs)
 
 
-def transformer_block(seed: int = 0, *, width: int = 128, length: int = 64) -> Case:
-    """Pre-norm causal self-attention with four heads, and a gelu MLP."""
+def transformer_block(
+    seed: int = 0, *, width: int = 128, length: int = 64, num_heads: int = 4
+) -> Case:
+    """Pre-norm causal self-attention, and a gelu MLP."""
     rng = np.random.default_rng(seed)
+    size = width // num_heads
     params = {
-        "qkv": _normal(rng, width, 3, 4, width // 4) / width**0.5,
-        "out": _normal(rng, 4, width // 4, width) / width**0.5,
+        "qkv": _normal(rng, width, 3, num_heads, size) / width**0.5,
+        "out": _normal(rng, num_heads, size, width) / width**0.5,
         "norm_0": {"scale": _ones(width), "bias": _zeros(width)},
         "norm_1": {"scale": _ones(width), "bias": _zeros(width)},
         "up": _dense(rng, width, 4 * width),

@@ -5,6 +5,7 @@
 Run by test_h100.py in a process of its own: the settings must precede JAX.
 """
 
+import functools
 import json
 import os
 import re
@@ -12,32 +13,16 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import mpjax
 from experiments.models import small as models
+from mpjax.cost import get_device
+from mpjax.cost._compile import compile_for
 
-H100_SXM = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
-  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-runtime_version { major: 13 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 28 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 _DEFINITION = re.compile(r"^\s*(?:ROOT )?(%?[\w.-]+) = \(?(\w+)\[", re.MULTILINE)
 _MATMUL = re.compile(
@@ -98,17 +83,7 @@ def operand_dtypes(text):
 
 def main():
     """Prints, per model and policy, temporaries in bytes and the matmuls' dtypes."""
-    topology = topologies.get_topology_desc(
-        "h100", "cuda", target_config=H100_SXM, topology="1x1x1"
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-
-    def place(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    def compile_for_h100(fn, *args):
-        return jax.jit(fn).lower(*jax.tree.map(place, args)).compile()
-
+    compile_for_h100 = functools.partial(compile_for, get_device("h100"))
     result = {}
     for name, (loss, params, inputs) in large_cases().items():
         full = compile_for_h100(jax.value_and_grad(loss), params, inputs)

@@ -1,0 +1,143 @@
+"""What is measured: models to train, of the size that people run, one per kind."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.models import small
+from experiments.models.deep_convnet import DeepConvNet
+from experiments.models.mlp import MLP
+
+NUM_CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A model to train.
+
+    Attributes:
+      title: what it is.
+      init_params: `key -> params`, float32.
+      make_batch: `(key, batch_size) -> batch`, examples along axis 0.
+      loss_fn: `(params, batch, key) -> (loss, None)`, written in float32.
+      tx: its optimizer, without loss scaling.
+      batch_sizes: by platform, "cpu" and "gpu".
+    """
+
+    title: str
+    init_params: Callable[[jax.Array], Any]
+    make_batch: Callable[[jax.Array, int], Any]
+    loss_fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, None]]
+    tx: optax.GradientTransformation
+    batch_sizes: dict[str, int]
+
+
+def rmsprop(learning_rate: float) -> optax.GradientTransformation:
+    """RMSprop with the constants of Keras: rho 0.9, epsilon 1e-7 inside the root."""
+    return optax.rmsprop(learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
+
+
+def mlp(num_units: int = 4096) -> Work:
+    """The network of the Keras guide: 784, twice `num_units`, 10."""
+    model = MLP(num_units=(num_units, num_units))
+    return Work(
+        title=f"MLP 784-{num_units}-{num_units}-10, RMSprop",
+        init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
+        make_batch=_images,
+        loss_fn=_classification_loss(model),
+        tx=rmsprop(1e-3),
+        batch_sizes={"cpu": 2048, "gpu": 8192},
+    )
+
+
+def convnet() -> Work:
+    """DeepConvNet, without its dropout: 28 x 28 pixels."""
+    model = DeepConvNet(dropout_rate=0.0)
+    return Work(
+        title="DeepConvNet, Adam",
+        init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
+        make_batch=_images,
+        loss_fn=_classification_loss(model),
+        tx=optax.adam(1e-3),
+        batch_sizes={"cpu": 128, "gpu": 4096},
+    )
+
+
+def transformer_block(width: int = 1024, length: int = 1024) -> Work:
+    """Causal self-attention, 64 numbers a head, and a gelu MLP; on (B, T, D) vectors."""
+    return _of_case(
+        f"transformer block, {width} wide, {length} long, Adam",
+        lambda: small.transformer_block(
+            width=width, length=length, num_heads=width // 64
+        ),
+        batch_sizes={"cpu": 2, "gpu": 16},
+    )
+
+
+def bigru(width: int = 256, length: int = 200) -> Work:
+    """A bidirectional GRU over (B, T, D) vectors."""
+    return _of_case(
+        f"bidirectional GRU, {width} wide, {length} steps, Adam",
+        lambda: small.bigru(width=width, length=length),
+        batch_sizes={"cpu": 32, "gpu": 256},
+    )
+
+
+WORKS: dict[str, Callable[[], Work]] = {
+    "mlp": mlp,
+    "convnet": convnet,
+    "transformer_block": transformer_block,
+    "bigru": bigru,
+}
+
+
+def _images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+    image_key, label_key = jax.random.split(key)
+    return {
+        "image": jax.random.uniform(image_key, (batch_size, 784)),
+        "label": jax.random.randint(label_key, (batch_size,), 0, NUM_CLASSES),
+    }
+
+
+def _classification_loss(model: Any):
+    def loss_fn(params, batch, key):
+        del key
+        logits = model.apply({"params": params}, batch["image"]).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return losses.mean(), None
+
+    return loss_fn
+
+
+def _like(key: jax.Array, x: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    if np.issubdtype(x.dtype, np.integer):
+        return jax.random.randint(key, shape, 0, int(x.max()) + 1)
+    return jax.random.normal(key, shape)
+
+
+def _of_case(
+    title: str, make_case: Callable[[], small.Case], batch_sizes: dict[str, int]
+) -> Work:
+    case = make_case()
+
+    def make_batch(key, batch_size):
+        leaves, treedef = jax.tree.flatten(case.inputs)
+        keys = jax.random.split(key, len(leaves))
+        return treedef.unflatten(
+            _like(key, x, (batch_size, *x.shape[1:]))
+            for key, x in zip(keys, leaves, strict=True)
+        )
+
+    return Work(
+        title=title,
+        init_params=lambda key: jax.tree.map(jnp.asarray, case.params),
+        make_batch=make_batch,
+        loss_fn=lambda params, batch, key: (case.loss(params, batch), None),
+        tx=optax.adam(1e-3),
+        batch_sizes=batch_sizes,
+    )

@@ -1,0 +1,216 @@
+"""One training step in several precisions: what each needs, and the batch that fits."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from mpjax._table import plain_table, print_report, rich_group, rich_table
+from mpjax.cost._analyze import CostReport, analyze
+from mpjax.cost._compile import compile_for, peak_bytes
+from mpjax.cost._devices import Device, get_device
+
+_HALF = ("bfloat16", "float16")
+_COLUMNS = (
+    "policy",
+    "arguments, MB",
+    "temporaries, MB",
+    "peak, MB",
+    "to first",
+    "matmuls in half",
+    "moved, MB",
+    "at best, ms",
+    "bound by",
+    "largest batch",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyCosts:
+    """Costs by policy; `print(costs)`, `costs.print()`, `costs.to_dict()`.
+
+    Attributes:
+      device: its name.
+      batch_size: at which costs were taken.
+      reports: a `CostReport` per policy.
+      largest_batch: examples that fit, per policy; None where the device's memory is
+        not known.
+      memory_fraction: the share of the device's memory that counts as usable.
+    """
+
+    device: str
+    batch_size: int
+    reports: dict[str, CostReport]
+    largest_batch: dict[str, int | None]
+    memory_fraction: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain values, ready for JSON."""
+        return {
+            "device": self.device,
+            "batch_size": self.batch_size,
+            "memory_fraction": self.memory_fraction,
+            "policies": {
+                name: report.to_dict() | {"largest_batch": self.largest_batch[name]}
+                for name, report in self.reports.items()
+            },
+        }
+
+    def print(self) -> None:
+        """Prints it: by rich on a terminal where that is installed, else plain."""
+        print_report(self)
+
+    def __rich__(self) -> Any:
+        return rich_group(self._title(), rich_table(_COLUMNS, self._rows()))
+
+    def __str__(self) -> str:
+        return f"{self._title()}\n{plain_table(_COLUMNS, self._rows())}"
+
+    def _title(self) -> str:
+        usable = f"{100 * self.memory_fraction:g} % of its memory usable"
+        return f"{self.device}, batch {self.batch_size}, {usable}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        first = next(iter(self.reports.values())).peak_bytes
+        return [
+            (
+                name,
+                _mb(r.argument_bytes),
+                _mb(r.temporary_bytes),
+                _mb(r.peak_bytes),
+                f"{r.peak_bytes / first:.2f}",
+                f"{100 * half_share(r):.0f} %",
+                _mb(r.moved_bytes),
+                "-" if r.roofline_s is None else f"{1e3 * r.roofline_s:.3g}",
+                r.bound or "-",
+                f"{self.largest_batch[name] or '-'}",
+            )
+            for name, r in self.reports.items()
+        ]
+
+
+def compare(
+    make: Callable[[str], tuple[Any, ...]],
+    policies: Sequence[str],
+    *,
+    device: str | Device | None = None,
+    memory_fraction: float = 0.75,
+) -> PolicyCosts:
+    """Tells what a training step costs in each of several policies.
+
+    Nothing is run; see `analyze`. The largest batch is found by compiling at growing
+    batch sizes: memory is close to affine in the batch.
+
+    Args:
+      make: `make(policy) -> (step, *args)`; the last argument is the batch, whose
+        leaves have the examples along axis 0. Abstract arguments will do.
+      policies: names for `make`.
+      device: as for `analyze`.
+      memory_fraction: the share of the device's memory that may be used; JAX takes
+        0.75 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+
+    Raises:
+      ValueError: without policies, for a batch whose leaves differ in their first axis,
+        a memory_fraction outside of (0, 1], or an unknown device.
+      RuntimeError: as `analyze`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> import mpjax
+    >>> def make(policy):
+    ...     tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    ...     loss = lambda w, x, key: (jnp.mean((x @ w) ** 2), None)
+    ...     state = mpjax.TrainState.create(params=jnp.ones((64, 64)), tx=tx)
+    ...     step = mpjax.make_train_step(loss, tx, policy=policy)
+    ...     return step, state, jnp.ones((8, 64))
+    >>> costs = compare(make, ["float32", "mixed_bfloat16"])
+    >>> [sorted(r.matmul_flops) for r in costs.reports.values()]
+    [['float32'], ['bfloat16']]
+    """
+    if not policies:
+        raise ValueError("policies is empty; expected names such as 'mixed_float16'.")
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_fraction={memory_fraction} must be in (0, 1].")
+    target = get_device(device)
+    usable = int(memory_fraction * (target.memory_bytes or 0))
+    reports, largest, sizes = {}, {}, set()
+    for policy in policies:
+        step, *args = make(policy)
+        batch_size = size_of(args[-1])
+        sizes.add(batch_size)
+        report = reports[policy] = analyze(step, *args, device=target)
+        largest[policy] = (
+            _largest_batch(target, step, args, report.peak_bytes, usable)
+            if usable
+            else None
+        )
+    if len(sizes) > 1:
+        raise ValueError(f"make gave batches of different sizes: {sorted(sizes)}.")
+    return PolicyCosts(
+        device=target.name,
+        batch_size=sizes.pop(),
+        reports=reports,
+        largest_batch=largest,
+        memory_fraction=memory_fraction,
+    )
+
+
+def half_share(report: CostReport) -> float:
+    """Returns the share of a step's matmul FLOPs that are in half precision."""
+    half = sum(report.matmul_flops.get(dtype, 0) for dtype in _HALF)
+    return half / max(sum(report.matmul_flops.values()), 1)
+
+
+def size_of(batch: Any) -> int:
+    """Returns the length of the first axis of all leaves of a batch.
+
+    Raises:
+      ValueError: if they differ, or there is none.
+    """
+    sizes = {x.shape[0] if x.shape else None for x in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            "expected the last argument to be a batch whose leaves have the examples "
+            f"along axis 0, got first axes {sorted(map(str, sizes))}."
+        )
+    return sizes.pop() or 0
+
+
+def resized(batch: Any, batch_size: int) -> Any:
+    """Returns a batch's shapes and dtypes with another number of examples."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch
+    )
+
+
+def _largest_batch(
+    device: Device, step: Any, args: list, peak: int, usable: int
+) -> int:
+    """Follows the secant of memory over batch size, then confirms by compiling."""
+    *rest, batch = args
+
+    def peak_at(batch_size: int) -> int:
+        return peak_bytes(compile_for(device, step, *rest, resized(batch, batch_size)))
+
+    low, low_peak = size_of(batch), peak
+    high = 2 * low
+    high_peak = peak_at(high)
+    fits = low if low_peak <= usable else 0
+    for _ in range(6):
+        slope = max((high_peak - low_peak) / (high - low), 1e-9)
+        guess = int(low + (usable - low_peak) / slope)
+        guess -= guess % 8 if guess >= 64 else 0
+        if guess <= fits or guess < 1:
+            break
+        low, low_peak, high, high_peak = high, high_peak, guess, peak_at(guess)
+        if high_peak <= usable:
+            fits = guess
+            if high_peak >= 0.99 * usable:
+                break
+        if high == low:
+            break
+    return fits
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f}"
