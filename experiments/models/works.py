@@ -69,7 +69,7 @@ def convnet() -> Work:
 
 
 def transformer_block(width: int = 1024, length: int = 1024) -> Work:
-    """Causal self-attention, 64 numbers a head, and a gelu MLP; on (B, T, D) vectors."""
+    """Causal self-attention, heads of 64, and a gelu MLP, on (B, T, D) vectors."""
     return _of_case(
         f"transformer block, {width} wide, {length} long, Adam",
         lambda: small.transformer_block(
