@@ -107,6 +107,34 @@ def convert_eqn(atom: Any, out: Var, like: Any) -> Eqn:
     )
 
 
+def unit_axis_eqn(atom: Any, like: Any) -> Eqn:
+    """Returns an equation that puts an axis of one before the others of `atom`.
+
+    Args:
+      atom: variable.
+      like: equation whose source line, name scope and context it takes.
+    """
+    shape = (1, *atom.aval.shape)
+    params = {
+        "shape": shape,
+        "broadcast_dimensions": tuple(range(1, len(shape))),
+        "sharding": None,
+    }
+    with context_of(like):
+        aval, effects = jax.lax.broadcast_in_dim_p.abstract_eval(atom.aval, **params)
+    # Which axes of a `shard_map` it varies over is not known to the rule.
+    aval = aval.update(manual_axis_type=atom.aval.manual_axis_type)
+    return core.new_jaxpr_eqn(
+        [atom],
+        [Var(aval)],
+        jax.lax.broadcast_in_dim_p,
+        params,
+        effects,
+        like.source_info,
+        like.ctx,
+    )
+
+
 def bind(eqn: Any, *values: Any) -> list[Any]:
     """Evaluates one equation, whatever its primitive."""
     out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))

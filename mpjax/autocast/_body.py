@@ -13,9 +13,9 @@ from mpjax.autocast._decide import (
     asks_for_sign,
     fit,
     is_eligible,
-    swaps_operands,
 )
 from mpjax.autocast._demand import NOTHING, Wish
+from mpjax.autocast._dots import contract_unit_axis, swaps_operands
 from mpjax.autocast._operands import Operands
 from mpjax.autocast._tables import (
     ACTIVATION,
@@ -101,7 +101,11 @@ class Body(Operands):
         out_dtypes = tuple(map(dtype_of, outvars))
         if not self.changed:
             return jaxpr, out_dtypes
-        eqns = [eqn for eqn in self.eqns if eqn is not None]
+        dots = set(self._dots.values())
+        eqns: list[Any] = []
+        for index, eqn in enumerate(self.eqns):
+            if eqn is not None:
+                eqns += contract_unit_axis(eqn) if index in dots else [eqn]
         changes = {"invars": invars, "outvars": outvars, "eqns": eqns}
         return _jaxpr.with_equations(jaxpr, **changes), out_dtypes
 
@@ -262,6 +266,7 @@ class Body(Operands):
             outvars=[self.define(eqn.outvars[0], dtype_of(dot.outvars[0]))],
             params=dot.params | {"dimension_numbers": numbers},
         )
+        self._dots[eqn.outvars[0]] = len(self.eqns)
         self.eqns.append(swapped)
         return True
 

@@ -98,19 +98,6 @@ def asks_for_more(precision: Any) -> bool:
     return any(_precision_name(part) not in ("None", "DEFAULT") for part in parts)
 
 
-def swaps_operands(dot: Any, permutation: tuple[int, ...]) -> bool:
-    """Whether transposing a matmul's output so is to exchange its operands."""
-    if dot.params.get("out_sharding") is not None:
-        return False
-    (lhs_contract, rhs_contract), (batch, _) = dot.params["dimension_numbers"]
-    num_batch = len(batch)
-    num_lhs = len(dot.invars[0].aval.shape) - num_batch - len(lhs_contract)
-    num_rhs = len(dot.invars[1].aval.shape) - num_batch - len(rhs_contract)
-    lhs = range(num_batch, num_batch + num_lhs)
-    rhs = range(num_batch + num_lhs, num_batch + num_lhs + num_rhs)
-    return tuple(permutation) == (*range(num_batch), *rhs, *lhs)
-
-
 def _contracted(dot: Any) -> int:
     (lhs_contract, _), _ = dot.params["dimension_numbers"]
     return math.prod(dot.invars[0].aval.shape[axis] for axis in lhs_contract)

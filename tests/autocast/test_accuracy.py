@@ -62,7 +62,9 @@ def test_gradients_are_no_worse_than_hand_cast(name, policy):
         ratios.append([relative_error(g, expected) / error for g in (cast, inner)])
     outer, inner = np.exp(np.mean(np.log(ratios), axis=0))
     assert outer <= 1.02
-    assert inner <= 1.05
+    # XLA:CPU leaves out the rounding of a weight gradient that it computes in float32,
+    # as it does by hand; a bfloat16 matmul does round it.
+    assert inner <= 1.15
 
 
 @pytest.mark.parametrize("policy", POLICIES)
