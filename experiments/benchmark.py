@@ -1,65 +1,55 @@
-"""What the train step costs: interleaved step times of the Keras-guide network.
+"""What a training step costs: interleaved step times, beside other libraries.
 
-    python -m experiments.benchmark                   # batch 2048, 4096 units; a CPU
-    python -m experiments.benchmark --batch-size 8192 # a GPU
+    python -m experiments.benchmark                 # 10 min on 2 cores; on a GPU, 2 min
+    python -m experiments.benchmark --works mlp,convnet,transformer_block,bigru
 
-Every row trains the same network on the same batch. One round times each row once, in
-a shuffled order, so that whatever else the machine does hits all alike; ratios are
-medians over rounds of the ratio within a round.
+Every row trains the same network from the same values on the same batch; one whose loss
+after three steps is not that of float32 by hand is marked as wrong. One round times
+each row once, in a shuffled order, so that whatever else the machine does hits all
+alike; ratios are medians over rounds of the ratio within a round. Libraries that are
+not installed are named and left out: `pip install -e ".[bench]"`.
 """
 
 import dataclasses
 import random
+import re
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-import mpjax
+from experiments.errors import ConfigError
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
-from experiments.harness.loss_scales import parse_loss_scale
+from experiments.harness.plots import DPI
 from experiments.harness.results import Column
-from experiments.harness.workdir import write_json
-from experiments.mnist_mlp import make_loss_fn, rmsprop
-from experiments.models.mlp import MLP
+from experiments.harness.workdir import whole_file, write_json
+from experiments.models.works import WORKS, mlp
+from experiments.peers import (
+    by_hand,
+    flax_row,
+    keras_row,
+    mpjax_rows,
+    mpx_row,
+    torch_row,
+)
+from experiments.peers.row import FLOAT32, Case, Row, Step
 
 NAME = "benchmark"
-HAND_WRITTEN = "flax + optax by hand, float32"
-
-
-class Row(NamedTuple):
-    """One step to time, and the row that its time is divided by."""
-
-    policy: str | None
-    loss_scale: str
-    reference: str
-    autocast: bool = True
-
-
-FLOAT16, BFLOAT16 = "mpjax mixed_float16", "mpjax mixed_bfloat16"
-ROWS = {
-    HAND_WRITTEN: Row(None, "none", HAND_WRITTEN),
-    "mpjax float32": Row("float32", "none", HAND_WRITTEN),
-    FLOAT16: Row("mixed_float16", "none", FLOAT16),
-    f"{FLOAT16} + dynamic": Row("mixed_float16", "dynamic", FLOAT16),
-    f"{FLOAT16}, no autocast": Row("mixed_float16", "none", FLOAT16, autocast=False),
-    BFLOAT16: Row("mixed_bfloat16", "none", BFLOAT16),
-    f"{BFLOAT16} + dynamic": Row("mixed_bfloat16", "dynamic", BFLOAT16),
-    f"{BFLOAT16}, no autocast": Row("mixed_bfloat16", "none", BFLOAT16, autocast=False),
-}
+NUM_CHECKED = 3
 COLUMNS = (
     Column("row", "name"),
     Column("ms/step, median", "median_ms", "{:.1f}"),
     Column("quartiles", "quartiles_ms"),
+    Column("times float32", "speedup", "{:.2f}"),
     Column("ratio", "ratio", "{:.3f}"),
     Column("to", "reference"),
+    Column("temporaries, MB", "temporary_mb", "{:,.0f}"),
+    Column("loss", "loss_after", "{:.4f}"),
 )
 
 
@@ -67,119 +57,205 @@ COLUMNS = (
 class Config:
     """What to time."""
 
+    works: str = "mlp"
+    """The models, separated by commas: mlp, convnet, transformer_block, bigru."""
+
+    rows: str = ""
+    """A regular expression; only rows whose name it is found in, and those they are
+    compared with. Empty for all."""
+
+    batch_size: int | None = None
+    """Examples per step; the model's own for a CPU or GPU by default."""
+
     num_units: int = 4096
-    """Units in each of the two hidden layers."""
+    """Units in each of the two hidden layers of the MLP."""
 
-    batch_size: int = 2048
-    """Examples per step."""
-
-    num_rounds: int = 15
+    num_rounds: int = 11
     """How often each row is timed."""
 
     seed: int = 0
     """Of parameters, data and order."""
 
-    output: Path | None = None
-    """The result file; a name in experiments/results by default."""
+    output_dir: Path | None = None
+    """Where result files go; experiments/results by default."""
 
     def __post_init__(self):
-        require_positive(self, "num_units", "batch_size", "num_rounds")
+        require_positive(self, "num_units", "num_rounds")
+        if self.batch_size is not None:
+            require_positive(self, "batch_size")
+        unknown = [work for work in self.work_names() if work not in WORKS]
+        if unknown:
+            raise ConfigError(
+                f"--works must be some of {', '.join(WORKS)}, "
+                f"got {', '.join(unknown)!r}."
+            )
+        try:
+            re.compile(self.rows)
+        except re.error as error:
+            raise ConfigError(f"--rows is no regular expression: {error}.") from error
+
+    def work_names(self) -> list[str]:
+        """Returns the names of the models."""
+        return [name.strip() for name in self.works.split(",")]
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Times every row and writes the table; returns what the file holds."""
-    model = MLP(num_units=(config.num_units, config.num_units))
-    batch = make_batch(config)
-    steps = {name: make_row(model, config, batch, row) for name, row in ROWS.items()}
-    times_ms: dict[str, list[float]] = {name: [] for name in ROWS}
-    order = list(ROWS)
-    shuffle = random.Random(config.seed).shuffle
-    for _ in tqdm(range(config.num_rounds), desc="rounds", disable=None):
-        shuffle(order)
-        for name in order:
-            times_ms[name].append(steps[name]())
-    runs = [_summary(name, times_ms) for name in ROWS]
+def main(config: Config) -> list[dict[str, Any]]:
+    """Times every row of every model; returns what the result files hold."""
+    return [_one_work(config, name) for name in config.work_names()]
+
+
+def all_rows() -> list[Row]:
+    """Returns every row, those that others are compared with first."""
+    modules = (by_hand, mpjax_rows, flax_row, mpx_row, keras_row, torch_row)
+    return [row for module in modules for row in module.rows()]
+
+
+def choose(rows: list[Row], work: str, pattern: str) -> tuple[list[Row], dict]:
+    """Returns the rows to time, and those left out with the remedy.
+
+    Raises:
+      ConfigError: if the pattern is found in no row.
+    """
+    possible = [row for row in rows if row.works is None or work in row.works]
+    wanted = {row.name for row in possible if re.search(pattern, row.name)}
+    if not wanted:
+        raise ConfigError(
+            f"--rows {pattern!r} is found in no row of {work}; there are "
+            f"{'; '.join(row.name for row in possible)}."
+        )
+    references = {row.name: row.reference for row in possible}
+    while not {references[name] for name in wanted} <= wanted:
+        wanted |= {references[name] for name in wanted}
+    chosen = [row for row in possible if row.name in wanted | {FLOAT32}]
+    left_out = {
+        row.name: row.needs[1] for row in chosen if row.needs and not row.is_installed()
+    }
+    return [row for row in chosen if row.name not in left_out], left_out
+
+
+def _one_work(config: Config, work_name: str) -> dict[str, Any]:
+    work = mlp(config.num_units) if work_name == "mlp" else WORKS[work_name]()
+    platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    batch_size = config.batch_size or work.batch_sizes[platform]
+    keys = jax.random.split(jax.random.key(config.seed))
+    case = Case(work, work.init_params(keys[0]), work.make_batch(keys[1], batch_size))
+    rows, left_out = choose(all_rows(), work_name, config.rows)
+    for name, remedy in left_out.items():
+        print(f"left out: {name}; {remedy}")
+    steps = {row.name: row.build(case) for row in tqdm(rows, "compiling", disable=None)}
+    losses = {name: _loss_after(step) for name, step in steps.items()}
+    times_ms = time_rounds(steps, config.num_rounds, config.seed)
     table = {
         "experiment": NAME,
-        **{k: v for k, v in dataclasses.asdict(config).items() if k != "output"},
+        "work": work_name,
+        "title": work.title,
+        "batch_size": batch_size,
+        "num_rounds": config.num_rounds,
+        "seed": config.seed,
         "environment": results.environment(),
-        "runs": runs,
+        "left_out": left_out,
+        "runs": [summary(row, times_ms, losses, steps) for row in rows],
     }
-    platform = table["environment"]["platform"]
-    version = f"jax{jax.__version__}"
-    file = f"{NAME}_{platform}_{version}.json"
-    output = config.output or Path(__file__).parent / "results" / file
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, table)
-    precision = table["environment"]["float32_matmul_precision"]
-    title = f"MLP 2 x {config.num_units}, batch {config.batch_size}, {platform}, "
-    title += f"{version}, float32 matmul precision {precision}"
-    results.print_table(title, COLUMNS, runs)
+    _write(config, table)
     return table
 
 
-def make_batch(config: Config) -> dict[str, jax.Array]:
-    """Returns random images (B, 784), labels (B,) and a full mask, on the device."""
-    image_key, label_key = jax.random.split(jax.random.key(config.seed))
-    return {
-        "image": jax.random.uniform(image_key, (config.batch_size, 784)),
-        "label": jax.random.randint(label_key, (config.batch_size,), 0, 10),
-        "mask": jnp.ones(config.batch_size, bool),
-    }
+def _loss_after(step: Step) -> float:
+    return [step.run() for _ in range(NUM_CHECKED)][-1]
 
 
-def make_row(model, config: Config, batch, row: Row) -> Callable[[], float]:
-    """Returns a function that takes one warm step and returns its milliseconds."""
-    params = model.init(jax.random.key(config.seed), batch["image"][:1])["params"]
-    loss_fn = make_loss_fn(model)
-    if row.policy is None:
-        step, state = hand_written(loss_fn, params)
-    else:
-        tx = mpjax.with_loss_scale(rmsprop(1e-3), parse_loss_scale(row.loss_scale))
-        state = mpjax.TrainState.create(params=params, tx=tx)
-        step = mpjax.make_train_step(
-            loss_fn, tx, policy=row.policy, autocast=row.autocast
-        )
-    compiled = step.lower(state, batch).compile()
-    state, _ = jax.block_until_ready(compiled(state, batch))
-
-    def timed() -> float:
-        nonlocal state
-        start = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready((state, metrics))
-        return 1000 * (time.perf_counter() - start)
-
-    return timed
+def time_rounds(
+    steps: dict[str, Step], num_rounds: int, seed: int
+) -> dict[str, list[float]]:
+    """Returns milliseconds per row and round; each round in an order of its own."""
+    times_ms: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    shuffle = random.Random(seed).shuffle
+    for _ in tqdm(range(num_rounds), desc="rounds", disable=None):
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            steps[name].run()
+            times_ms[name].append(1000 * (time.perf_counter() - start))
+    return times_ms
 
 
-def hand_written(loss_fn, params) -> tuple[Any, Any]:
-    """The step that a person would write: float32, no checks, donated state."""
-    tx = rmsprop(1e-3)
-
-    def step(state, batch):
-        params, opt_state = state
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, aux), grads = grad_fn(params, batch, None)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), {"loss": loss, **aux}
-
-    return jax.jit(step, donate_argnums=0), (params, tx.init(params))
-
-
-def _summary(name: str, times_ms: dict[str, list[float]]) -> dict[str, Any]:
-    reference = ROWS[name].reference
-    pairs = zip(times_ms[name], times_ms[reference], strict=True)
-    times = times_ms[name]
+def summary(
+    row: Row,
+    times_ms: dict[str, list[float]],
+    losses: dict[str, float],
+    steps: dict[str, Step],
+) -> dict[str, Any]:
+    """Returns a row of the table; see COLUMNS."""
+    times = times_ms[row.name]
     quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    to_float32 = _median_ratio(times_ms[FLOAT32], times)
+    has_reference = row.reference in times_ms and row.reference != row.name
+    ratio = _median_ratio(times, times_ms[row.reference]) if has_reference else None
+    memory = steps[row.name].temporary_bytes
+    difference = abs(losses[row.name] / losses[FLOAT32] - 1)
     return {
-        "name": name,
+        "name": row.name,
         "median_ms": statistics.median(times),
         "quartiles_ms": f"{quartiles[0]:.1f} to {quartiles[-1]:.1f}",
-        "ratio": statistics.median(a / b for a, b in pairs),
-        "reference": "-" if name == reference else reference,
+        "speedup": to_float32,
+        "ratio": ratio,
+        "reference": row.reference if has_reference else "-",
+        "temporary_mb": None if memory is None else memory / 1e6,
+        "loss_after": losses[row.name],
+        "is_right": bool(difference <= row.tolerance),
         "times_ms": [round(t, 3) for t in times],
     }
+
+
+def _median_ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def _write(config: Config, table: dict[str, Any]) -> None:
+    environment, runs = table["environment"], table["runs"]
+    directory = config.output_dir or Path(__file__).parent / "results"
+    directory.mkdir(parents=True, exist_ok=True)
+    file = f"{NAME}_{table['work']}_{environment['platform']}_jax{jax.__version__}.json"
+    write_json(directory / file, table)
+    title = f"{table['title']}, batch {table['batch_size']}, {environment['device']}, "
+    title += f"jax {jax.__version__}"
+    draw((directory / file).with_suffix(".png"), title, runs)
+    precision = environment["float32_matmul_precision"]
+    results.print_table(f"{title}, float32 matmul {precision}", COLUMNS, runs)
+    for run in runs:
+        if not run["is_right"]:
+            print(f"wrong: {run['name']} has loss {run['loss_after']:.4f}")
+
+
+def draw(path: Path, title: str, runs: list[dict[str, Any]]) -> None:
+    """Draws the median step time of each row, with quartiles, fastest at the bottom."""
+    runs = sorted(runs, key=lambda run: run["median_ms"], reverse=True)
+    figure = Figure(figsize=(9, 0.32 * len(runs) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    colours = {"float16": "C1", "bfloat16": "C2"}
+    for place, run in enumerate(runs):
+        half = next((h for h in ("bfloat16", "float16") if h in run["name"]), None)
+        times, median = run["times_ms"], run["median_ms"]
+        low, _, high = statistics.quantiles(times * 2, n=4)
+        axes.barh(
+            place,
+            median,
+            color=colours.get(half or "", "C0"),
+            alpha=1.0 if run["name"].startswith("mpjax") else 0.5,
+            xerr=[[max(median - low, 0)], [max(high - median, 0)]],
+            error_kw={"lw": 1, "ecolor": "0.3"},
+        )
+        axes.annotate(
+            f" {median:.4g}", (max(high, median), place), va="center", fontsize=8
+        )
+    axes.set_yticks(range(len(runs)), [run["name"] for run in runs], fontsize=8)
+    axes.set_xlabel("median ms per step, whiskers: quartiles")
+    axes.set_title(f"{title}\n(full colour: mpjax)", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12, y=0.01)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from tqdm.auto import tqdm
 
 import mpjax
@@ -165,7 +166,7 @@ def draw(path: Path, device: str, runs: list[dict[str, Any]]) -> None:
     works = list(dict.fromkeys(run["work"] for run in runs))
     figure = Figure(figsize=(3.4 * len(works) + 1, 6), layout="constrained")
     figure.suptitle(f"Memory of a training step, compiled for {device}")
-    axes = figure.subplots(2, len(works), squeeze=False, sharex="col")
+    axes = figure.subplots(2, len(works), squeeze=False)
     for column, work in enumerate(works):
         top, bottom = axes[:, column]
         for index, row in enumerate(ROWS):
@@ -176,12 +177,14 @@ def draw(path: Path, device: str, runs: list[dict[str, Any]]) -> None:
             style |= {"lw": 4, "alpha": 0.5} if row == "mixed_float16" else {}
             top.loglog(sizes, [run["peak_mb"] for run in own], **style)
             bottom.semilogx(sizes, [run["peak_ratio"] for run in own], **style)
-            bottom.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
-            bottom.minorticks_off()
         decorate(top, work, None)
         decorate(bottom, "", "batch size")
         bottom.axhline(0.5, color="0.5", lw=1, ls=":")
         bottom.set_ylim(0, 1.3)
+        sizes = sorted({run["batch_size"] for run in runs if run["work"] == work})
+        for plot in (top, bottom):
+            plot.set_xticks(sizes, [f"{n:,}" for n in sizes])
+            plot.xaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_ylabel("peak, MB")
     axes[1, 0].set_ylabel("to float32")
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -1,0 +1,57 @@
+"""Keras 3 on JAX: the network of its guide, by `train_on_batch`, as a user has it."""
+
+import functools
+import importlib
+import os
+from typing import Any
+
+import numpy as np
+
+from experiments.peers.row import Case, Row, Step
+
+
+def sequential(case: Case, *, policy: str) -> Step:
+    """Two hidden layers and a softmax in float32, compiled with RMSprop."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    module: Any = importlib.import_module("keras")
+    if module.backend.backend() != "jax":
+        raise RuntimeError("Keras runs on another backend: set KERAS_BACKEND=jax.")
+    layers = [case.params[name] for name in sorted(case.params)]
+    activations = ["relu"] * (len(layers) - 1) + [None]
+    dense = [
+        module.layers.Dense(layer["bias"].size, activation=activation, dtype=policy)
+        for layer, activation in zip(layers, activations, strict=True)
+    ]
+    softmax = module.layers.Activation("softmax", dtype="float32")
+    model = module.Sequential([module.Input((784,)), *dense, softmax])
+    for keras_layer, layer in zip(dense, layers, strict=True):
+        keras_layer.set_weights(
+            [np.asarray(layer["kernel"]), np.asarray(layer["bias"])]
+        )
+    model.compile(
+        loss="sparse_categorical_crossentropy",
+        optimizer=module.optimizers.RMSprop(1e-3, rho=0.9, epsilon=1e-7),
+    )
+    images, labels = case.batch["image"], case.batch["label"]
+
+    def run() -> float:
+        # Its loss is the mean over the steps since the metrics were reset.
+        model.reset_metrics()
+        return float(np.ravel(model.train_on_batch(images, labels))[0])
+
+    return Step(run)
+
+
+def rows() -> list[Row]:
+    """Float32 and both mixed policies; float16 scales its loss."""
+    needs = ("keras", "pip install keras")
+    return [
+        Row(
+            f"Keras, {policy}",
+            functools.partial(sequential, policy=policy),
+            "Keras, float32",
+            works=("mlp",),
+            needs=needs,
+        )
+        for policy in ("float32", "mixed_float16", "mixed_bfloat16")
+    ]

@@ -1,0 +1,89 @@
+"""What a row of the benchmark is."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from experiments.models.works import Work
+
+FLOAT32 = "by hand, float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What every row starts from.
+
+    Attributes:
+      work: the model.
+      params: float32 initial values; a row copies what it changes.
+      batch: on the device.
+    """
+
+    work: Work
+    params: Any
+    batch: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step, ready to be timed.
+
+    Attributes:
+      run: takes one step, waits for it, and returns the loss before it.
+      temporary_bytes: of the compiled step; None where the library does not say.
+    """
+
+    run: Callable[[], float]
+    temporary_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way to take the step.
+
+    Attributes:
+      name: in the table.
+      build: `case -> step`.
+      reference: the row that its time is divided by.
+      works: the models that it can train; None for all.
+      needs: the module that must be installed, and how.
+      tolerance: how far its loss may be from that of float32 by hand, relative.
+    """
+
+    name: str
+    build: Callable[[Case], Step]
+    reference: str
+    works: tuple[str, ...] | None = None
+    needs: tuple[str, str] | None = None
+    tolerance: float = 0.05
+
+    def is_installed(self) -> bool:
+        """Whether the library that it needs is here."""
+        return self.needs is None or importlib.util.find_spec(self.needs[0]) is not None
+
+
+def jax_step(step: Any, state: Any, batch: Any, loss: Callable[[Any], Any]) -> Step:
+    """Compiles `step(state, batch) -> (state, out)`, which is given the state to keep.
+
+    Args:
+      step: jitted, with its first argument donated.
+      state: its memory is given away.
+      batch: its second argument.
+      loss: what of `out` is the loss.
+    """
+    compiled = step.lower(state, batch).compile()
+
+    def run() -> float:
+        nonlocal state
+        state, out = jax.block_until_ready(compiled(state, batch))
+        return float(loss(out))
+
+    return Step(run, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def copied(tree: Any) -> Any:
+    """Returns arrays with memory of their own, so that a step may take it."""
+    return jax.tree.map(lambda x: x.copy(), tree)
