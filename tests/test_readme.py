@@ -9,7 +9,7 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-NAMES = ["loop", "autocast", "linen", "nnx", "equinox", "haiku", "numerics"]
+NAMES = ["loop", "autocast", "linen", "nnx", "equinox", "haiku", "numerics", "cost"]
 FRAMEWORKS = NAMES[2:6]
 
 
@@ -51,6 +51,13 @@ def test_numerics_says_what_the_text_says(capsys):
     assert namespace["found"].primitive == "log"
     assert namespace["found"].source.startswith("README:numerics:")
     assert not namespace["report"].findings
+
+
+def test_cost_compares_the_policies(capsys):
+    namespace = run("cost")
+    assert namespace["report"].temporary_bytes > 0
+    assert list(namespace["costs"].reports) == ["float32", "mixed_bfloat16"]
+    assert "mixed_bfloat16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)

@@ -17,6 +17,7 @@ from tools import (
 )
 
 import mpjax
+from mpjax._jaxpr import walk
 
 PARAMS = {"w": jnp.linspace(-1, 1, 4), "b": jnp.zeros(())}
 
@@ -333,3 +334,35 @@ def test_train_state_survives_flax_serialization_and_orbax(tmp_path):
     a, _ = step(state, regression_batch(seed=5))
     b, _ = step(restored, regression_batch(seed=5))
     assert_same_bits(a, b)
+
+
+def mlp_loss(params, batch, key):
+    del key
+    hidden = jnp.tanh(batch["x"] @ params["w"])
+    return jnp.mean((jnp.tanh(hidden @ params["w"]) - batch["label"]) ** 2), None
+
+
+@pytest.mark.parametrize(
+    "policy", ["nothing_saveable", jax.checkpoint_policies.dots_saveable]
+)
+def test_checkpointing_computes_again_and_changes_nothing(policy):
+    params = {"w": jnp.cos(jnp.arange(64.0)).reshape(8, 8)}
+    batch = {"x": jnp.ones((4, 8)), "label": jnp.zeros((4, 8))}
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    state = mpjax.TrainState.create(params=params, tx=tx)
+    num_tanh, updated = [], []
+    for given in (None, policy):
+        step = mpjax.make_train_step(
+            mlp_loss, tx, policy="float32", checkpoint_policy=given, donate=False
+        )
+        eqns = walk(jax.make_jaxpr(step)(state, batch))
+        num_tanh.append(sum(eqn.primitive.name == "tanh" for eqn, _, _ in eqns))
+        updated.append(step(state, batch)[0].params["w"])
+    assert num_tanh == [2, 4]
+    np.testing.assert_allclose(*updated, rtol=1e-6)
+
+
+def test_an_unknown_checkpoint_policy_is_told():
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"is none of .*dots_saveable"):
+        mpjax.make_train_step(mlp_loss, tx, checkpoint_policy="dots")

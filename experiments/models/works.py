@@ -14,6 +14,8 @@ from experiments.models.deep_convnet import DeepConvNet
 from experiments.models.mlp import MLP
 
 NUM_CLASSES = 10
+# Small enough that the loss of random labels falls from the first step on.
+LEARNING_RATE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def mlp(num_units: int = 4096) -> Work:
         init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
         make_batch=_images,
         loss_fn=_classification_loss(model),
-        tx=rmsprop(1e-3),
+        tx=rmsprop(LEARNING_RATE),
         batch_sizes={"cpu": 2048, "gpu": 8192},
     )
 
@@ -63,7 +65,7 @@ def convnet() -> Work:
         init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
         make_batch=_images,
         loss_fn=_classification_loss(model),
-        tx=optax.adam(1e-3),
+        tx=optax.adam(LEARNING_RATE),
         batch_sizes={"cpu": 128, "gpu": 4096},
     )
 
@@ -138,6 +140,6 @@ def _of_case(
         init_params=lambda key: jax.tree.map(jnp.asarray, case.params),
         make_batch=make_batch,
         loss_fn=lambda params, batch, key: (case.loss(params, batch), None),
-        tx=optax.adam(1e-3),
+        tx=optax.adam(LEARNING_RATE),
         batch_sizes=batch_sizes,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.models.works import LEARNING_RATE
 from experiments.peers.row import Case, Row, Step
 
 
@@ -30,7 +31,7 @@ def sequential(case: Case, *, policy: str) -> Step:
         )
     model.compile(
         loss="sparse_categorical_crossentropy",
-        optimizer=module.optimizers.RMSprop(1e-3, rho=0.9, epsilon=1e-7),
+        optimizer=module.optimizers.RMSprop(LEARNING_RATE, rho=0.9, epsilon=1e-7),
     )
     images, labels = case.batch["image"], case.batch["label"]
 

@@ -50,7 +50,6 @@ class Row:
       reference: the row that its time is divided by.
       works: the models that it can train; None for all.
       needs: the module that must be installed, and how.
-      tolerance: how far its loss may be from that of float32 by hand, relative.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Row:
     reference: str
     works: tuple[str, ...] | None = None
     needs: tuple[str, str] | None = None
-    tolerance: float = 0.05
 
     def is_installed(self) -> bool:
         """Whether the library that it needs is here."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.models.works import LEARNING_RATE
 from experiments.peers.row import Case, Row, Step
 
 
@@ -25,7 +26,9 @@ def sequential(case: Case, *, half: str | None) -> Step:
     model = t.nn.Sequential(*layers[:-1]).to(device)
     # Its epsilon stands outside of the root, that of Keras inside.
     eps = 1e-7**0.5
-    optimizer = t.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.9, eps=eps)
+    optimizer = t.optim.RMSprop(
+        model.parameters(), lr=LEARNING_RATE, alpha=0.9, eps=eps
+    )
     images = t.from_numpy(np.array(case.batch["image"])).to(device)
     labels = t.from_numpy(np.array(case.batch["label"]).astype(np.int64)).to(device)
     scaler = t.amp.GradScaler(device, enabled=half == "float16" and device == "cuda")
@@ -56,7 +59,6 @@ def rows() -> list[Row]:
             "PyTorch, float32",
             works=("mlp",),
             needs=needs,
-            tolerance=0.2,  # Its optimizer is not quite the same.
         )
         for half in (None, "bfloat16")
     ]

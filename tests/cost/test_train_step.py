@@ -1,0 +1,44 @@
+"""What training steps cost, compiled for an H100 that need not be there."""
+
+import importlib.util
+
+import jax
+import pytest
+
+import mpjax
+from experiments import memory
+from experiments.models.works import WORKS
+from mpjax import cost
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason='compiling for a GPU needs pip install "jax[cuda13]"',
+)
+BATCH_SIZES = {"mlp": 8192, "convnet": 4096, "transformer_block": 16}
+
+
+@pytest.mark.parametrize("name", BATCH_SIZES)
+def test_half_takes_at_most_three_fifths_of_the_temporaries(name):
+    runs = memory.measure(name, WORKS[name](), BATCH_SIZES[name], "h100")
+    ratios = {run["name"]: run["temporaries_ratio"] for run in runs}
+    assert ratios["mixed_float16"] <= 0.60
+    assert ratios["mixed_bfloat16"] <= 0.60
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_dynamic_loss_scaling_moves_nothing_more(policy):
+    work = WORKS["mlp"]()
+    plain, dynamic = (
+        report_of(work, policy, scale)
+        for scale in (mpjax.NoOpLossScale(), mpjax.DynamicLossScale())
+    )
+    assert dynamic.moved_bytes <= 1.01 * plain.moved_bytes
+    assert dynamic.temporary_bytes <= 1.01 * plain.temporary_bytes
+
+
+def report_of(work, policy, loss_scale):
+    step, state = memory.make_step(work, policy, loss_scale=loss_scale)
+    batch = jax.eval_shape(
+        lambda key: work.make_batch(key, BATCH_SIZES["mlp"]), jax.random.key(0)
+    )
+    return cost.analyze(step, state, batch, device="h100")
