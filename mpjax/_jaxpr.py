@@ -107,31 +107,49 @@ def convert_eqn(atom: Any, out: Var, like: Any) -> Eqn:
     )
 
 
-def unit_axis_eqn(atom: Any, like: Any) -> Eqn:
-    """Returns an equation that puts an axis of one before the others of `atom`.
+def new_eqn(
+    primitive: Any, atoms: list[Any], params: dict, *, like: Any, varies_as: Any
+) -> Eqn:
+    """Returns an equation of one output, whose variable is new.
 
     Args:
-      atom: variable.
+      primitive: one without effects.
+      atoms: its operands, variables or literals.
+      params: its parameters, hashable.
       like: equation whose source line, name scope and context it takes.
+      varies_as: variable; the output varies over the same axes of a `shard_map`, which
+        is more than the primitive's rule knows.
     """
-    shape = (1, *atom.aval.shape)
-    params = {
-        "shape": shape,
-        "broadcast_dimensions": tuple(range(1, len(shape))),
-        "sharding": None,
-    }
-    with context_of(like):
-        aval, effects = jax.lax.broadcast_in_dim_p.abstract_eval(atom.aval, **params)
-    # Which axes of a `shard_map` it varies over is not known to the rule.
-    aval = aval.update(manual_axis_type=atom.aval.manual_axis_type)
+    avals = tuple(x.aval for x in atoms)
+    aval = _infer(primitive, avals, tuple(params.items()), like.ctx)
+    aval = aval.update(manual_axis_type=varies_as.aval.manual_axis_type)
     return core.new_jaxpr_eqn(
-        [atom],
+        atoms,
         [Var(aval)],
-        jax.lax.broadcast_in_dim_p,
+        primitive,
         params,
-        effects,
+        core.no_effects,
         like.source_info,
         like.ctx,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _infer(primitive: Any, avals: tuple, params: tuple, context: Any) -> Any:
+    with context.manager:
+        return primitive.abstract_eval(*avals, **dict(params))[0]
+
+
+def unit_axes_eqn(atom: Any, num_axes: int, like: Any) -> Eqn:
+    """Returns an equation that puts axes of one before those of `atom`."""
+    shape = atom.aval.shape
+    params = {
+        "shape": (1,) * num_axes + shape,
+        "broadcast_dimensions": tuple(range(num_axes, num_axes + len(shape))),
+        "sharding": None,
+    }
+    return new_eqn(
+        jax.lax.broadcast_in_dim_p, [atom], params, like=like, varies_as=atom
     )
 
 

@@ -12,6 +12,8 @@ from mpjax._jaxpr import walk
 
 CASES = {
     "weight gradient": ("km,kn->mn", (64, 32), (64, 48)),
+    "input gradient": ("mk,nk->mn", (32, 48), (64, 48)),
+    "dense": ("mk,kn->mn", (64, 32), (32, 24)),
     "attention": ("bhqk,bqhd->bkhd", (2, 4, 16, 16), (2, 16, 4, 8)),
     "batch not first": ("qbm,qbn->bmn", (16, 3, 24), (16, 3, 32)),
     "forward": ("btm,mn->btn", (2, 16, 32), (32, 24)),
@@ -50,14 +52,43 @@ def test_gradients_taken_outside_are_as_good(name):
         assert np.linalg.norm(x - y) / np.linalg.norm(y) < 6e-3
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_bfloat16_matmuls_contract_an_axis_of_one_and_others_do_not(policy):
-    fn, args = operands("weight gradient")
-    jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(*args)
-    (dot,) = [e for e, _, _ in walk(jaxpr) if e.primitive.name == "dot_general"]
-    (contracted, _), _ = dot.params["dimension_numbers"]
-    sizes = [dot.invars[0].aval.shape[axis] for axis in contracted]
-    assert sorted(sizes) == ([1, 64] if policy == "mixed_bfloat16" else [64])
+def test_a_long_weight_gradient_taken_outside_is_not_summed_in_bfloat16():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, g = (jax.random.normal(key, (2048, 64)) for key in keys[:2])
+    w = jax.random.normal(keys[2], (64, 64))
+    for fn in (lambda w: x @ w, lambda w: x @ w.T, lambda w: x[None] @ w):
+        loss = lambda w, fn=fn: jnp.sum(mpjax.autocast(fn)(w) * g)
+        exact = lambda w, fn=fn: jnp.sum(fn(w) * g)
+        found, expected = jax.jit(jax.grad(loss))(w), jax.grad(exact)(w)
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "contracted", "free"),
+    [
+        ("weight gradient", [1, 64], [[32], [48]]),
+        ("input gradient", [48], [[1, 32], [64]]),
+        ("dense", [1, 32], [[1, 64], [24]]),
+        ("forward", [1, 32], [[2, 16], [24]]),
+    ],
+)
+def test_bfloat16_matmuls_have_axes_of_one_and_others_do_not(name, contracted, free):
+    fn, args = operands(name)
+    for policy in ("mixed_bfloat16", "mixed_float16"):
+        jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(*args)
+        (dot,) = [e for e, _, _ in walk(jaxpr) if e.primitive.name == "dot_general"]
+        axes, _ = dot.params["dimension_numbers"]
+        shapes = [x.aval.shape for x in dot.invars]
+        found = sorted(shapes[0][axis] for axis in axes[0])
+        is_free = [[i not in own for i in range(8)] for own in axes]
+        kept = [
+            [n for n, keep in zip(shape, own, strict=False) if keep]
+            for shape, own in zip(shapes, is_free, strict=True)
+        ]
+        if policy == "mixed_bfloat16":
+            assert (found, kept) == (contracted, free)
+        else:
+            assert 1 not in (*found, *kept[0], *kept[1])
 
 
 def test_it_can_be_mapped_and_scanned():
@@ -70,9 +101,21 @@ def test_it_can_be_mapped_and_scanned():
 
 
 @pytest.mark.skipif(not PIPELINE, reason="XLA:CPU has no such library before")
-def test_the_weight_gradient_runs_in_bfloat16_on_a_cpu():
-    fn, args = operands("weight gradient")
-    halves = [jnp.tile(x, (8, 16)) for x in args]
-    cast = jax.jit(mpjax.autocast(fn, "mixed_bfloat16"))
-    text = cast.lower(*halves).compile().as_text()
-    assert re.findall(r"= (\w+)\[[^=]* dot\(", text) == ["bf16"]
+@pytest.mark.parametrize("form", ["autocast(grad)", "grad(autocast)"])
+@pytest.mark.parametrize("shape", [(256, 512), (2, 128, 512)])
+def test_a_cpu_runs_every_matmul_of_a_step_by_its_bfloat16_library(form, shape):
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(x @ params[0]) @ params[1])
+
+    params = jnp.zeros((512, 384)), jnp.zeros((384, 128))
+    fn = mpjax.autocast(jax.grad(loss))
+    if form == "grad(autocast)":
+        fn = jax.grad(mpjax.autocast(loss))
+    text = jax.jit(fn).lower(params, jnp.zeros(shape)).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert " dot(" not in entry
+    assert {*re.findall(r"= (\w+)\[[^=]* dot\(", text)} == {"bf16"}
+    if form == "autocast(grad)":
+        # Only layers' inputs are transposed, for weights' gradients; no weight is.
+        transposed = re.findall(r"%\w*copy\S* = bf16\[([\d,]+)\]", entry)
+        assert sorted(transposed) == ["384,256", "512,256"]

@@ -138,7 +138,7 @@ def test_rounding_the_constant_would_show(policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("constant", [0.5, -2.0, 0.0])
-@pytest.mark.parametrize("how", WITH_CONSTANT)
+@pytest.mark.parametrize("how", sorted(WITH_CONSTANT.keys() - {"jnp.where"}))
 def test_a_constant_that_half_holds_leaves_the_op_in_half(how, constant, policy):
     fn = lambda x: WITH_CONSTANT[how](x @ W, constant) @ EYE
     closed = rewrite(fn, X, policy=policy)
@@ -151,7 +151,7 @@ def test_a_constant_that_half_holds_leaves_the_op_in_half(how, constant, policy)
 
 def test_an_infinite_mask_is_exact_in_half():
     fn = lambda x: jnp.where(x > 0, x @ W, -jnp.inf).max() * EYE @ EYE
-    assert outputs(rewrite(fn, X), "select_n") == [BF16]
+    assert outputs(rewrite(fn, X, policy="mixed_float16"), "select_n") == [F16]
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 from autocast.probes import (
     BF16,
+    EYE,
     F16,
     F32,
     POLICIES,
     H,
     W,
     X,
+    by_ops,
     eqns,
     floats,
+    outputs,
     rewrite,
+    rounded,
 )
 
 from mpjax import autocast
@@ -110,3 +114,15 @@ def test_nothing_changes_without_a_matmul():
     closed = rewrite(lambda h: jnp.where(h > 0, h, 0), H)
     (comparison,) = eqns(closed, "gt")
     assert floats(comparison) == {F32}
+
+
+def test_a_choice_between_bfloat16_numbers_is_made_in_float32():
+    """The same value, and much faster on a CPU."""
+    for constant in (0.5, -2.0, 0.0):
+        fn = lambda x, c=constant: jnp.where(x > 0, x @ W, c) @ EYE
+        for policy, half in POLICIES.items():
+            closed = rewrite(fn, X, policy=policy)
+            assert outputs(closed, "select_n") == [F32 if half == BF16 else F16]
+            assert outputs(closed, "dot_general") == [half, half]
+            expected = np.where(X > 0, rounded(H, half), constant)
+            np.testing.assert_array_equal(by_ops(closed, X)[0], expected)
