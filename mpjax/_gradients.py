@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpjax._tree import float0_to_zeros, is_inexact, to_full
+from mpjax._cpu import apart
+from mpjax._tree import float0_to_zeros, is_inexact, sum_of_squares, to_full
 from mpjax.autocast import autocast
 from mpjax.optimizer import scale_loss
 from mpjax.policy import PolicyRules
@@ -18,12 +19,14 @@ class Gradients(NamedTuple):
     Attributes:
       scaled: like params; gradients of the scaled loss, float32 at least, zero for
         integer parameters.
+      squares: float32 scalar, the sum of their squares.
       loss: float32 scalar, unscaled.
       model_state: new model state, in the dtypes of the old.
       aux: auxiliary outputs of the loss.
     """
 
     scaled: Any
+    squares: jax.Array
     loss: jax.Array
     model_state: Any
     aux: Any
@@ -58,14 +61,24 @@ def scaled_gradients(
         loss = to_full(jnp.asarray(loss))
         return scale_loss(loss, state.opt_state), (loss, model_state, aux)
 
-    grad_fn = jax.grad(loss_and_aux, has_aux=True, allow_int=True)
+    # What a CPU keeps of a float16 gradient is float32 already.
+    is_apart = rules is not None and rules.default.compute_dtype != jnp.float16
+
+    def gradients(*args):
+        grads, aux = jax.grad(loss_and_aux, has_aux=True, allow_int=True)(*args)
+        floats = [g for g in jax.tree.leaves(grads) if is_inexact(g)]
+        squares = sum_of_squares(apart(floats) if is_apart else floats)
+        return grads, squares, aux
+
     if rules is not None:
-        grad_fn = autocast(grad_fn, rules)
+        gradients = autocast(gradients, rules)
 
     def one(model_state, batch, key) -> Gradients:
-        grads, (loss, new_state, aux) = grad_fn(state.params, model_state, batch, key)
+        grads, squares, (loss, new_state, aux) = gradients(
+            state.params, model_state, batch, key
+        )
         grads = jax.tree.map(lambda g: to_full(float0_to_zeros(g)), grads)
-        return Gradients(grads, loss, cast_like(new_state, model_state), aux)
+        return Gradients(grads, squares, loss, cast_like(new_state, model_state), aux)
 
     if num_microbatches == 1:
         return one(state.model_state, batch, key)
@@ -84,7 +97,13 @@ def scaled_gradients(
     )
     mean = jax.tree.map(lambda g: g / num_microbatches, total)
     reduce = lambda x: x.mean(0) if is_inexact(x) else x.sum(0)
-    return Gradients(mean, losses.mean(), model_state, jax.tree.map(reduce, aux))
+    return Gradients(
+        scaled=mean,
+        squares=sum_of_squares(mean),
+        loss=losses.mean(),
+        model_state=model_state,
+        aux=jax.tree.map(reduce, aux),
+    )
 
 
 def checkpointed(loss_fn: Callable[..., Any], policy: Any) -> Callable[..., Any]:

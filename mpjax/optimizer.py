@@ -21,7 +21,8 @@ class LossScaleState(NamedTuple):
 
     Attributes:
       loss_scale: the loss scale for the next step.
-      grads_finite: boolean scalar; whether the norm of the last gradients was finite.
+      grads_finite: boolean scalar; whether the last gradients were finite, by their
+        norm or by the word of the caller.
       num_skipped: int32 scalar; steps skipped so far.
       num_consecutive_skipped: int32 scalar; steps skipped since the last finite one.
       inner_state: the state of the wrapped optimizer.
@@ -34,12 +35,16 @@ class LossScaleState(NamedTuple):
     inner_state: Any
 
 
+class LossScaled(optax.GradientTransformationExtraArgs):
+    """What `with_loss_scale` returns, unwrapped: its update takes `grads_finite=`."""
+
+
 def with_loss_scale(
     tx: Any,
     loss_scale: Any = DynamicLossScale(),
     *,
     axis_name: str | tuple[str, ...] | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> LossScaled:
     """Wraps an optimizer so that it takes gradients of a scaled loss.
 
     On each update the gradients are checked, and unscaled in float32. If they are
@@ -70,7 +75,9 @@ def with_loss_scale(
         finite only if it is finite on every device.
 
     Returns:
-      An optax transform whose state is a `LossScaleState`.
+      An optax transform whose state is a `LossScaleState`. Its `update` also takes
+      `grads_finite=`, a boolean scalar, in the place of its own check: False skips the
+      step. With `axis_name` it still counts on every device.
 
     Raises:
       TypeError: if `loss_scale` is no loss scale.
@@ -87,9 +94,11 @@ def with_loss_scale(
             inner_state=_init_inner(tx, params),
         )
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, *, grads_finite=None, **extra_args):
         scaled = jax.tree.map(to_full, updates)
-        finite = jax.lax.optimization_barrier(jnp.isfinite(sum_of_squares(scaled)))
+        if grads_finite is None:
+            grads_finite = jnp.isfinite(sum_of_squares(scaled))
+        finite = jax.lax.optimization_barrier(jnp.asarray(grads_finite))
         if axis_name is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(bool)
         full = params if _wants_half(state.inner_state) else _to_full_tree(params)
@@ -110,7 +119,7 @@ def with_loss_scale(
             inner_state=select(finite, inner_state, state.inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return LossScaled(init, update)
 
 
 def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:

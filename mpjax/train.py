@@ -1,6 +1,5 @@
 """A functional train step in which nothing moves on an overflow."""
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
@@ -9,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mpjax._apply import apply_gradients
 from mpjax._gradients import Gradients, checkpointed, scaled_gradients
 from mpjax._struct import is_key, pytree_dataclass, replace_leaves
 from mpjax._tree import is_inexact, sum_of_squares, to_full
 from mpjax.autocast import autocast as autocast_function
-from mpjax.optimizer import LossScaleState, loss_scale_state, select
+from mpjax.optimizer import loss_scale_state
 from mpjax.policy import (
     PolicyLike,
     PolicyRules,
@@ -190,7 +190,7 @@ def make_train_step(
         _warn_of_unused(rules, casts)
         if axis_name is not None:
             out = _mean_over_devices(out, axis_name)
-        new_state, metrics = _apply(state, out, tx, ema_decay, key)
+        new_state, metrics = apply_gradients(state, out, tx, ema_decay, key)
         if mesh is not None:
             shardings = state_sharding(new_state, mesh)
             new_state = jax.lax.with_sharding_constraint(new_state, shardings)
@@ -248,66 +248,6 @@ def make_eval_step(
     return eval_step
 
 
-def _apply(state: TrainState, out: Gradients, tx, ema_decay, key):
-    """Updates the whole state, or none of it; returns it with the metrics."""
-    scale = loss_scale_state(state.opt_state).loss_scale
-    sound = _no_new_nonfinite(out.model_state, state.model_state)
-    # A NaN tells every wrapper between here and the loss scale to skip.
-    scaled = out.scaled
-    if sound is not None:
-        scaled = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), scaled)
-    squares = sum_of_squares(scaled)
-    finite = jax.lax.optimization_barrier(jnp.isfinite(squares))
-    updates, opt_state = tx.update(scaled, state.opt_state, state.params)
-    params = jax.tree.map(_apply_update, state.params, updates)
-    keep = functools.partial(select, finite)
-    new_state = TrainState(
-        step=state.step + jnp.where(finite, 1, 0),
-        params=keep(params, state.params),
-        opt_state=_keep_all_but_scale(keep, opt_state, state.opt_state),
-        model_state=keep(out.model_state, state.model_state),
-        ema_params=keep(_average(state, params, ema_decay), state.ema_params),
-        key=key,
-    )
-    after = loss_scale_state(new_state.opt_state)
-    metrics = {
-        "loss": out.loss,
-        "grad_norm": scale.unscale(jnp.sqrt(squares)),
-        "grads_finite": finite,
-        "loss_scale": jnp.asarray(scale.loss_scale, jnp.float32),
-        "num_skipped": after.num_skipped,
-        "num_consecutive_skipped": after.num_consecutive_skipped,
-    }
-    return new_state, _with_aux(metrics, out.aux)
-
-
-def _keep_all_but_scale(keep, new: Any, old: Any) -> Any:
-    """Keeps what wraps the loss scale too; the loss scale has decided for itself."""
-
-    def is_scale(node):
-        return isinstance(node, LossScaleState)
-
-    return jax.tree.map(
-        lambda n, o: n if is_scale(n) else keep(n, o), new, old, is_leaf=is_scale
-    )
-
-
-def _apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
-    if not is_inexact(param):
-        return param
-    return (param + update).astype(param.dtype)
-
-
-def _average(state: TrainState, params: Any, decay: float | None) -> Any:
-    if state.ema_params is None or decay is None:
-        return None
-    return jax.tree.map(
-        lambda e, p: e + (1 - decay) * (to_full(p) - e) if is_inexact(e) else p,
-        state.ema_params,
-        params,
-    )
-
-
 def _check_ema(state: TrainState, ema_decay: float | None) -> None:
     if (state.ema_params is None) != (ema_decay is None):
         raise ValueError(
@@ -328,16 +268,6 @@ def _warn_of_unused(rules: PolicyRules, casts: bool) -> None:
             f"the rules {', '.join(map(repr, unused))} match no {where}{remedy}.",
             stacklevel=2,
         )
-
-
-def _no_new_nonfinite(new: Any, old: Any) -> jax.Array | None:
-    """Whether no Inf or NaN is new in a model state; None if it has no floats."""
-    sound = [
-        jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
-        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-        if is_inexact(o)
-    ]
-    return jnp.stack(sound).all() if sound else None
 
 
 def _varying(state: TrainState, axis_name) -> TrainState:
@@ -363,25 +293,14 @@ def _mean_over_devices(out: Gradients, axis_name) -> Gradients:
     def total(x):
         return mean(x) if is_inexact(x) else jax.lax.psum(x, axis_name)
 
+    scaled = jax.tree.map(mean, out.scaled)
     return Gradients(
-        scaled=jax.tree.map(mean, out.scaled),
+        scaled=scaled,
+        squares=sum_of_squares(scaled),
         loss=mean(out.loss),
         model_state=jax.tree.map(mean, out.model_state),
         aux=jax.tree.map(total, out.aux),
     )
-
-
-def _with_aux(metrics: dict[str, Any], aux: Any) -> dict[str, Any]:
-    if aux is None:
-        return metrics
-    aux = dict(aux) if isinstance(aux, dict) else {"aux": aux}
-    clash = sorted(metrics.keys() & aux.keys())
-    if clash:
-        raise ValueError(
-            f"aux uses the names of the step's own metrics: {', '.join(clash)}; "
-            "rename them."
-        )
-    return metrics | aux
 
 
 def _fresh(x: Any) -> jax.Array:

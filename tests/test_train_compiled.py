@@ -140,6 +140,27 @@ def test_without_donation_the_state_stays():
     assert all(not x.is_deleted() for x in jax.tree.leaves(state))
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu" or jax.__version_info__ < (0, 12),
+    reason="hints for a CPU, which XLA takes since then",
+)
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_on_a_cpu_moments_are_updated_in_place(policy):
+    width = 256
+    tx = mpjax.with_loss_scale(optax.adam(1e-3))
+    params = [jnp.zeros((width, width))]
+    state = mpjax.TrainState.create(params=params, tx=tx, ema=True)
+    step = mpjax.make_train_step(mlp_loss, tx, policy=policy, ema_decay=0.99)
+    batch = {"x": jnp.ones((2, width)), "label": jnp.ones(2)}
+    text = step.lower(state, batch).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert not re.findall(rf"f32\[{width},{width}\]\S* copy\(", entry)
+    if policy == "mixed_bfloat16":
+        # The norm and the optimizer each read the half gradient; nothing keeps it in
+        # float32.
+        assert not re.findall(rf"convert\S* = f32\[{width},{width}\]", entry)
+
+
 def test_nothing_crosses_between_host_and_device():
     state, step = mlp("mixed_float16")
     batches = [
