@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import mpjax
 
@@ -84,3 +85,11 @@ def regression_batch(size=16, seed=0, spike=None):
     if spike is not None:
         x[0, 0] = spike
     return {"x": jnp.asarray(x), "label": jnp.asarray(label)}
+
+
+def thinned(values, step=2):
+    """Every `step`-th value as it is; those between are run only with `-m slow`."""
+    return [
+        pytest.param(value, marks=[pytest.mark.slow] if index % step else [])
+        for index, value in enumerate(values)
+    ]

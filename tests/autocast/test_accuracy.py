@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tools import thinned
 
 import mpjax
 from experiments.models.small import (
@@ -42,7 +43,7 @@ def truth(name, seed):
     return oracle(case_of(name, seed))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", thinned(POLICIES))
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_no_worse_than_hand_cast(name, policy):
     """Geometric mean over seeds of the ratio; 2 % for the luck of the draw."""

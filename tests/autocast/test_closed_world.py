@@ -26,6 +26,7 @@ from autocast.functions import (
 from autocast.probes import BF16, F32, POLICIES, eqns, floats, rewrite
 from jax import lax, nn
 from jax.experimental import io_callback
+from tools import thinned
 
 from mpjax import autocast
 from mpjax._jaxpr import check_jaxpr, open_jaxpr
@@ -153,7 +154,7 @@ def test_there_are_functions_enough():
 # --- Types, and values.
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", thinned(FUNCTIONS))
 def test_outputs_have_the_types_that_they_had(name):
     fn, args = FUNCTIONS[name]
     assert_near(autocast(fn)(*args), jax.jit(fn)(*args))
@@ -182,7 +183,7 @@ def test_all_their_matmuls_are_half(name):
 # --- To the bit.
 
 
-@pytest.mark.parametrize("name", WITHOUT_MATMUL)
+@pytest.mark.parametrize("name", thinned(WITHOUT_MATMUL))
 def test_a_function_without_a_matmul_is_unchanged(name):
     fn, args = WITHOUT_MATMUL[name]
     assert_unchanged(fn, *args)
@@ -209,7 +210,7 @@ def assert_exact(name, dtype, *, run):
         assert_same_bits(autocast(fn)(*args), jax.jit(fn)(*args))
 
 
-@pytest.mark.parametrize("name", MATMULS | CALLS | AFTER_A_MATMUL)
+@pytest.mark.parametrize("name", thinned(MATMULS | CALLS | AFTER_A_MATMUL))
 def test_float64_is_unchanged(name):
     with jax.enable_x64(True):
         assert_exact(name, np.float64, run=name not in AFTER_A_MATMUL)
@@ -220,7 +221,7 @@ ATTENTION = ("attention", "causal")
 
 
 @pytest.mark.parametrize("policy_dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", MATMULS | CALLS | OPS)
+@pytest.mark.parametrize("name", thinned(MATMULS | CALLS | OPS))
 def test_explicit_half_is_unchanged(name, policy_dtype):
     if name in ATTENTION and policy_dtype == "float16":
         fn, args = MATMULS[name]

@@ -17,7 +17,7 @@ import pytest
 from autocast.layers import matmul_dtypes, normal
 from flax import nnx
 from flax.errors import TraceContextError
-from tools import assert_same_bits
+from tools import assert_same_bits, thinned
 
 import mpjax
 
@@ -216,7 +216,7 @@ RECIPES = {
 HAS_BATCH_NORM = ("linen", "nnx", "haiku")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", thinned(POLICIES))
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name, policy):
     state, losses, closed = RECIPES[name](policy)

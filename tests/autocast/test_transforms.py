@@ -23,15 +23,14 @@ from autocast.functions import (
     types,
 )
 from autocast.probes import BF16, F16, F32, VERSION, eqns, floats
-from jax import lax, nn
+from jax import NamedSharding, P, lax, nn
 from jax.experimental import checkify
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
+from tools import thinned
 
 from mpjax import autocast, full_precision
 from mpjax._jaxpr import check_jaxpr, open_jaxpr
-
-LOW = ("dot_general", "conv_general_dilated")
+from mpjax.autocast._tables import LOW
 
 
 def layer(x, w):
@@ -138,7 +137,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("order", ["inside", "outside"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", thinned(TRANSFORMS))
 def test_transformations(name, order):
     transform, fn, args = TRANSFORMS[name]
     new = transform(autocast(fn)) if order == "inside" else autocast(transform(fn))
@@ -245,7 +244,7 @@ CUSTOM["in each other"].defjvps(
 
 
 @pytest.mark.parametrize("order", ["inside", "outside"])
-@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("name", thinned(CUSTOM))
 def test_derivatives_of_ones_own(name, order):
     loss = lambda x, w: jnp.sum(nn.softmax(CUSTOM[name](x, w)) ** 2)
     for grad in (jax.grad, partial(jax.grad, argnums=(0, 1))):
@@ -315,7 +314,7 @@ NUM_DOTS = {
 
 
 @pytest.mark.parametrize("way", NUM_DOTS)
-@pytest.mark.parametrize("kind", INNER)
+@pytest.mark.parametrize("kind", thinned(INNER))
 def test_the_inner_one_wins(kind, way):
     wrap, dtype = INNER[kind]
     new = gradients(wrap(layer))[way]
@@ -354,6 +353,7 @@ def test_x64():
             assert_transformed(new, grad(loss), X, W)
 
 
+ONES_OWN = list(CUSTOM.values())[:2]
 CHECKS = {
     "leaks": jax.checking_leaks,
     "nans": lambda: jax.debug_nans(True),
@@ -364,7 +364,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("fn", [layer, scanned(layer), *list(CUSTOM.values())[:2]])
+@pytest.mark.parametrize("fn", thinned([layer, scanned(layer), *ONES_OWN], 4))
 @pytest.mark.parametrize("mode", CHECKS)
 def test_modes_that_check(mode, fn):
     loss = lambda x, w: jnp.sum(fn(x, w) ** 2)

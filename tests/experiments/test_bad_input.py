@@ -149,6 +149,7 @@ def test_a_data_directory_that_is_none(call, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nan_in_the_data_ends_the_run_after_so_many_skips(call, tmp_path):
     data = with_nan()
     flags = ("--policy", "mixed_float16", "--num-units", 4, "--batch-size", 24)

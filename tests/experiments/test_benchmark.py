@@ -84,6 +84,7 @@ def test_rounds_time_every_row_once_in_changing_order():
     assert [len(t) for t in times.values()] == [6, 6, 6]
 
 
+@pytest.mark.slow
 def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
     config = benchmark.Config(
         works="convnet",

@@ -16,7 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments import mnist_mlp
-from experiments.harness import loop, plots
+from experiments.harness import loop, plots, results
 from experiments.harness.config import BaseConfig, split_policies
 from experiments.harness.recorder import Recorder, read_rows, weighted_mean
 
@@ -136,6 +136,7 @@ def test_ms_per_step_leaves_compilation_out(finished):
     assert first["ms_per_step"] * STEPS_PER_EPOCH < 1000 * run["compile_s"]
 
 
+@pytest.mark.slow
 def test_on_a_pipe_there_is_no_bar_and_no_control_character(tmp_path):
     flags = ("--dataset", "digits", "--num-units", "4", "--num_epochs", "2")
     flags = (*flags, "--batch-size", "300", "--policy", "mixed_float16")
@@ -149,6 +150,7 @@ def test_on_a_pipe_there_is_no_bar_and_no_control_character(tmp_path):
     assert command["command"].startswith("python -m experiments.mnist_mlp --dataset")
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_bar_shows_loss_scale_and_skips(tmp_path):
     flags = ("--dataset", "digits", "--num-units", "4", "--num_epochs", "60")
     flags = (*flags, "--policy", "mixed_float16", "--batch-size", "20")
@@ -248,3 +250,18 @@ def read_events(directory):
             for value in event.summary.value:
                 shown[value.tag, event.step] = np.float32(value.simple_value)
     return shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("sse2 avx2 avx512f avx512_bf16", "cpu_avx512_bf16"),
+        ("sse2 avx2", "cpu_avx2"),
+        ("sse2", "cpu"),
+    ],
+)
+def test_results_of_cpus_that_differ_have_other_names(monkeypatch, flags, name):
+    info = {"flags": [flags, flags], "model name": ["EPYC", "EPYC"]}
+    monkeypatch.setattr(results, "_cpu_info", info.get)
+    assert results.machine() == name
+    assert results.environment()["device"].startswith("EPYC (2 threads")

@@ -66,6 +66,7 @@ def test_bad_settings(settings, message):
         loss_scales.Config(**settings)
 
 
+@pytest.mark.slow
 def test_it_compares_and_leaves_a_table_and_a_plot(tmp_path):
     config = loss_scales.Config(
         networks="mlp",

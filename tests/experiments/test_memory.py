@@ -19,6 +19,7 @@ def test_ratios_are_to_float32_of_the_same_batch():
         assert run["peak_mb"] > run["temporaries_mb"] + 0.43
 
 
+@pytest.mark.slow
 def test_it_leaves_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "WORKS", {"mlp": lambda: mlp(32)})
     monkeypatch.setattr(memory, "BATCH_SIZES", {"mlp": (8, 16)})

@@ -26,6 +26,7 @@ def config(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_it_fills_the_table(config, monkeypatch, capsys):
     train_policy = mnist_mlp.train_policy
     trained = []
@@ -111,6 +112,7 @@ def test_the_list_has_every_experiment(capsys):
     assert "errors" not in out
 
 
+@pytest.mark.slow
 def test_cells_of_an_older_file_stay(config):
     first = dataclasses.replace(config, policies="mixed_float16", num_seeds=1)
     parity.main(first)

@@ -44,7 +44,11 @@ def test_float64_is_numpys(network):
 
 @pytest.mark.parametrize(
     ("precision", "epsilon"),
-    [("float32", 2**-23), ("float16", 2**-10), ("bfloat16", 2**-7)],
+    [
+        ("float16", 2**-10),
+        pytest.param("float32", 2**-23, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 2**-7, marks=pytest.mark.slow),
+    ],
 )
 def test_other_precisions_are_as_far_from_it_as_they_round(network, precision, epsilon):
     model, params, images, _ = network

@@ -30,6 +30,7 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_bitwise_the_same(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     rng = random.Random(SEED)
