@@ -81,12 +81,12 @@ def main(config: Config) -> dict[str, Any]:
         "environment": results.environment(),
         "runs": rows,
     }
-    platform = table["environment"]["platform"]
-    file = f"{NAME}_{platform}_jax{jax.__version__}.json"
+    machine = table["environment"]["machine"]
+    file = f"{NAME}_{machine}_jax{jax.__version__}.json"
     output = config.output or Path(__file__).parent / "results" / file
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, table)
-    results.print_table(f"autocast, {platform}, jax {jax.__version__}", COLUMNS, rows)
+    results.print_table(f"autocast, {machine}, jax {jax.__version__}", COLUMNS, rows)
     return table
 
 

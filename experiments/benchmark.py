@@ -217,7 +217,7 @@ def _write(config: Config, table: dict[str, Any]) -> None:
     environment, runs = table["environment"], table["runs"]
     directory = config.output_dir or Path(__file__).parent / "results"
     directory.mkdir(parents=True, exist_ok=True)
-    file = f"{NAME}_{table['work']}_{environment['platform']}_jax{jax.__version__}.json"
+    file = f"{NAME}_{table['work']}_{environment['machine']}_jax{jax.__version__}.json"
     write_json(directory / file, table)
     title = f"{table['title']}, batch {table['batch_size']}, {environment['device']}, "
     title += f"jax {jax.__version__}"

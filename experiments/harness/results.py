@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.metadata
 import math
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from experiments.harness.config import BaseConfig
 from experiments.harness.stop import on_signals
 from experiments.harness.workdir import opened, read_json, write_json, writing
 
+# As /proc/cpuinfo has them, the widest first.
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 PACKAGES = ("mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "numpy")
 
 
@@ -112,6 +116,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": device.device_kind if device.platform != "cpu" else _cpu(),
         "platform": device.platform,
+        "machine": machine(),
         "num_devices": jax.device_count(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -159,13 +164,35 @@ def median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
 
+def machine() -> str:
+    """A name for files: of the GPU, or of the widest instructions of the CPU."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "_".join(filter(None, ["cpu", _instructions()]))
+    return re.sub(r"\W+", "_", device.device_kind.lower())
+
+
 def _cpu() -> str:
+    """Its name, threads, and widest instructions: half may be fast, or emulated."""
+    names = _cpu_info("model name")
+    name = names[0] if names else platform.processor() or platform.machine()
+    details = [f"{len(names) or os.cpu_count()} threads", _instructions()]
+    return f"{name} ({', '.join(filter(None, details))})"
+
+
+def _instructions() -> str | None:
+    flags = " ".join(_cpu_info("flags")[:1]).split()
+    return next((name for name in _INSTRUCTIONS if name in flags), None)
+
+
+def _cpu_info(field: str) -> list[str]:
+    """The values of a field of /proc/cpuinfo, one per thread; none elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
-        return f"{names[0]} ({len(names)} threads)"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return []
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    return [value.strip() for name, value in pairs if name.strip() == field]
 
 
 def _commit() -> str | None:
