@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from autocast import probes
+from tools import thinned
 
 import mpjax
 from mpjax._jaxpr import check_jaxpr, dtype_of, is_inexact_aval, open_jaxpr, walk
@@ -163,7 +164,7 @@ def check_values(fn, which):
         np.testing.assert_allclose(a, b, rtol=0.04, atol=0.04)
 
 
-@pytest.mark.parametrize("name", installed(probes.HIGH))
+@pytest.mark.parametrize("name", thinned(installed(probes.HIGH)))
 def test_high_runs_in_float32(name):
     fn = probes.HIGH[name]
     closed = rewritten(fn, probed)
@@ -175,7 +176,7 @@ def test_high_runs_in_float32(name):
 
 
 @pytest.mark.parametrize(
-    "name", installed((probes.ARITHMETIC | probes.EXACT).keys() - {CAST})
+    "name", thinned(installed((probes.ARITHMETIC | probes.EXACT).keys() - {CAST}))
 )
 def test_follow_runs_in_its_operands_dtype(name):
     fn = PROBES[name]
