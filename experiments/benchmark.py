@@ -1,16 +1,19 @@
 """What a training step costs: interleaved step times, beside other libraries.
 
-    python -m experiments.benchmark                 # 10 min on 2 cores; on a GPU, 2 min
+    python -m experiments.benchmark                 # 10 min on 2 cores
     python -m experiments.benchmark --works mlp,convnet,transformer_block,bigru
 
 Every row trains the same network from the same values on the same batch; one whose loss
 after three steps is not that of float32 by hand is marked as wrong. One round times
 each row once, in a shuffled order, so that whatever else the machine does hits all
-alike; ratios are medians over rounds of the ratio within a round. Libraries that are
-not installed are named and left out: `pip install -e ".[bench]"`.
+alike; ratios are medians over rounds of the ratio within a round. Where a step is
+short, as on a GPU, what is timed is as many steps in a row as take 50 ms. Libraries
+that are not installed (`pip install -e ".[bench]"`), and rows that fail, are named and
+left out.
 """
 
 import dataclasses
+import math
 import random
 import re
 import statistics
@@ -36,15 +39,18 @@ from experiments.peers import (
     mpjax_rows,
     mpx_row,
     torch_row,
+    tuned_rows,
 )
 from experiments.peers.row import FLOAT32, Case, Row, Step
 
 NAME = "benchmark"
 NUM_CHECKED = 3
 TOLERANCE = 0.02  # of the loss, relative
+MIN_TIMED_S = 0.05
+MAX_STEPS = 100  # at a time
 COLUMNS = (
     Column("row", "name"),
-    Column("ms/step, median", "median_ms", "{:.1f}"),
+    Column("ms/step, median", "median_ms", "{:.4g}"),
     Column("quartiles", "quartiles_ms"),
     Column("times float32", "speedup", "{:.2f}"),
     Column("ratio", "ratio", "{:.3f}"),
@@ -107,17 +113,31 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 def all_rows() -> list[Row]:
     """Returns every row, those that others are compared with first."""
-    modules = (by_hand, mpjax_rows, flax_row, mpx_row, keras_row, torch_row)
+    modules = (
+        by_hand,
+        mpjax_rows,
+        flax_row,
+        mpx_row,
+        keras_row,
+        torch_row,
+        tuned_rows,
+    )
     return [row for module in modules for row in module.rows()]
 
 
-def choose(rows: list[Row], work: str, pattern: str) -> tuple[list[Row], dict]:
+def choose(
+    rows: list[Row], work: str, pattern: str, platform: str = "cpu"
+) -> tuple[list[Row], dict[str, str]]:
     """Returns the rows to time, and those left out with the remedy.
 
     Raises:
       ConfigError: if the pattern is found in no row.
     """
-    possible = [row for row in rows if row.works is None or work in row.works]
+    possible = [
+        row
+        for row in rows
+        if (row.works is None or work in row.works) and row.platform in (None, platform)
+    ]
     wanted = {row.name for row in possible if re.search(pattern, row.name)}
     if not wanted:
         raise ConfigError(
@@ -140,12 +160,14 @@ def _one_work(config: Config, work_name: str) -> dict[str, Any]:
     batch_size = config.batch_size or work.batch_sizes[platform]
     keys = jax.random.split(jax.random.key(config.seed))
     case = Case(work, work.init_params(keys[0]), work.make_batch(keys[1], batch_size))
-    rows, left_out = choose(all_rows(), work_name, config.rows)
-    for name, remedy in left_out.items():
-        print(f"left out: {name}; {remedy}")
-    steps = {row.name: row.build(case) for row in tqdm(rows, "compiling", disable=None)}
-    losses = {name: _loss_after(step) for name, step in steps.items()}
-    times_ms = time_rounds(steps, config.num_rounds, config.seed)
+    rows, left_out = choose(all_rows(), work_name, config.rows, platform)
+    steps, losses, failures = build(rows, case)
+    left_out |= failures
+    for name, reason in left_out.items():
+        print(f"left out: {name}; {reason}")
+    rows = [row for row in rows if row.name in steps]
+    num_steps = {name: _num_steps(step) for name, step in steps.items()}
+    times_ms = time_rounds(steps, config.num_rounds, config.seed, num_steps)
     table = {
         "experiment": NAME,
         "work": work_name,
@@ -155,29 +177,78 @@ def _one_work(config: Config, work_name: str) -> dict[str, Any]:
         "seed": config.seed,
         "environment": results.environment(),
         "left_out": left_out,
-        "runs": [summary(row, times_ms, losses, steps) for row in rows],
+        "runs": [
+            summary(row, times_ms, losses, steps)
+            | {"num_steps_timed": num_steps[row.name]}
+            for row in rows
+        ],
     }
     _write(config, table)
     return table
 
 
-def _loss_after(step: Step) -> float:
-    return [step.run() for _ in range(NUM_CHECKED)][-1]
+def build(
+    rows: list[Row], case: Case
+) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
+    """Compiles and takes the first steps.
+
+    Returns:
+      The step and the loss after three per row, and the error of each that failed:
+      one that runs out of memory is not to cost the others their figures.
+
+    Raises:
+      Exception: whatever float32 by hand does, with which all are compared.
+    """
+    steps: dict[str, Step] = {}
+    losses: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for row in tqdm(rows, "compiling", disable=None):
+        try:
+            step = row.build(case)
+            losses[row.name] = step.run(NUM_CHECKED)
+            steps[row.name] = step
+        except Exception as error:
+            if row.name == FLOAT32:
+                raise
+            lines = str(error).splitlines() or [""]
+            failures[row.name] = f"{type(error).__name__}: {lines[0]}"
+    return steps, losses, failures
+
+
+def _num_steps(step: Step) -> int:
+    """How many steps take long enough to be timed."""
+    seconds = _seconds(step, 1)
+    return min(MAX_STEPS, math.ceil(MIN_TIMED_S / max(seconds, 1e-9)))
+
+
+def _seconds(step: Step, num_steps: int) -> float:
+    start = time.perf_counter()
+    step.run(num_steps)
+    return time.perf_counter() - start
 
 
 def time_rounds(
-    steps: dict[str, Step], num_rounds: int, seed: int
+    steps: dict[str, Step],
+    num_rounds: int,
+    seed: int,
+    num_steps: dict[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Returns milliseconds per row and round; each round in an order of its own."""
+    """Returns milliseconds per step, row and round; each round in an order of its own.
+
+    Args:
+      steps: by name.
+      num_rounds: how often each is timed.
+      seed: of the orders.
+      num_steps: how many are timed at once; one each by default.
+    """
     times_ms: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(seed).shuffle
     for _ in tqdm(range(num_rounds), desc="rounds", disable=None):
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            steps[name].run()
-            times_ms[name].append(1000 * (time.perf_counter() - start))
+            num = num_steps[name] if num_steps else 1
+            times_ms[name].append(1000 * _seconds(steps[name], num) / num)
     return times_ms
 
 
@@ -198,7 +269,7 @@ def summary(
     return {
         "name": row.name,
         "median_ms": statistics.median(times),
-        "quartiles_ms": f"{quartiles[0]:.1f} to {quartiles[-1]:.1f}",
+        "quartiles_ms": f"{quartiles[0]:.4g} to {quartiles[-1]:.4g}",
         "speedup": to_float32,
         "ratio": ratio,
         "reference": row.reference if has_reference else "-",

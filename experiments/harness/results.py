@@ -136,7 +136,7 @@ def print_table(title: str, columns: Sequence[Column], runs: list[dict[str, Any]
         table.add_row(*(column.text(run) for column in columns))
     console = rich.console.Console()
     if not console.is_terminal:
-        console = rich.console.Console(width=120)
+        console = rich.console.Console(width=200)
     console.print(table)
 
 

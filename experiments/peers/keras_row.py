@@ -35,10 +35,13 @@ def sequential(case: Case, *, policy: str) -> Step:
     )
     images, labels = case.batch["image"], case.batch["label"]
 
-    def run() -> float:
-        # Its loss is the mean over the steps since the metrics were reset.
-        model.reset_metrics()
-        return float(np.ravel(model.train_on_batch(images, labels))[0])
+    def run(num_steps: int = 1) -> float:
+        loss: Any = None
+        for _ in range(num_steps):
+            # Its loss is the mean over the steps since the metrics were reset.
+            model.reset_metrics()
+            loss = model.train_on_batch(images, labels)
+        return float(np.ravel(loss)[0])
 
     return Step(run)
 

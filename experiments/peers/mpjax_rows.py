@@ -7,22 +7,27 @@ import mpjax
 from experiments.peers.row import FLOAT32, Case, Row, Step, copied, jax_step
 
 
-def train_step(
+def train_step(case: Case, **kwargs: Any) -> Step:
+    """`make_train_step` with its arguments; no loss scaling unless one is given."""
+    return jax_step(*parts(case, **kwargs))
+
+
+def parts(
     case: Case,
     *,
     policy: str,
     loss_scale: Any = None,
     master_weights: bool = False,
     **kwargs: Any,
-) -> Step:
-    """`make_train_step` with its arguments; no loss scaling unless one is given."""
+) -> tuple[Any, ...]:
+    """Returns the step, its state and batch, and what of its output is the loss."""
     tx = mpjax.with_master_weights(case.work.tx) if master_weights else case.work.tx
     tx = mpjax.with_loss_scale(tx, loss_scale or mpjax.NoOpLossScale())
     params = mpjax.get_policy(policy).cast_to_param(copied(case.params))
     ema = "ema_decay" in kwargs
     state = mpjax.TrainState.create(params=params, tx=tx, ema=ema)
     step = mpjax.make_train_step(case.work.loss_fn, tx, policy=policy, **kwargs)
-    return jax_step(step, state, case.batch, lambda metrics: metrics["loss"])
+    return step, state, case.batch, lambda metrics: metrics["loss"]
 
 
 def rows() -> list[Row]:

@@ -32,11 +32,12 @@ class Step:
     """A training step, ready to be timed.
 
     Attributes:
-      run: takes one step, waits for it, and returns the loss before it.
+      run: takes so many steps (one by default), waits for the last, and returns the
+        loss before that. JAX and CUDA go on meanwhile, as they do in a training loop.
       temporary_bytes: of the compiled step; None where the library does not say.
     """
 
-    run: Callable[[], float]
+    run: Callable[..., float]
     temporary_bytes: int | None = None
 
 
@@ -50,6 +51,7 @@ class Row:
       reference: the row that its time is divided by.
       works: the models that it can train; None for all.
       needs: the module that must be installed, and how.
+      platform: "gpu" for what is of no use elsewhere; None for all.
     """
 
     name: str
@@ -57,13 +59,20 @@ class Row:
     reference: str
     works: tuple[str, ...] | None = None
     needs: tuple[str, str] | None = None
+    platform: str | None = None
 
     def is_installed(self) -> bool:
         """Whether the library that it needs is here."""
         return self.needs is None or importlib.util.find_spec(self.needs[0]) is not None
 
 
-def jax_step(step: Any, state: Any, batch: Any, loss: Callable[[Any], Any]) -> Step:
+def jax_step(
+    step: Any,
+    state: Any,
+    batch: Any,
+    loss: Callable[[Any], Any],
+    compiler_options: dict[str, Any] | None = None,
+) -> Step:
     """Compiles `step(state, batch) -> (state, out)`, which is given the state to keep.
 
     Args:
@@ -71,12 +80,16 @@ def jax_step(step: Any, state: Any, batch: Any, loss: Callable[[Any], Any]) -> S
       state: its memory is given away.
       batch: its second argument.
       loss: what of `out` is the loss.
+      compiler_options: XLA's, beside its defaults.
     """
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(state, batch).compile(compiler_options)
 
-    def run() -> float:
+    def run(num_steps: int = 1) -> float:
         nonlocal state
-        state, out = jax.block_until_ready(compiled(state, batch))
+        out = None
+        for _ in range(num_steps):
+            state, out = compiled(state, batch)
+        jax.block_until_ready((state, out))
         return float(loss(out))
 
     return Step(run, compiled.memory_analysis().temp_size_in_bytes)

@@ -34,14 +34,16 @@ def sequential(case: Case, *, half: str | None) -> Step:
     scaler = t.amp.GradScaler(device, enabled=half == "float16" and device == "cuda")
     dtype = getattr(t, half or "bfloat16")
 
-    def run() -> float:
-        with t.autocast(device, dtype=dtype, enabled=half is not None):
-            logits = model(images)
-        loss = t.nn.functional.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    def run(num_steps: int = 1) -> float:
+        loss = t.zeros(())
+        for _ in range(num_steps):
+            with t.autocast(device, dtype=dtype, enabled=half is not None):
+                logits = model(images)
+            loss = t.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
         if device == "cuda":
             t.cuda.synchronize()
         return float(loss.detach())

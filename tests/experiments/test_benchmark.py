@@ -1,6 +1,7 @@
 """Every row trains the same network; ratios are within a round; what lacks is named."""
 
 import math
+import time
 
 import jax
 import pytest
@@ -23,7 +24,7 @@ def case():
 def float32_loss(case):
     (row, *_) = benchmark.all_rows()
     assert row.name == FLOAT32
-    return benchmark._loss_after(row.build(case))
+    return row.build(case).run(benchmark.NUM_CHECKED)
 
 
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
@@ -31,7 +32,7 @@ def float32_loss(case):
 def test_every_row_takes_the_same_steps(row, case, float32_loss):
     if not row.is_installed():
         pytest.skip(row.needs[1])
-    loss = benchmark._loss_after(row.build(case))
+    loss = row.build(case).run(benchmark.NUM_CHECKED)
     assert abs(loss / float32_loss - 1) <= benchmark.TOLERANCE
 
 
@@ -63,7 +64,7 @@ def test_a_library_that_is_not_here_is_named_and_left_out():
 
 def test_ratios_are_medians_of_ratios_and_a_wrong_loss_is_marked():
     times = {FLOAT32: [10.0, 20.0, 40.0], "half": [5.0, 5.0, 20.0]}
-    steps = dict.fromkeys(times, Step(lambda: 0.0, 3_000_000))
+    steps = dict.fromkeys(times, Step(lambda num_steps: 0.0, 3_000_000))
     row = Row("half", lambda case: None, FLOAT32)
     right = benchmark.summary(row, times, {FLOAT32: 2.0, "half": 2.02}, steps)
     assert (right["ratio"], right["speedup"]) == (0.5, 2.0)
@@ -76,12 +77,53 @@ def test_ratios_are_medians_of_ratios_and_a_wrong_loss_is_marked():
 
 def test_rounds_time_every_row_once_in_changing_order():
     seen = []
-    steps = {name: Step(lambda name=name: seen.append(name) or 0.0) for name in "abc"}
+    steps = {name: Step(lambda _, name=name: seen.append(name)) for name in "abc"}
     times = benchmark.time_rounds(steps, 6, seed=0)
     rounds = [seen[i : i + 3] for i in range(0, 18, 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1
     assert [len(t) for t in times.values()] == [6, 6, 6]
+
+
+def test_short_steps_are_timed_together_and_given_one_by_one():
+    taken = []
+
+    def run(num_steps):
+        taken.append(num_steps)
+        time.sleep(0.002 * num_steps)
+        return 0.0
+
+    num_steps = benchmark._num_steps(Step(run))
+    assert 5 <= num_steps <= 25
+    times = benchmark.time_rounds({"a": Step(run)}, 2, 0, {"a": num_steps})
+    assert taken == [1, num_steps, num_steps]
+    assert all(2.0 <= t < 10 for t in times["a"])
+
+
+def test_many_steps_end_where_as_many_single_ones_do(case):
+    (row,) = [r for r in benchmark.all_rows() if r.name == "mpjax, bfloat16, dynamic"]
+    one, many = row.build(case), row.build(case)
+    losses = [one.run() for _ in range(4)]
+    assert many.run(4) == losses[-1] != losses[0]
+
+
+def test_what_is_of_use_on_a_gpu_alone_is_not_timed_elsewhere():
+    for platform, found in (("cpu", False), ("gpu", True)):
+        rows, _ = benchmark.choose(benchmark.all_rows(), "mlp", "", platform)
+        assert any(row.platform == "gpu" for row in rows) == found
+
+
+def test_a_row_that_fails_costs_the_others_nothing(case):
+    def fail(case):
+        raise MemoryError("out of memory\nallocating")
+
+    there, *_ = benchmark.all_rows()
+    rows = [there, Row("greedy", fail, FLOAT32)]
+    steps, losses, failures = benchmark.build(rows, case)
+    assert set(steps) == set(losses) == {FLOAT32}
+    assert failures == {"greedy": "MemoryError: out of memory"}
+    with pytest.raises(MemoryError):
+        benchmark.build([Row(FLOAT32, fail, FLOAT32)], case)
 
 
 @pytest.mark.slow
