@@ -7,9 +7,9 @@ Every row trains the same network from the same values on the same batch; one wh
 after three steps is not that of float32 by hand is marked as wrong. One round times
 each row once, in a shuffled order, so that whatever else the machine does hits all
 alike; ratios are medians over rounds of the ratio within a round. Where a step is
-short, as on a GPU, what is timed is as many steps in a row as take 50 ms. Libraries
-that are not installed (`pip install -e ".[bench]"`), and rows that fail, are named and
-left out.
+short, as on a GPU, what is timed is as many steps in a row as take 50 ms. Named and
+left out are libraries that are not installed (`pip install -e ".[bench]"`), rows that
+fail, and, unless asked for by `--rows`, those whose step takes 20 times float32's.
 """
 
 import dataclasses
@@ -48,6 +48,9 @@ NUM_CHECKED = 3
 TOLERANCE = 0.02  # of the loss, relative
 MIN_TIMED_S = 0.05
 MAX_STEPS = 100  # at a time
+# Of a step of float32 by hand, and seconds: beyond both a row is not waited for.
+MAX_TIMES_FLOAT32 = 20
+MAX_FIRST_S = 20.0
 COLUMNS = (
     Column("row", "name"),
     Column("ms/step, median", "median_ms", "{:.4g}"),
@@ -161,7 +164,7 @@ def _one_work(config: Config, work_name: str) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(config.seed))
     case = Case(work, work.init_params(keys[0]), work.make_batch(keys[1], batch_size))
     rows, left_out = choose(all_rows(), work_name, config.rows, platform)
-    steps, losses, failures = build(rows, case)
+    steps, losses, failures = build(rows, case, is_patient=bool(config.rows))
     left_out |= failures
     for name, reason in left_out.items():
         print(f"left out: {name}; {reason}")
@@ -188,31 +191,47 @@ def _one_work(config: Config, work_name: str) -> dict[str, Any]:
 
 
 def build(
-    rows: list[Row], case: Case
+    rows: list[Row], case: Case, *, is_patient: bool = True
 ) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
     """Compiles and takes the first steps.
 
+    Args:
+      rows: float32 by hand first.
+      case: what they start from.
+      is_patient: False to leave out rows that are slow beyond measure.
+
     Returns:
-      The step and the loss after three per row, and the error of each that failed:
-      one that runs out of memory is not to cost the others their figures.
+      The step and the loss after three per row; and why others are left out: one that
+      runs out of memory is not to cost the rest their figures.
 
     Raises:
       Exception: whatever float32 by hand does, with which all are compared.
     """
     steps: dict[str, Step] = {}
     losses: dict[str, float] = {}
-    failures: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    float32_s = 0.0
     for row in tqdm(rows, "compiling", disable=None):
         try:
             step = row.build(case)
-            losses[row.name] = step.run(NUM_CHECKED)
+            first_s = _seconds(step, 1)
+            limit_s = max(MAX_FIRST_S, MAX_TIMES_FLOAT32 * float32_s)
+            if row.name == FLOAT32:
+                float32_s = first_s
+            elif first_s > limit_s and not is_patient:
+                left_out[row.name] = (
+                    f"its first step took {first_s:.0f} s, that of float32 by hand "
+                    f"{float32_s:.1f} s; ask for it by --rows"
+                )
+                continue
+            losses[row.name] = step.run(NUM_CHECKED - 1)
             steps[row.name] = step
         except Exception as error:
             if row.name == FLOAT32:
                 raise
             lines = str(error).splitlines() or [""]
-            failures[row.name] = f"{type(error).__name__}: {lines[0]}"
-    return steps, losses, failures
+            left_out[row.name] = f"{type(error).__name__}: {lines[0]}"
+    return steps, losses, left_out
 
 
 def _num_steps(step: Step) -> int:

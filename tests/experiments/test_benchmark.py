@@ -1,6 +1,7 @@
 """Every row trains the same network; ratios are within a round; what lacks is named."""
 
 import math
+import re
 import time
 
 import jax
@@ -124,6 +125,24 @@ def test_a_row_that_fails_costs_the_others_nothing(case):
     assert failures == {"greedy": "MemoryError: out of memory"}
     with pytest.raises(MemoryError):
         benchmark.build([Row(FLOAT32, fail, FLOAT32)], case)
+
+
+def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(case, monkeypatch):
+    there, *_ = benchmark.all_rows()
+
+    def sluggish(case):
+        step = there.build(case)
+        return Step(lambda num_steps=1: time.sleep(0.05) or step.run(num_steps))
+
+    monkeypatch.setattr(benchmark, "MAX_FIRST_S", 0.02)
+    monkeypatch.setattr(benchmark, "MAX_TIMES_FLOAT32", 0)
+    rows = [there, Row("sluggish", sluggish, FLOAT32)]
+    steps, _, left_out = benchmark.build(rows, case, is_patient=False)
+    assert set(steps) == {FLOAT32}
+    assert re.match(r"its first step took 0 s.*ask for it", left_out["sluggish"])
+    steps, losses, left_out = benchmark.build(rows, case, is_patient=True)
+    assert losses["sluggish"] == losses[FLOAT32]
+    assert not left_out
 
 
 @pytest.mark.slow
