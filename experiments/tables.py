@@ -61,7 +61,11 @@ def table_of(result: dict[str, Any]) -> str:
         f"float32 matmul precision {where['float32_matmul_precision']}."
     )
     columns = COLUMNS[result["experiment"]]
-    return f"\n{markdown_table(columns, result['runs'])}\n{made}\n"
+    left_out = result.get("left_out", {})
+    missing = "".join(
+        f"Left out: {name} ({why}).\n\n" for name, why in left_out.items()
+    )
+    return f"\n{markdown_table(columns, result['runs'])}\n{missing}{made}\n"
 
 
 def main() -> None:

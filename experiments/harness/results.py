@@ -57,18 +57,20 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table: heading, key of the run, format."""
+    """A column of a table: heading, key of the run, format string or function."""
 
     heading: str
     key: str
-    format: str = "{}"
+    format: str | Callable[[Any], str] = "{}"
 
     def text(self, run: dict[str, Any]) -> str:
         """The cell of a run; a dash where it has no value."""
         value = run.get(self.key)
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return "-"
-        return self.format.format(value)
+        if isinstance(self.format, str):
+            return self.format.format(value)
+        return self.format(value)
 
 
 def run_policies(

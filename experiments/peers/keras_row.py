@@ -1,4 +1,7 @@
-"""Keras 3 on JAX: the network of its guide, by `train_on_batch`, as a user has it."""
+"""Keras 3 on JAX: the network of its guide, by `train_on_batch`, as a user has it.
+
+That waits for the loss of each step.
+"""
 
 import functools
 import importlib
@@ -38,8 +41,6 @@ def sequential(case: Case, *, policy: str) -> Step:
     def run(num_steps: int = 1) -> float:
         loss: Any = None
         for _ in range(num_steps):
-            # Its loss is the mean over the steps since the metrics were reset.
-            model.reset_metrics()
             loss = model.train_on_batch(images, labels)
         return float(np.ravel(loss)[0])
 

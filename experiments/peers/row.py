@@ -33,7 +33,7 @@ class Step:
 
     Attributes:
       run: takes so many steps (one by default), waits for the last, and returns the
-        loss before that. JAX and CUDA go on meanwhile, as they do in a training loop.
+        loss before that. Python goes on meanwhile, as it does in a training loop.
       temporary_bytes: of the compiled step; None where the library does not say.
     """
 

@@ -14,6 +14,8 @@ def sequential(case: Case, *, half: str | None) -> Step:
     """Linear layers with relu, RMSprop; with a gradient scaler for float16."""
     t: Any = importlib.import_module("torch")
     device = "cuda" if t.cuda.is_available() else "cpu"
+    # As JAX does by default: TF32 where a GPU has it.
+    t.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     layers: list[Any] = []
     for name in sorted(case.params):
         kernel, bias = (

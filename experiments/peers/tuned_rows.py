@@ -1,8 +1,9 @@
 """mpjax on a GPU with what else might be faster there: is it?
 
 None of this is what mpjax does by itself; each row says what one change is worth. Two
-more are settled by compiling for an H100 (jax 0.12): layouts of XLA's own choice
-(`Layout.AUTO`) move as many bytes, and float16 sums (`F16_F16_F16`) are refused.
+more are settled by compiling for an H100 (jax 0.12, tests/cost/test_train_step.py):
+layouts of XLA's own choice (`Layout.AUTO`) move as many bytes, and float16 sums
+(`F16_F16_F16`) are refused.
 """
 
 import dataclasses

@@ -85,7 +85,7 @@ def why_not_low(eqn: Any, ambient_precision: Any) -> str:
     precision = canonical_precision(eqn.params.get("precision"))
     if asks_for_more(precision) and precision != canonical_precision(ambient_precision):
         return f"precision={_precision_name(precision)} asked for"
-    if eqn.primitive.name == "dot_general" and _contracted(eqn) <= 1:
+    if eqn.primitive.name == "dot_general" and not _is_sum(eqn):
         return "contracts no more than one element"
     return ""
 
@@ -98,9 +98,11 @@ def asks_for_more(precision: Any) -> bool:
     return any(_precision_name(part) not in ("None", "DEFAULT") for part in parts)
 
 
-def _contracted(dot: Any) -> int:
+def _is_sum(dot: Any) -> bool:
+    """Whether it contracts more than one element; a size not known yet is taken so."""
     (lhs_contract, _), _ = dot.params["dimension_numbers"]
-    return math.prod(dot.invars[0].aval.shape[axis] for axis in lhs_contract)
+    num = math.prod(dot.invars[0].aval.shape[axis] for axis in lhs_contract)
+    return not isinstance(num, int) or num > 1
 
 
 def _precision_name(precision: Any) -> str:

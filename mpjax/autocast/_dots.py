@@ -20,6 +20,9 @@ from mpjax import _jaxpr
 from mpjax._jaxpr import dtype_of
 
 _BFLOAT16 = jnp.dtype(jnp.bfloat16)
+# So much less must there be to transpose. A GPU then reads the product against its
+# layout, which is to cost nothing that can be seen: of (4096, N) N is at most 256.
+_FAR = 16
 
 
 def swaps_operands(dot: Any, permutation: tuple[int, ...]) -> bool:
@@ -60,7 +63,7 @@ def with_unit_axes(dot: Any) -> list[Any]:
     if not is_bfloat16 or len(contract[0]) != 1:
         return [dot]
     if _is_narrow(dot):
-        return _exchanged(dot)
+        return _swapped(dot)
     ndims = [len(x.aval.shape) for x in dot.invars]
     is_last = [axis == n - 1 for (axis,), n in zip(contract, ndims, strict=True)]
     contracts_one = not all(is_last)
@@ -102,19 +105,19 @@ def _with_ones(atoms: Any, nums: Any, like: Any) -> tuple[list[Any], list[Any]]:
 
 def _is_narrow(dot: Any) -> bool:
     """Whether it is `(K, M) x (K, N)` with N far smaller than K and M."""
-    numbers = dot.params["dimension_numbers"]
-    shapes = [x.aval.shape for x in dot.invars]
-    if numbers != (((0,), (0,)), ((), ())) or [len(shape) for shape in shapes] != [
-        2,
-        2,
-    ]:
+    lhs, rhs = (x.aval.shape for x in dot.invars)
+    if dot.params["dimension_numbers"] != (((0,), (0,)), ((), ())):
         return False
-    (k, m), (_, n) = shapes
-    # Elements that are transposed, exchanged and as it is.
-    return dot.params.get("out_sharding") is None and 16 * n * (k + m) <= k * m
+    has_sharding = dot.params.get("out_sharding") is not None
+    is_known = all(isinstance(size, int) for size in (*lhs, *rhs))
+    if len(lhs) != 2 or len(rhs) != 2 or has_sharding or not is_known:
+        return False
+    (k, m), n = lhs, rhs[1]
+    # Elements that are transposed with the operands exchanged, and as they are.
+    return _FAR * n * (k + m) <= k * m
 
 
-def _exchanged(dot: Any) -> list[Any]:
+def _swapped(dot: Any) -> list[Any]:
     """Returns equations for `(K, M) x (K, N)` that transpose what has N columns."""
     out = dot.outvars[0]
     eqns, operands = _with_ones(dot.invars[::-1], (2, 1), dot)

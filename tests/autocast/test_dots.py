@@ -93,8 +93,9 @@ def test_bfloat16_matmuls_have_axes_of_one_and_others_do_not(name, contracted, f
             assert 1 not in (*found, *kept[0], *kept[1])
 
 
-def test_it_can_be_mapped_and_scanned():
-    fn, (x, y) = operands("weight gradient")
+@pytest.mark.parametrize("name", ["weight gradient", "last weight gradient"])
+def test_it_can_be_mapped_and_scanned(name):
+    fn, (x, y) = operands(name)
     cast = mpjax.autocast(fn, "mixed_bfloat16")
     many = jax.vmap(cast, (0, None))(jnp.stack([x, 2 * x]), y)
     np.testing.assert_allclose(many[1], 2 * many[0])
@@ -133,3 +134,29 @@ def test_for_a_narrow_weight_gradient_the_narrow_operand_is_transposed():
     transposed = {*re.findall(r"%\w*copy\S* = \w+\[([\d,]+)\]", entry)}
     assert "8,512" in transposed
     assert "256,512" not in transposed
+
+
+def test_only_a_far_narrower_operand_is_exchanged():
+    def operand_shapes(k, m, n):
+        fn = mpjax.autocast(lambda x, y: jnp.einsum("km,kn->mn", x, y))
+        jaxpr = jax.make_jaxpr(fn)(jnp.zeros((k, m)), jnp.zeros((k, n)))
+        (dot,) = [e for e, _, _ in walk(jaxpr) if e.primitive.name == "dot_general"]
+        return [x.aval.shape for x in dot.invars]
+
+    assert operand_shapes(64, 64, 2) == [(1, 1, 64, 2), (1, 64, 64)]
+    assert operand_shapes(64, 64, 3) == [(1, 64, 64), (1, 64, 3)]
+    assert operand_shapes(2, 64, 2) == [(1, 2, 64), (1, 2, 2)]
+
+
+def test_a_step_can_be_exported_for_any_batch():
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    step = jax.jit(mpjax.autocast(jax.grad(loss)))
+    w = jax.random.normal(jax.random.key(0), (512, 8))
+    (size,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((size, 512), jnp.float32)
+    exported = jax.export.export(step)(jax.ShapeDtypeStruct(w.shape, w.dtype), x)
+    for batch_size in (1, 64):
+        x = jax.random.normal(jax.random.key(1), (batch_size, 512))
+        np.testing.assert_allclose(exported.call(w, x), step(w, x), atol=0.05)

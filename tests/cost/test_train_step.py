@@ -1,9 +1,13 @@
 """What training steps cost, compiled for an H100 that need not be there."""
 
+import dataclasses
 import importlib.util
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from jax.experimental.layout import Format, Layout
 
 import mpjax
 from experiments import memory
@@ -36,9 +40,28 @@ def test_dynamic_loss_scaling_moves_nothing_more(policy):
     assert dynamic.temporary_bytes <= 1.01 * plain.temporary_bytes
 
 
-def report_of(work, policy, loss_scale):
+def test_what_is_not_timed_as_it_does_not_pay():
+    """See experiments/peers/tuned_rows.py."""
+    work = WORKS["mlp"]()
+    scale = mpjax.DynamicLossScale()
+    plain = report_of(work, "mixed_bfloat16", scale)
+    auto = Format(Layout.AUTO)
+    layouts = {"donate_argnums": 0, "in_shardings": auto, "out_shardings": auto}
+    chosen = report_of(work, "mixed_bfloat16", scale, lambda f: jax.jit(f, **layouts))
+    assert chosen.moved_bytes >= 0.999 * plain.moved_bytes
+    one_vector = dataclasses.replace(work, tx=optax.flatten(work.tx))
+    flat = report_of(one_vector, "mixed_bfloat16", scale)
+    assert flat.moved_bytes >= 1.2 * plain.moved_bytes
+    x = jax.ShapeDtypeStruct((64, 64), "float16")
+    with pytest.raises(RuntimeError, match="ALG_DOT_F16_F16_F16"):
+        cost.analyze(
+            lambda x: jnp.matmul(x, x, precision="F16_F16_F16"), x, device="h100"
+        )
+
+
+def report_of(work, policy, loss_scale, jit=lambda step: step):
     step, state = memory.make_step(work, policy, loss_scale=loss_scale)
     batch = jax.eval_shape(
         lambda key: work.make_batch(key, BATCH_SIZES["mlp"]), jax.random.key(0)
     )
-    return cost.analyze(step, state, batch, device="h100")
+    return cost.analyze(jit(step), state, batch, device="h100")

@@ -3,8 +3,10 @@
 import math
 import re
 import time
+import weakref
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import benchmark
@@ -97,8 +99,9 @@ def test_short_steps_are_timed_together_and_given_one_by_one():
     num_steps = benchmark._num_steps(Step(run))
     assert 5 <= num_steps <= 25
     times = benchmark.time_rounds({"a": Step(run)}, 2, 0, {"a": num_steps})
-    assert taken == [1, num_steps, num_steps]
-    assert all(2.0 <= t < 10 for t in times["a"])
+    assert taken[0] == 1
+    assert taken[-2:] == [num_steps, num_steps]
+    assert all(t >= 2.0 for t in times["a"])
 
 
 def test_many_steps_end_where_as_many_single_ones_do(case):
@@ -127,6 +130,36 @@ def test_a_row_that_fails_costs_the_others_nothing(case):
         benchmark.build([Row(FLOAT32, fail, FLOAT32)], case)
 
 
+def test_a_row_that_is_left_out_keeps_no_memory(case):
+    there, *_ = benchmark.all_rows()
+    kept, seen = [], []
+
+    def greedy(case):
+        held = np.zeros(4)
+        kept.append(weakref.ref(held))
+
+        def run(num_steps=1):
+            raise MemoryError(held.size)
+
+        return Step(run)
+
+    def after(case):
+        seen.append(kept[0]())
+        return there.build(case)
+
+    rows = [there, Row("greedy", greedy, FLOAT32), Row("after", after, FLOAT32)]
+    benchmark.build(rows, case)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [(0.0123, "0.01230"), (1.39, "1.390"), (99.4, "99.40"), (305000, "305000")],
+)
+def test_a_time_has_four_digits_and_no_exponent(ms, text):
+    assert benchmark.digits(ms) == text
+
+
 def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(case, monkeypatch):
     there, *_ = benchmark.all_rows()
 
@@ -139,7 +172,7 @@ def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(case, monkeypatc
     rows = [there, Row("sluggish", sluggish, FLOAT32)]
     steps, _, left_out = benchmark.build(rows, case, is_patient=False)
     assert set(steps) == {FLOAT32}
-    assert re.match(r"its first step took 0 s.*ask for it", left_out["sluggish"])
+    assert re.search(r"its first step took 0 s.*ask for it", left_out["sluggish"])
     steps, losses, left_out = benchmark.build(rows, case, is_patient=True)
     assert losses["sluggish"] == losses[FLOAT32]
     assert not left_out
