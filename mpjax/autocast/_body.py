@@ -348,7 +348,7 @@ class Body(Operands):
         if self._rewriter.demand.has_low(old):
             if self._factors is None:
                 self._factors = _loops.only_multiplied(
-                    self._body, self._scope, self._rewriter.multiplies_in_half
+                    self._body, self._scope, self._rewriter
                 )
             half = self._rewriter.half_of(_jaxpr.join_scope(self._scope, eqn))
             dtypes = _loops.result_dtypes(eqn, dtypes, self._wish, self._factors, half)

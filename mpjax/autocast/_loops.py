@@ -18,7 +18,7 @@ from mpjax._jaxpr import (
     open_jaxpr,
     scan_sizes,
 )
-from mpjax.autocast._tables import ACTIVATION, EXACT, FREE
+from mpjax.autocast._tables import ACTIVATION, EXACT, FREE, Kind
 
 _KEEPS_BOUNDED = EXACT | {"one_minus_square", "mul", "sub"}
 
@@ -56,28 +56,28 @@ def result_dtypes(
     return tuple(found)
 
 
-def only_multiplied(
-    body: Any, scope: str, multiplies: Callable[[Any, str], bool]
-) -> frozenset:
+def only_multiplied(body: Any, scope: str, rewriter: Any) -> frozenset:
     """Returns the variables of a jaxpr that only scans take, which multiply by them.
 
     Args:
       body: an open jaxpr.
       scope: its name scope.
-      multiplies: `(eqn, scope) -> bool`, whether rounded operands will do for it.
+      rewriter: the `Rewriter`, which knows what is done with each equation.
     """
     found, others = set(), set(_variables(body.outvars))
     for eqn in body.eqns:
         factors = frozenset()
-        if eqn.primitive.name == "scan":
-            factors = _factors(eqn, join_scope(scope, eqn), multiplies)
+        if eqn.primitive.name == "scan" and rewriter.kind_of(eqn) is Kind.FIXED:
+            factors = _factors(eqn, join_scope(scope, eqn), rewriter.multiplies_in_half)
         found.update(_variables(eqn.invars[i] for i in factors))
         rest = (x for i, x in enumerate(eqn.invars) if i not in factors)
         others.update(_variables(rest))
     return frozenset(found - others)
 
 
-def _factors(scan: Any, scope: str, multiplies: Any) -> frozenset[int]:
+def _factors(
+    scan: Any, scope: str, multiplies: Callable[[Any, str], bool]
+) -> frozenset[int]:
     """Returns the operands that its body only multiplies by, a piece each step."""
     body = open_jaxpr(scan.params["jaxpr"])
     others = set(_variables(body.outvars))

@@ -61,10 +61,11 @@ class Rewriter:
 
     def multiplies_in_half(self, eqn: Any, scope: str) -> bool:
         """Whether it is a matmul in half, or a product where matmuls are."""
-        name = eqn.primitive.name
-        if name == "dot_general":
+        name, kind = eqn.primitive.name, self.kind_of(eqn)
+        if name == "dot_general" and kind is Kind.LOW:
             return self.low_dtype(eqn, scope) is not None
-        return name == "mul" and self.half_of(join_scope(scope, eqn)) is not None
+        is_product = name == "mul" and kind is Kind.FOLLOW
+        return is_product and self.half_of(join_scope(scope, eqn)) is not None
 
     def half_of(self, scope: str) -> Any:
         """Returns the half dtype of the policy for a scope, or None if it has none."""

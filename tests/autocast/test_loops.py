@@ -91,6 +91,14 @@ def test_a_rule_that_says_float32_is_kept_to():
     assert stacked(mpjax.autocast(args[0], rules=rules), *args[1:]) == [["float32"] * 3]
 
 
+@pytest.mark.parametrize("name", ["mul", "scan"])
+def test_what_the_user_puts_in_high_is_kept_to(name):
+    fn = mpjax.autocast(jax.grad(gated), high=[name])
+    (dtypes,) = stacked(fn, weights(), sequence())
+    # Of products and loops in float32, what matmuls take alone may still be half.
+    assert dtypes.count("float32") >= 2
+
+
 def test_a_loop_without_a_matmul_is_left_alone():
     def loss(x):
         def step(h, x_t):
