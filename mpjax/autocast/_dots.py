@@ -10,7 +10,6 @@ library. So matmuls get an axis of one more, which changes nothing of their valu
 which XLA takes away on every device. What JAX derives from such a matmul has it too.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -20,9 +19,6 @@ from mpjax import _jaxpr
 from mpjax._jaxpr import dtype_of
 
 _BFLOAT16 = jnp.dtype(jnp.bfloat16)
-# So much less must there be to transpose. A GPU then reads the product against its
-# layout, which is to cost nothing that can be seen: of (4096, N) N is at most 256.
-_FAR = 16
 
 
 def swaps_operands(dot: Any, permutation: tuple[int, ...]) -> bool:
@@ -47,9 +43,6 @@ def with_unit_axes(dot: Any) -> list[Any]:
       so too, and XLA does not transpose that gradient.
     - Any other of which not both operands contract their last axis contracts an axis of
       1 beside its own: `(K, M) x (K, N)` becomes `(1, K, M) x (1, K, N)`.
-    - But where N is small (the last layer's gradient), so that a copy of the left
-      operand, transposed, would be most of the work, the operands are exchanged: the
-      product of `(1, 1, K, N) x (1, K, M)` is transposed, which XLA does not undo.
 
     The 1 that is not contracted is there only where the left operand has one free axis,
     and no `out_sharding` names those of the output.
@@ -62,8 +55,6 @@ def with_unit_axes(dot: Any) -> list[Any]:
     is_bfloat16 = {dtype_of(x) for x in (*dot.invars, *dot.outvars)} == {_BFLOAT16}
     if not is_bfloat16 or len(contract[0]) != 1:
         return [dot]
-    if _is_narrow(dot):
-        return _swapped(dot)
     ndims = [len(x.aval.shape) for x in dot.invars]
     is_last = [axis == n - 1 for (axis,), n in zip(contract, ndims, strict=True)]
     contracts_one = not all(is_last)
@@ -73,7 +64,12 @@ def with_unit_axes(dot: Any) -> list[Any]:
         and dot.params.get("out_sharding") is None
     )
     num_new = (has_free_one + contracts_one, int(contracts_one))
-    eqns, operands = _with_ones(dot.invars, num_new, dot)
+    eqns: list[Any] = []
+    operands: list[Any] = []
+    for x, num in zip(dot.invars, num_new, strict=True):
+        if num:
+            eqns.append(_jaxpr.unit_axes_eqn(x, num, dot))
+        operands.append(eqns[-1].outvars[0] if num else x)
     # The last of the new axes is the one that is contracted.
     contract = tuple(
         ((num - 1,) if contracts_one else ()) + _moved(axes, num)
@@ -90,49 +86,6 @@ def with_unit_axes(dot: Any) -> list[Any]:
         primitive=jax.lax.squeeze_p, invars=wide.outvars, params=squeezed
     )
     return [*eqns, wide, narrow]
-
-
-def _with_ones(atoms: Any, nums: Any, like: Any) -> tuple[list[Any], list[Any]]:
-    """Returns equations that give each atom so many axes of one, and their results."""
-    eqns: list[Any] = []
-    operands: list[Any] = []
-    for x, num in zip(atoms, nums, strict=True):
-        if num:
-            eqns.append(_jaxpr.unit_axes_eqn(x, num, like))
-        operands.append(eqns[-1].outvars[0] if num else x)
-    return eqns, operands
-
-
-def _is_narrow(dot: Any) -> bool:
-    """Whether it is `(K, M) x (K, N)` with N far smaller than K and M."""
-    lhs, rhs = (x.aval.shape for x in dot.invars)
-    if dot.params["dimension_numbers"] != (((0,), (0,)), ((), ())):
-        return False
-    has_sharding = dot.params.get("out_sharding") is not None
-    is_known = all(isinstance(size, int) for size in (*lhs, *rhs))
-    if len(lhs) != 2 or len(rhs) != 2 or has_sharding or not is_known:
-        return False
-    (k, m), n = lhs, rhs[1]
-    # Elements that are transposed with the operands exchanged, and as they are.
-    return _FAR * n * (k + m) <= k * m
-
-
-def _swapped(dot: Any) -> list[Any]:
-    """Returns equations for `(K, M) x (K, N)` that transpose what has N columns."""
-    out = dot.outvars[0]
-    eqns, operands = _with_ones(dot.invars[::-1], (2, 1), dot)
-    params = dot.params | {"dimension_numbers": (((1, 2), (0, 1)), ((), ()))}
-    new_eqn = functools.partial(_jaxpr.new_eqn, like=dot, varies_as=out)
-    product = new_eqn(dot.primitive, operands, params)
-    transposed = new_eqn(
-        jax.lax.transpose_p, product.outvars, {"permutation": (2, 1, 0)}
-    )
-    squeezed = dot.replace(
-        primitive=jax.lax.squeeze_p,
-        invars=transposed.outvars,
-        params={"dimensions": (2,)},
-    )
-    return [*eqns, product, transposed, squeezed]
 
 
 def _moved(axes: tuple[int, ...], num: int) -> tuple[int, ...]:
