@@ -140,21 +140,6 @@ def _infer(primitive: Any, avals: tuple, params: tuple, context: Any) -> Any:
         return primitive.abstract_eval(*avals, **dict(params))[0]
 
 
-def with_result_dtypes(jaxpr: Any, dtypes: Any, like: Any) -> Any:
-    """Returns a jaxpr whose results are cast to these dtypes, where they differ."""
-    body = open_jaxpr(jaxpr)
-    if tuple(map(dtype_of, body.outvars)) == tuple(dtypes):
-        return jaxpr
-    eqns, outvars = list(body.eqns), []
-    for atom, dtype in zip(body.outvars, dtypes, strict=True):
-        if dtype_of(atom) != dtype:
-            out = new_var(atom.aval, dtype)
-            eqns.append(convert_eqn(atom, out, like))
-            atom = out
-        outvars.append(atom)
-    return with_equations(jaxpr, invars=body.invars, outvars=outvars, eqns=eqns)
-
-
 def unit_axes_eqn(atom: Any, num_axes: int, like: Any) -> Eqn:
     """Returns an equation that puts axes of one before those of `atom`."""
     shape = atom.aval.shape

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
-from mpjax.autocast import _custom, _loops
+from mpjax.autocast import _custom
 from mpjax.autocast._decide import (
     Fit,
     asks_for_sign,
@@ -61,7 +61,6 @@ class Body(Operands):
         self._times = times
         self._dots: dict[Var, int] = {}
         self._uses: dict[Var, int] | None = None
-        self._factors: frozenset | None = None
         self._handlers = {
             Kind.LOW: self._low,
             Kind.HIGH: self._untouched,
@@ -93,9 +92,7 @@ class Body(Operands):
         for var, value in zip(self._body.invars, in_values, strict=True):
             self.set_value(var, value)
         for eqn in self._body.eqns:
-            kind = self._rewriter.kind_of(eqn)
-            is_scan = kind is Kind.FIXED and eqn.primitive.name == "scan"
-            (self._scan if is_scan else self._handlers[kind])(eqn)
+            self._handlers[self._rewriter.kind_of(eqn)](eqn)
         outvars = [self.actual(x) for x in self._body.outvars]
         if restore:
             made_by = {v: eqn for eqn in self._body.eqns for v in eqn.outvars}
@@ -336,26 +333,6 @@ class Body(Operands):
         invars = [self.as_traced(x, eqn) for x in eqn.invars]
         self._write(eqn, invars=invars, params=self._rewrite_params(eqn))
 
-    def _scan(self, eqn: Any) -> None:
-        """A loop whose stacked operands and results, and these alone, may be half."""
-        start = _loops.first_stacked_operand(eqn)
-        invars = [
-            self.as_traced(x, eqn) if index < start else self.actual(x)
-            for index, x in enumerate(eqn.invars)
-        ]
-        old = eqn.params["jaxpr"]
-        new, dtypes = self._inner(eqn, old, in_dtypes=tuple(map(dtype_of, invars)))
-        if self._rewriter.demand.has_low(old):
-            if self._factors is None:
-                self._factors = _loops.only_multiplied(
-                    self._body, self._scope, self._rewriter
-                )
-            half = self._rewriter.half_of(_jaxpr.join_scope(self._scope, eqn))
-            dtypes = _loops.result_dtypes(eqn, dtypes, self._wish, self._factors, half)
-            new = _jaxpr.with_result_dtypes(new, dtypes, eqn)
-        params = None if new is old else eqn.params | {"jaxpr": new}
-        self._write(eqn, invars=invars, params=params, dtypes=dtypes)
-
     def _custom(self, eqn: Any) -> None:
         rewriter = self._rewriter
         if rewriter.demand.is_elementwise(eqn):
@@ -367,7 +344,7 @@ class Body(Operands):
             return
         if rewriter.log is not None:
             self._rewrite_params(eqn)  # only for what it logs
-        self.splice(traced, eqn, [self.as_traced(x, eqn) for x in eqn.invars])
+        self._splice(traced, eqn, [self.as_traced(x, eqn) for x in eqn.invars])
 
     def _elementwise(self, eqn: Any) -> None:
         """A `custom_jvp` function such as relu: in half where its result is."""
@@ -386,8 +363,26 @@ class Body(Operands):
             self._untouched(eqn)
             return
         outs = zip(eqn.outvars, dtypes, strict=True)
-        self.splice(traced, eqn, invars, [self.define(v, d) for v, d in outs])
+        self._splice(traced, eqn, invars, [self.define(v, d) for v, d in outs])
         self._log(eqn, dtypes[0])
+
+    def _splice(self, traced: Any, eqn: Any, invars: Any, outvars: Any = None) -> None:
+        """Writes the equations of a jaxpr in the place of one equation."""
+        names = dict(zip(traced.invars, invars, strict=True))
+        names |= dict(zip(traced.outvars, outvars or eqn.outvars, strict=True))
+
+        def rename(atom):
+            return atom if isinstance(atom, Literal) else names.get(atom, atom)
+
+        for inner in traced.eqns:
+            self.eqns.append(
+                inner.replace(
+                    invars=[rename(x) for x in inner.invars],
+                    outvars=[rename(v) for v in inner.outvars],
+                    source_info=eqn.source_info,
+                )
+            )
+        self.changed = True
 
 
 def _low_outputs(eqn: Any, dtype: Any) -> list[Any]:

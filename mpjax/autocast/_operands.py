@@ -69,21 +69,3 @@ class Operands:
         """Notes what number a variable holds."""
         if value is not None:
             self._values[var] = value
-
-    def splice(self, traced: Any, eqn: Any, invars: Any, outvars: Any = None) -> None:
-        """Writes the equations of a jaxpr in the place of one equation."""
-        names = dict(zip(traced.invars, invars, strict=True))
-        names |= dict(zip(traced.outvars, outvars or eqn.outvars, strict=True))
-
-        def rename(atom):
-            return atom if isinstance(atom, Literal) else names.get(atom, atom)
-
-        for inner in traced.eqns:
-            self.eqns.append(
-                inner.replace(
-                    invars=[rename(x) for x in inner.invars],
-                    outvars=[rename(v) for v in inner.outvars],
-                    source_info=eqn.source_info,
-                )
-            )
-        self.changed = True

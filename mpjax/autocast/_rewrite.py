@@ -57,19 +57,8 @@ class Rewriter:
     def _find_low_dtype(self, eqn: Any, scope: str) -> Any:
         if why_not_low(eqn, self.ambient):
             return None
-        return self.half_of(join_scope(scope, eqn))
-
-    def multiplies_in_half(self, eqn: Any, scope: str) -> bool:
-        """Whether it is a matmul in half, or a product where matmuls are."""
-        name, kind = eqn.primitive.name, self.kind_of(eqn)
-        if name == "dot_general" and kind is Kind.LOW:
-            return self.low_dtype(eqn, scope) is not None
-        is_product = name == "mul" and kind is Kind.FOLLOW
-        return is_product and self.half_of(join_scope(scope, eqn)) is not None
-
-    def half_of(self, scope: str) -> Any:
-        """Returns the half dtype of the policy for a scope, or None if it has none."""
-        dtype = jnp.dtype(self.rules.policy_for(scope).compute_dtype)
+        policy = self.rules.policy_for(join_scope(scope, eqn))
+        dtype = jnp.dtype(policy.compute_dtype)
         return dtype if dtype.itemsize < 4 else None
 
     def why_not_low(self, eqn: Any, scope: str) -> str:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason='compiling for a GPU needs pip install "jax[cuda13]"',
 )
-BATCH_SIZES = {"mlp": 8192, "convnet": 4096, "transformer_block": 16, "bigru": 256}
+BATCH_SIZES = {"mlp": 8192, "convnet": 4096, "transformer_block": 16}
 
 
 @pytest.mark.parametrize("name", BATCH_SIZES)
