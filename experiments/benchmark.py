@@ -371,11 +371,11 @@ def draw(path: Path, title: str, runs: list[dict[str, Any]]) -> None:
             error_kw={"lw": 1, "ecolor": "0.3"},
         )
         axes.annotate(
-            f" {median:.4g}", (max(high, median), place), va="center", fontsize=8
+            f" {digits(median)}", (max(high, median), place), va="center", fontsize=8
         )
     axes.set_yticks(range(len(runs)), [run["name"] for run in runs], fontsize=8)
     axes.set_xlabel("median ms per step, whiskers: quartiles")
-    axes.set_title(f"{title}\n(full colour: mpjax)", fontsize=10)
+    figure.suptitle(f"{title}\n(full colour: mpjax)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.01)
     with whole_file(path) as temporary:
