@@ -234,6 +234,11 @@ def join_scope(scope: str, eqn: Any) -> str:
     return "/".join([scope, *parts]) if scope else "/".join(parts)
 
 
+def is_backward(eqn: Any) -> bool:
+    """Whether JAX made an equation by transposition, for a backward pass."""
+    return "transpose(" in str(eqn.source_info.name_stack)
+
+
 def source_line(eqn: Any) -> str:
     """Returns the user's source line of an equation, `file.py:12 (function)`."""
     return source_info_util.summarize(eqn.source_info)
