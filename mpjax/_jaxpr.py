@@ -234,9 +234,9 @@ def join_scope(scope: str, eqn: Any) -> str:
     return "/".join([scope, *parts]) if scope else "/".join(parts)
 
 
-def is_backward(eqn: Any) -> bool:
-    """Whether JAX made an equation by transposition, for a backward pass."""
-    return "transpose(" in str(eqn.source_info.name_stack)
+def transforms(eqn: Any) -> str:
+    """Returns an equation's name scope with JAX's marks: `transpose(jvp(encoder))`."""
+    return str(eqn.source_info.name_stack)
 
 
 def source_line(eqn: Any) -> str:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,15 +13,15 @@ from mpjax.autocast._decide import (
     asks_for_sign,
     fit,
     is_eligible,
+    params_in_half,
 )
 from mpjax.autocast._demand import NOTHING, Wish
-from mpjax.autocast._dots import swaps_operands, with_unit_axes
+from mpjax.autocast._dots import low_outputs, swaps_operands, with_unit_axes
 from mpjax.autocast._operands import Operands
 from mpjax.autocast._tables import (
     ACTIVATION,
     ARITHMETIC,
     EXACT,
-    LOW,
     SHRINKING,
     Kind,
 )
@@ -151,7 +150,7 @@ class Body(Operands):
         if "precision" in params:
             params["precision"] = None
         invars = self._in_half(eqn, dtype)
-        outs = _low_outputs(eqn.replace(invars=invars, params=params), dtype)
+        outs = low_outputs(eqn.replace(invars=invars, params=params), dtype)
         self._write(eqn, invars=invars, params=params, dtypes=outs)
         if eqn.primitive.name == "dot_general":
             self._dots[eqn.outvars[0]] = len(self.eqns) - 1
@@ -185,9 +184,7 @@ class Body(Operands):
             # takes 13 times as long as for float32 ones that are rounded.
             self._round_once(eqn, dtype)
         elif name != "transpose" or not self._swap_operands(eqn):
-            params = None
-            if name == "convert_element_type":
-                params = eqn.params | {"new_dtype": dtype, "weak_type": False}
+            params = params_in_half(eqn, dtype)
             outs = [dtype] * len(eqn.outvars)
             self._write(
                 eqn, invars=self._in_half(eqn, dtype), params=params, dtypes=outs
@@ -338,7 +335,12 @@ class Body(Operands):
         """What goes in and out a piece a step, and that alone, may be half."""
         num_consts, num_carry = _jaxpr.scan_sizes(eqn)
         first = num_consts + num_carry
-        invars = [self.as_traced(x, eqn) for x in eqn.invars[:first]]
+        wishes = self._rewriter.demand.of_constants(eqn, self._scope)
+        halves = [wish.only_half() for wish in wishes] + [None] * num_carry
+        invars = [
+            self.cast(x, half, eqn) if half else self.as_traced(x, eqn)
+            for x, half in zip(eqn.invars[:first], halves, strict=True)
+        ]
         invars += [self.actual(x) for x in eqn.invars[first:]]
         body = eqn.params["jaxpr"]
         bounded = _residuals.are_bounded(body)[num_carry:]
@@ -389,12 +391,3 @@ class Body(Operands):
         outs = zip(eqn.outvars, dtypes, strict=True)
         self.splice(traced, eqn, invars, [self.define(v, d) for v, d in outs])
         self._log(eqn, dtypes[0])
-
-
-def _low_outputs(eqn: Any, dtype: Any) -> list[Any]:
-    """Returns the dtypes that a matmul, or a primitive of the user's, puts out."""
-    if eqn.primitive.name in LOW:
-        return [dtype]
-    operands = [jax.ShapeDtypeStruct(x.aval.shape, dtype_of(x)) for x in eqn.invars]
-    outputs = jax.eval_shape(lambda *xs: _jaxpr.bind(eqn, *xs), *operands)
-    return [x.dtype for x in outputs]

@@ -20,7 +20,7 @@ from mpjax._jaxpr import (
     scan_sizes,
 )
 from mpjax.autocast._decide import asks_for_sign, is_eligible
-from mpjax.autocast._residuals import Decisions, backward_scans, factors
+from mpjax.autocast._residuals import Decisions, differentiated_scans, factors
 from mpjax.autocast._tables import EXACT, SHRINKING, Kind
 
 
@@ -72,13 +72,17 @@ class Demand:
         self._decisions = decisions
         self._kind_of = decisions.kind_of
         self._low_dtype = decisions.low_dtype
-        self._backward: set[int] = set()
+        self._scans: dict[int, bool] = {}
         self._has_low: dict[int, tuple[Any, bool]] = {}
         self._known: dict[Any, tuple[Any, dict, tuple[Wish, ...]]] = {}
 
     def prepare(self, jaxpr: Any) -> None:
-        """Looks for backward passes in a jaxpr, which must outlive this."""
-        self._backward |= backward_scans(jaxpr)
+        """Looks for scans in a jaxpr that are differentiated; it must outlive this."""
+        self._scans |= differentiated_scans(jaxpr)
+
+    def of_constants(self, scan: Any, scope: str) -> list[Wish]:
+        """Returns what a scan wants of its constants."""
+        return self._of_scan(scan, scope)[: scan_sizes(scan)[0]]
 
     def has_low(self, jaxpr: Any) -> bool:
         """Whether anything inside can become half: a matmul, or a custom derivative."""
@@ -166,14 +170,20 @@ class Demand:
         return [wish] * len(eqn.invars)
 
     def _of_scan(self, eqn: Any, scope: str) -> list[Wish]:
-        """Of what is taken apart, a piece a step, only half may do; else as traced."""
+        """Half, or as traced, of what is taken apart, and of a constant.
+
+        Of a constant only if the scan is differentiated already: else its gradient
+        would be gathered in half.
+        """
         body = eqn.params["jaxpr"]
         outputs = (EXACTLY,) * len(eqn.outvars)
         _, wishes = self.wishes(body, outputs, join_scope(scope, eqn))
-        first = sum(scan_sizes(eqn))
-        pieces = (w if w.only_half() else EXACTLY for w in wishes[first:])
-        found = [EXACTLY] * first + list(pieces)
-        if id(eqn) in self._backward:
+        num_consts, num_carry = scan_sizes(eqn)
+        found = [wish if wish.only_half() else EXACTLY for wish in wishes]
+        found[num_consts : num_consts + num_carry] = [EXACTLY] * num_carry
+        if id(eqn) not in self._scans:
+            found[:num_consts] = [EXACTLY] * num_consts
+        elif self._scans[id(eqn)]:
             for index, half, is_operand in factors(eqn, scope, self._decisions):
                 one = frozenset((half,))
                 found[index] = Wish(

@@ -14,11 +14,11 @@ import numpy as np
 from mpjax._jaxpr import (
     Literal,
     inner_jaxprs,
-    is_backward,
     is_float32,
     join_scope,
     open_jaxpr,
     scan_sizes,
+    transforms,
 )
 from mpjax.autocast._tables import ACTIVATION, EXACT, FREE, Kind
 
@@ -49,15 +49,23 @@ class _Op(NamedTuple):
     outs: list[object]
 
 
-def backward_scans(jaxpr: Any, inside: bool = False) -> set[int]:
-    """Returns the ids of the scan equations that JAX made as a backward pass."""
-    found = set()
+def differentiated_scans(jaxpr: Any, around: str = "") -> dict[int, bool]:
+    """Returns which scan equations, by id, JAX made as it differentiated one.
+
+    Args:
+      jaxpr: closed or open.
+      around: the transforms around it.
+
+    Returns:
+      For each whether it runs backward.
+    """
+    found = {}
     for eqn in open_jaxpr(jaxpr).eqns:
-        backward = inside or is_backward(eqn)
-        if backward and eqn.primitive.name == "scan":
-            found.add(id(eqn))
+        marks = around + transforms(eqn)
+        if eqn.primitive.name == "scan" and "jvp(" in marks:
+            found[id(eqn)] = "transpose(" in marks
         for inner in inner_jaxprs(eqn):
-            found |= backward_scans(inner, backward)
+            found |= differentiated_scans(inner, marks)
     return found
 
 
@@ -85,7 +93,7 @@ def factors(scan: Any, scope: str, decisions: Decisions) -> list[Factor]:
     one large error, and a softmax would not sum to 1 any more.
 
     Args:
-      scan: the equation, one of `backward_scans`.
+      scan: the equation, one that runs backward.
       scope: the name scope around it.
       decisions: what is done with the equations inside.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mpjax._jaxpr import dtype_of, eval_jaxpr, join_scope, open_jaxpr
 from mpjax.autocast import _custom
 from mpjax.autocast._body import Body
-from mpjax.autocast._decide import is_reserved, why_not_low
+from mpjax.autocast._decide import is_emulation, is_reserved, why_not_low
 from mpjax.autocast._demand import EXACTLY, Demand, Wish
 from mpjax.autocast._residuals import Decisions
 from mpjax.autocast._tables import Kind
@@ -44,6 +44,8 @@ class Rewriter:
     def kind_of(self, eqn: Any) -> Kind:
         """Returns what to do with an equation."""
         kind = self.table.get(eqn.primitive.name, Kind.OPAQUE)
+        if kind is Kind.FOLLOW and is_emulation(eqn):
+            return Kind.OPAQUE
         if kind is Kind.FREE and is_reserved(eqn):
             return Kind.OPAQUE
         return kind
