@@ -184,9 +184,9 @@ class Demand:
         if id(eqn) not in self._scans:
             found[:num_consts] = [EXACTLY] * num_consts
         elif self._scans[id(eqn)]:
-            for index, half, is_operand in factors(eqn, scope, self._decisions):
+            for place, half, is_operand in factors(eqn, scope, self._decisions):
                 one = frozenset((half,))
-                found[index] = Wish(
+                found[place] = Wish(
                     one if is_operand else NOTHING.halves, False, False, one
                 )
         return found

@@ -73,13 +73,13 @@ class Factor(NamedTuple):
     """A stacked operand of a backward scan that may be half.
 
     Attributes:
-      index: which operand.
+      place: of which operand.
       half: the dtype.
       is_operand: whether a matmul in half takes it too: what is out of range there is
         infinite already.
     """
 
-    index: int
+    place: int
     half: Any
     is_operand: bool
 

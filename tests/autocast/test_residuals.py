@@ -132,10 +132,11 @@ def test_a_softmax_in_a_loop_stays_float32():
     def loss(w, x):
         return jnp.mean(run(lambda h, x_t: jax.nn.softmax(h @ w + x_t), x) ** 2)
 
-    cast, args = mpjax.autocast(jax.grad(loss)), (weights(), sequence(64))
+    grad, args = jax.grad(loss), (weights(), sequence(64))
+    cast = mpjax.autocast(grad)
     kept = stacked(cast, *args)[0]
     assert kept.count("float32") >= 2
-    assert relative_error(cast(*args), jax.grad(loss)(*args)) < 0.01
+    assert relative_error(jax.jit(cast)(*args), jax.jit(grad)(*args)) < 0.01
 
 
 def test_a_rule_that_says_float32_is_kept_to():
@@ -225,7 +226,7 @@ def test_a_checkpoint_saves_matmuls_in_half(policy):
         cast = mpjax.autocast(jax.grad(loss))
         assert relative_error(jax.jit(cast)(*args), expected) < 0.012
     kept = stacked(mpjax.autocast(jax.grad(scanned)), *args)[0]
-    assert kept == ["bfloat16", "float32"][-1 if policy == "nothing_saveable" else 0 :]
+    assert kept == ["bfloat16"] * (2 if policy == "dots_saveable" else 1)
     if policy == "dots_saveable":
         jaxpr = jax.make_jaxpr(mpjax.autocast(jax.grad(unrolled)))(*args)
         marks = [e for e, _, _ in walk(jaxpr) if e.primitive.name == "reduce_precision"]
@@ -297,16 +298,14 @@ def test_forget_gates_near_one_do_not_compound(half):
 
 def test_a_long_recurrence_keeps_its_gradient():
     """The error of factors that were rounded does not grow with the length."""
-    for length in (50, 400):
-        case = small.bigru(length=length, width=32)
-        truth = small.oracle(case)
-        args = case.loss, case.params, case.inputs
-        cast = small.autocast_gradient(*args, "mixed_bfloat16")
-        hand = small.hand_cast(case.loss, "bfloat16")
-        by_hand = small.gradient(hand, case.params, case.inputs)
-        error = small.relative_error(cast, truth)
-        assert error < 6e-3
-        assert error < 0.6 * small.relative_error(by_hand, truth)
+    case = small.bigru(length=400, width=16)
+    args = case.loss, case.params, case.inputs
+    truth = small.oracle(case)
+    cast = small.autocast_gradient(*args, "mixed_bfloat16")
+    by_hand = small.gradient(small.hand_cast(case.loss, "bfloat16"), *args[1:])
+    error = small.relative_error(cast, truth)
+    assert error < 6e-3
+    assert error < 0.6 * small.relative_error(by_hand, truth)
 
 
 def test_bounded_results_are_found_through_products_shapes_and_calls():
