@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from mpjax import _jaxpr
@@ -27,7 +26,6 @@ from mpjax.autocast._tables import (
 )
 
 _FLOAT32 = np.dtype(np.float32)
-_BFLOAT16 = np.dtype(jnp.bfloat16)
 # A constant stays one through these, so that it is never rounded.
 _KEEPS_VALUE = frozenset(
     (
@@ -179,9 +177,7 @@ class Body(Operands):
         dtype, rounds, reason = narrow or self._follow_dtype(eqn)
         if dtype == _FLOAT32:
             self._untouched(eqn, reason)
-        elif rounds or (name == "select_n" and dtype == _BFLOAT16):
-            # The same value: XLA:CPU chooses between 16-bit numbers by a branch, and
-            # takes 13 times as long as for float32 ones that are rounded.
+        elif rounds:
             self._round_once(eqn, dtype)
         elif name != "transpose" or not self._swap_operands(eqn):
             params = params_in_half(eqn, dtype)
