@@ -36,6 +36,7 @@ _FREE = frozenset(
         "all-gather-start",
         "async-start",
         "async-update",
+        "fusion-done",
         "collective-permute-start",
         "opt-barrier",
     ]
@@ -60,7 +61,7 @@ def moved_bytes(text: str) -> int:
     Every kernel reads its operands and writes its results, once each: what is fused
     moves nothing in between, and nothing stays in a cache from one kernel to the next.
     Of an operand that a kernel only slices or gathers from, what is taken counts; of
-    one that it updates in place, twice the update. Loops count as often as XLA knows
+    one that it updates in place, what is written. Loops count as often as XLA knows
     that they run, else once; of a conditional's branches the one that moves most.
 
     Args:
@@ -95,7 +96,7 @@ def _of_instruction(computations: dict, i: Instruction, sizes: dict[str, int]) -
         return max((_of_computation(computations, n) for n in names), default=0)
     if i.op == "call" and called:
         return _of_computation(computations, called[0])
-    if i.op == "fusion" and called:
+    if i.op in ("fusion", "fusion-start") and called:
         return _of_fusion(computations[called[0]], i, sizes)
     reads = [sizes.get(name, 0) for name in i.operands]
     if i.op in _SLICES:
@@ -106,30 +107,41 @@ def _of_instruction(computations: dict, i: Instruction, sizes: dict[str, int]) -
 
 
 def _of_fusion(inside: list[Instruction], fusion: Instruction, sizes: dict) -> int:
-    parameters = {
-        int(i.rest.partition(")")[0]): i.name for i in inside if i.op == "parameter"
-    }
-    read = 0
-    for index, operand in enumerate(fusion.operands):
-        users = [i for i in inside if parameters.get(index) in i.operands]
-        if users and all(
-            i.op in _SLICES and i.operands[0] == parameters[index] for i in users
-        ):
-            read += sum(i.num_bytes for i in users)
-        elif not (users and all(_is_updated(i, parameters[index]) for i in users)):
-            read += sizes.get(operand, 0)
     inner = {i.name: i for i in inside}
-    root = next((i for i in inside if i.is_root), None)
-    while root is not None and root.op == "bitcast":
-        root = inner.get(root.operands[0])
-    if root is not None and root.op == "dynamic-update-slice":
-        update = inner.get(root.operands[1])
-        return read + 2 * (update.num_bytes if update else 0)
-    return read + fusion.num_bytes
+
+    def source(name: str) -> str:
+        """Looks through views."""
+        while name in inner and inner[name].op == "bitcast":
+            name = inner[name].operands[0]
+        return name
+
+    takers: dict[str, list[tuple[Instruction, int]]] = {}
+    for i in inside:
+        for place, name in enumerate(i.operands if i.op != "bitcast" else ()):
+            takers.setdefault(source(name), []).append((i, place))
+    moved = 0
+    for i in inside:
+        if i.op == "parameter":
+            operand = fusion.operands[int(i.rest.partition(")")[0])]
+            moved += _read(takers.get(i.name, []), sizes.get(operand, 0))
+    root = next(i for i in inside if i.is_root)
+    for name in root.operands if root.op == "tuple" else (root.name,):
+        result = inner[source(name)]
+        if result.op == "dynamic-update-slice":
+            result = inner[source(result.operands[1])]
+        moved += result.num_bytes
+    return moved
 
 
-def _is_updated(i: Instruction, name: str) -> bool:
-    return i.op == "dynamic-update-slice" and i.operands[0] == name
+def _read(takers: list[tuple[Instruction, int]], num_bytes: int) -> int:
+    """Returns what of an array of `num_bytes` a kernel's instructions read."""
+    parts = 0
+    for i, place in takers:
+        if place == 0 and i.op in _SLICES:
+            parts += i.num_bytes
+        elif place != 0 or i.op != "dynamic-update-slice":
+            return num_bytes
+    return parts
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -184,9 +184,7 @@ def test_follow_runs_in_its_operands_dtype(name):
     assert dtypes(closed, "dot_general", "first") == [({HALF}, {HALF})]
     found = dtypes(closed, name, "probe")
     assert found
-    # XLA:CPU is slow to choose between bfloat16 numbers.
-    computed = FULL if name == "select_n" else HALF
-    assert all(pair == ({computed}, {computed}) for pair in found)
+    assert all(pair == ({HALF}, {HALF}) for pair in found)
     check_values(fn, probed)
 
     if name not in _tables.ACTIVATION:
