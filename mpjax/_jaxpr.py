@@ -234,11 +234,6 @@ def join_scope(scope: str, eqn: Any) -> str:
     return "/".join([scope, *parts]) if scope else "/".join(parts)
 
 
-def transforms(eqn: Any) -> str:
-    """Returns an equation's name scope with JAX's marks: `transpose(jvp(encoder))`."""
-    return str(eqn.source_info.name_stack)
-
-
 def source_line(eqn: Any) -> str:
     """Returns the user's source line of an equation, `file.py:12 (function)`."""
     return source_info_util.summarize(eqn.source_info)

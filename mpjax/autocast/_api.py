@@ -90,7 +90,7 @@ def autocast(
         if is_traced:
             rewritten = _rewrite_inside(rewriter, closed)
         else:
-            rewritten = rewriter.rewrite(closed)
+            rewritten, _ = rewriter.rewrite(closed)
         outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
         return outputs, flat.out_spec
 
@@ -142,8 +142,9 @@ def as_rules(
 
 def _rewrite_inside(rewriter: Rewriter, jaxpr: Any) -> Any:
     """Rewrites what is in the jits of a jaxpr, their inputs and outputs as traced."""
+    rewrite = lambda inner: rewriter.rewrite(inner)[0]
     eqns = [
-        eqn.replace(params=map_inner_jaxprs(rewriter.rewrite, eqn.params))
+        eqn.replace(params=map_inner_jaxprs(rewrite, eqn.params))
         for eqn in open_jaxpr(jaxpr).eqns
     ]
     return with_equations(jaxpr, eqns=eqns)

@@ -6,21 +6,11 @@ a maximum or a reshape wants half, rounding before it is rounding after it, and 
 lies between, often saved for the backward pass, is half as large.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from mpjax._jaxpr import (
-    Literal,
-    inner_jaxprs,
-    is_float32,
-    join_scope,
-    open_jaxpr,
-    scan_sizes,
-)
+from mpjax._jaxpr import Literal, inner_jaxprs, is_float32, join_scope, open_jaxpr
 from mpjax.autocast._decide import asks_for_sign, is_eligible
-from mpjax.autocast._residuals import Decisions, differentiated_scans, factors
 from mpjax.autocast._tables import EXACT, SHRINKING, Kind
 
 
@@ -32,30 +22,19 @@ class Wish(NamedTuple):
       full: whether some consumer would rather have float32.
       exact: whether some consumer must have it as traced: an output, a loop, an
         operation that is not to be touched.
-      factors: the half dtypes in which a backward pass may multiply by it, if it is in
-        their range.
     """
 
     halves: frozenset
     full: bool
     exact: bool = False
-    factors: frozenset = frozenset()
 
-    def only_half(self, *, is_bounded: bool = False) -> Any:
-        """Returns the one half dtype that every consumer wants, or None.
-
-        Args:
-          is_bounded: whether the value is known to be in the range of float16.
-        """
-        halves = self.halves | self.factors
-        if self.full or len(halves) != 1:
+    def only_half(self) -> Any:
+        """Returns the one half dtype that every consumer wants, or None."""
+        if self.full or len(self.halves) != 1:
             return None
-        (half,) = halves
-        in_range = is_bounded or half in self.halves or half not in _NARROW
-        return half if in_range else None
+        return next(iter(self.halves))
 
 
-_NARROW = frozenset((np.dtype(np.float16),))
 NOTHING = Wish(frozenset(), full=False)
 FULL = Wish(frozenset(), full=True)
 EXACTLY = Wish(frozenset(), full=True, exact=True)
@@ -65,24 +44,15 @@ class Demand:
     """Finds, per jaxpr, what the consumers of each variable want.
 
     Args:
-      decisions: what is done with single equations.
+      kind_of: the kind of an equation.
+      low_dtype: `(eqn, scope) -> half dtype`, or None if it stays in float32.
     """
 
-    def __init__(self, decisions: Decisions):
-        self._decisions = decisions
-        self._kind_of = decisions.kind_of
-        self._low_dtype = decisions.low_dtype
-        self._scans: dict[int, bool] = {}
+    def __init__(self, kind_of: Callable, low_dtype: Callable):
+        self._kind_of = kind_of
+        self._low_dtype = low_dtype
         self._has_low: dict[int, tuple[Any, bool]] = {}
         self._known: dict[Any, tuple[Any, dict, tuple[Wish, ...]]] = {}
-
-    def prepare(self, jaxpr: Any) -> None:
-        """Looks for scans in a jaxpr that are differentiated; it must outlive this."""
-        self._scans |= differentiated_scans(jaxpr)
-
-    def of_constants(self, scan: Any, scope: str) -> list[Wish]:
-        """Returns what a scan wants of its constants."""
-        return self._of_scan(scan, scope)[: scan_sizes(scan)[0]]
 
     def has_low(self, jaxpr: Any) -> bool:
         """Whether anything inside can become half: a matmul, or a custom derivative."""
@@ -163,33 +133,9 @@ class Demand:
             if all(len(wishes) == len(eqn.invars) for wishes in per_jaxpr):
                 return [_join(wishes) for wishes in zip(*per_jaxpr, strict=True)]
             wish = EXACTLY
-        elif kind is Kind.FIXED and eqn.primitive.name == "scan":
-            return self._of_scan(eqn, scope)
         else:
             wish = FULL if kind in (Kind.HIGH, Kind.FOLLOW) else EXACTLY
         return [wish] * len(eqn.invars)
-
-    def _of_scan(self, eqn: Any, scope: str) -> list[Wish]:
-        """Half, or as traced, of what is taken apart, and of a constant.
-
-        Of a constant only if the scan is differentiated already: else its gradient
-        would be gathered in half.
-        """
-        body = eqn.params["jaxpr"]
-        outputs = (EXACTLY,) * len(eqn.outvars)
-        _, wishes = self.wishes(body, outputs, join_scope(scope, eqn))
-        num_consts, num_carry = scan_sizes(eqn)
-        found = [wish if wish.only_half() else EXACTLY for wish in wishes]
-        found[num_consts : num_consts + num_carry] = [EXACTLY] * num_carry
-        if id(eqn) not in self._scans:
-            found[:num_consts] = [EXACTLY] * num_consts
-        elif self._scans[id(eqn)]:
-            for place, half, is_operand in factors(eqn, scope, self._decisions):
-                one = frozenset((half,))
-                found[place] = Wish(
-                    one if is_operand else NOTHING.halves, False, False, one
-                )
-        return found
 
 
 def _of_following(eqn: Any, wanted: list[Wish]) -> list[Wish]:
@@ -211,9 +157,7 @@ def _join(wishes: Iterable[Wish]) -> Wish:
         return wishes.pop()
     halves = frozenset().union(*(wish.halves for wish in wishes))
     full = any(wish.full for wish in wishes)
-    exact = any(wish.exact for wish in wishes)
-    factors = frozenset().union(*(wish.factors for wish in wishes))
-    return Wish(halves, full, exact, factors)
+    return Wish(halves, full, any(wish.exact for wish in wishes))
 
 
 def _add(found: dict, atoms: Iterable[Any], wishes: Iterable[Wish]) -> None:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from mpjax._jaxpr import dtype_of, eval_jaxpr, join_scope, open_jaxpr
 from mpjax.autocast import _custom
 from mpjax.autocast._body import Body
-from mpjax.autocast._decide import is_emulation, is_reserved, why_not_low
+from mpjax.autocast._decide import is_reserved, why_not_low
 from mpjax.autocast._demand import EXACTLY, Demand, Wish
-from mpjax.autocast._residuals import Decisions
 from mpjax.autocast._tables import Kind
 from mpjax.policy import PolicyRules
 
@@ -36,7 +35,7 @@ class Rewriter:
         self.log = log
         config: Any = jax.config
         self.ambient = config.jax_default_matmul_precision
-        self.demand = Demand(Decisions(self.kind_of, self.low_dtype, self.half_of))
+        self.demand = Demand(self.kind_of, self.low_dtype)
         self._done: dict[Any, Any] = {}
         self._customs: dict[Any, Any] = {}
         self._low_dtypes: dict[Any, Any] = {}
@@ -44,8 +43,6 @@ class Rewriter:
     def kind_of(self, eqn: Any) -> Kind:
         """Returns what to do with an equation."""
         kind = self.table.get(eqn.primitive.name, Kind.OPAQUE)
-        if kind is Kind.FOLLOW and is_emulation(eqn):
-            return Kind.OPAQUE
         if kind is Kind.FREE and is_reserved(eqn):
             return Kind.OPAQUE
         return kind
@@ -60,50 +57,32 @@ class Rewriter:
     def _find_low_dtype(self, eqn: Any, scope: str) -> Any:
         if why_not_low(eqn, self.ambient):
             return None
-        return self.half_of(join_scope(scope, eqn))
-
-    def half_of(self, scope: str) -> Any:
-        """Returns the half dtype of the policy for a scope, or None if it has none."""
-        dtype = jnp.dtype(self.rules.policy_for(scope).compute_dtype)
+        policy = self.rules.policy_for(join_scope(scope, eqn))
+        dtype = jnp.dtype(policy.compute_dtype)
         return dtype if dtype.itemsize < 4 else None
 
     def why_not_low(self, eqn: Any, scope: str) -> str:
         """Returns why a matmul stays in float32."""
         return why_not_low(eqn, self.ambient) or "a rule says float32"
 
-    def rewrite(self, jaxpr: Any, scope: str = "") -> Any:
-        """Rewrites a jaxpr and all inside it; inputs and outputs stay as traced.
-
-        Args:
-          jaxpr: closed or open.
-          scope: its name scope.
-
-        Returns:
-          The jaxpr; the very object if nothing changed.
-        """
-        self.demand.prepare(jaxpr)
-        return self.rewrite_inner(jaxpr, scope=scope)[0]
-
-    def rewrite_inner(
+    def rewrite(
         self,
         jaxpr: Any,
         *,
         in_dtypes: tuple[Any, ...] | None = None,
         in_values: tuple[float | None, ...] | None = None,
         out_wishes: tuple[Wish, ...] | None = None,
-        out_dtypes: tuple[Any, ...] | None = None,
         scope: str = "",
         times: int = 1,
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Rewrites a jaxpr inside the one that `rewrite` was given.
+        """Rewrites one jaxpr and all inside it.
 
         Args:
           jaxpr: closed or open.
           in_dtypes: actual dtype of each input; as traced if None.
           in_values: the value of each input that is a known scalar.
-          out_wishes: what is wanted of each output; `EXACTLY` if None.
-          out_dtypes: what each output is to be cast to, None for as it comes; without
-            it, as traced if there are no wishes either, and else as they come.
+          out_wishes: outputs may come in half, and what is wanted of each; None returns
+            them as traced.
           scope: its name scope.
           times: how often it runs.
 
@@ -115,29 +94,23 @@ class Rewriter:
         in_dtypes = in_dtypes or traced
         in_values = in_values or (None,) * len(body.invars)
         has_low = self.demand.has_low(jaxpr)
-        as_traced = tuple(dtype_of(v) for v in body.outvars)
-        if out_dtypes is None:
-            out_dtypes = (None,) * len(as_traced) if out_wishes else as_traced
-        wanted = any(wish.halves for wish in out_wishes or ()) or any(
-            new not in (None, old)
-            for new, old in zip(out_dtypes, as_traced, strict=True)
-        )
+        wanted = any(wish.halves for wish in out_wishes or ())
         if in_dtypes == traced and not (has_low or wanted or self.log):
-            return jaxpr, as_traced
+            return jaxpr, tuple(dtype_of(v) for v in body.outvars)
         cache_key = (
             id(jaxpr),
             in_dtypes,
             in_values,
             out_wishes,
-            out_dtypes,
             scope if has_low else "",
         )
         if self.log is None and cache_key in self._done:
             return self._done[cache_key][1]
+        restore = out_wishes is None
         outputs = out_wishes or (EXACTLY,) * len(body.outvars)
         wishes, _ = self.demand.wishes(jaxpr, outputs, scope)
         rewritten = Body(self, wishes, scope, times)
-        result = rewritten.run(jaxpr, in_dtypes, in_values, out_dtypes)
+        result = rewritten.run(jaxpr, in_dtypes, in_values, restore=restore)
         self._done[cache_key] = (jaxpr, result)
         return result
 
@@ -152,7 +125,7 @@ class Rewriter:
 
             def evaluate(jaxpr, consts, *args):
                 fresh = Rewriter(self.rules, self.table)
-                rewritten = fresh.rewrite(jaxpr, join_scope(scope, eqn))
+                rewritten, _ = fresh.rewrite(jaxpr, scope=join_scope(scope, eqn))
                 return eval_jaxpr(open_jaxpr(rewritten), consts, *args)
 
             self._customs[cache_key] = (eqn, _custom.trace(eqn, evaluate))

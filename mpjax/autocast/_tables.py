@@ -72,7 +72,6 @@ EXACT = _names(
     reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min
     sharding_constraint reshard all_gather all_gather_invariant ppermute all_to_all
     pvary convert_element_type optimization_barrier select_and_scatter_add
-    reduce_precision
     """
 )
 
@@ -94,7 +93,7 @@ KNOWN_OPAQUE = SIGN_TEST | _names(
     """
     eq ne and or xor not is_finite argmax argmin
     shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi
-    bitcast_convert_type nextafter floor ceil round rem iota
+    bitcast_convert_type reduce_precision nextafter floor ceil round rem iota
     sort top_k approx_top_k reduce_and reduce_or reduce_xor
     scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub
     select_and_gather_add fft cholesky eig eigh lu qr svd schur
