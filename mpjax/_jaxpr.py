@@ -7,6 +7,7 @@ a `Jaxpr`, so the two are never told apart by `isinstance`.
 
 import contextlib
 import functools
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -204,6 +205,63 @@ def scan_sizes(eqn: Any) -> tuple[int, int]:
         consts, carry, _ = params["ft_in"].unpack()
         return len(consts), len(carry)
     return params["num_consts"], params["num_carry"]
+
+
+def with_scan_body(
+    eqn: Any,
+    jaxpr: Any,
+    sizes: tuple[int, int],
+    *,
+    invars: Any = None,
+    outvars: Any = None,
+) -> Any:
+    """Returns a scan equation with another body and other operands or results.
+
+    Args:
+      eqn: the equation.
+      jaxpr: the body.
+      sizes: how many constants and how many carried values it has.
+      invars: its operands; as they are if None.
+      outvars: its results; as they are if None.
+    """
+    invars = eqn.invars if invars is None else invars
+    outvars = eqn.outvars if outvars is None else outvars
+    num_consts, num_carry = sizes
+    counts = _scan_counts(
+        num_consts, num_carry, len(invars) - sum(sizes), len(outvars) - num_carry
+    )
+    params = eqn.params | counts | {"jaxpr": jaxpr}
+    return eqn.replace(invars=invars, outvars=outvars, params=params)
+
+
+@functools.lru_cache(maxsize=1024)
+def _scan_counts(num_consts: int, num_carry: int, num_xs: int, num_ys: int) -> dict:
+    """Returns the parameters that count operands and results, as JAX sets them."""
+
+    def fn(consts, carry, xs):
+        def step(carry, xs):
+            total = sum((*consts, *carry, *xs))
+            return [total * x for x in carry], [total * i for i in range(num_ys)]
+
+        return jax.lax.scan(step, carry, xs, length=1)
+
+    scalar = jax.ShapeDtypeStruct((), _FLOAT32)
+    stack = jax.ShapeDtypeStruct((1,), _FLOAT32)
+    args = [scalar] * num_consts, [scalar] * num_carry, [stack] * num_xs
+    (eqn,) = jax.make_jaxpr(fn)(*args).eqns
+    names = ("ft_in", "ft_out", "num_consts", "num_carry")
+    return {name: eqn.params[name] for name in names if name in eqn.params}
+
+
+def stacked_aval(aval: Any, length: int) -> Any:
+    """Returns the type of as many values of a type, stacked along a new first axis."""
+    sharding = aval.sharding.update(spec=(None, *aval.sharding.spec))
+    return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
+
+
+def num_bytes(aval: Any) -> int:
+    """Returns the bytes of an array; no `int` where a dimension is symbolic."""
+    return math.prod(aval.shape) * aval.dtype.itemsize
 
 
 def dtype_of(atom: Any) -> Any:

@@ -12,12 +12,14 @@ from jax.core import Tracer
 from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
 from mpjax._jaxpr import (
     eval_jaxpr,
+    inner_jaxprs,
     map_inner_jaxprs,
     open_jaxpr,
     with_equations,
 )
 from mpjax.autocast._decide import RESERVED_AUTOCAST, RESERVED_FULL
 from mpjax.autocast._rewrite import Rewriter
+from mpjax.autocast._stacks import with_fewer_stacks
 from mpjax.autocast._tables import make_table
 from mpjax.policy import PolicyLike, PolicyRules, get_policy
 
@@ -91,6 +93,8 @@ def autocast(
             rewritten = _rewrite_inside(rewriter, closed)
         else:
             rewritten, _ = rewriter.rewrite(closed)
+        if rewritten is not closed:
+            rewritten = with_fewer_stacks(rewritten)
         outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
         return outputs, flat.out_spec
 
@@ -142,11 +146,11 @@ def as_rules(
 
 def _rewrite_inside(rewriter: Rewriter, jaxpr: Any) -> Any:
     """Rewrites what is in the jits of a jaxpr, their inputs and outputs as traced."""
+    old = open_jaxpr(jaxpr).eqns
     rewrite = lambda inner: rewriter.rewrite(inner)[0]
-    eqns = [
-        eqn.replace(params=map_inner_jaxprs(rewrite, eqn.params))
-        for eqn in open_jaxpr(jaxpr).eqns
-    ]
+    if all(rewrite(x) is x for eqn in old for x in inner_jaxprs(eqn)):
+        return jaxpr
+    eqns = [e.replace(params=map_inner_jaxprs(rewrite, e.params)) for e in old]
     return with_equations(jaxpr, eqns=eqns)
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from mpjax import _jaxpr
@@ -13,15 +12,15 @@ from mpjax.autocast._decide import (
     asks_for_sign,
     fit,
     is_eligible,
+    params_in_half,
 )
 from mpjax.autocast._demand import NOTHING, Wish
-from mpjax.autocast._dots import swaps_operands, with_unit_axes
+from mpjax.autocast._dots import low_outputs, swaps_operands, with_unit_axes
 from mpjax.autocast._operands import Operands
 from mpjax.autocast._tables import (
     ACTIVATION,
     ARITHMETIC,
     EXACT,
-    LOW,
     SHRINKING,
     Kind,
 )
@@ -70,14 +69,14 @@ class Body(Operands):
             Kind.OPAQUE: self._opaque,
         }
 
-    def run(self, jaxpr: Any, in_dtypes: Any, in_values: Any, *, restore: bool) -> Any:
+    def run(self, jaxpr: Any, in_dtypes: Any, in_values: Any, out_dtypes: Any) -> Any:
         """Rewrites all equations.
 
         Args:
           jaxpr: closed or open.
           in_dtypes: actual dtype per input.
           in_values: known number per input, or None.
-          restore: whether outputs return to the dtypes that they were traced in.
+          out_dtypes: what each output is cast to; None for as it comes.
 
         Returns:
           The jaxpr (the very object if nothing changed) and its outputs' dtypes.
@@ -91,13 +90,11 @@ class Body(Operands):
             self.set_value(var, value)
         for eqn in self._body.eqns:
             self._handlers[self._rewriter.kind_of(eqn)](eqn)
-        outvars = [self.actual(x) for x in self._body.outvars]
-        if restore:
-            made_by = {v: eqn for eqn in self._body.eqns for v in eqn.outvars}
-            outvars = [
-                self.as_traced(old, None if new is old else made_by.get(old))
-                for old, new in zip(self._body.outvars, outvars, strict=True)
-            ]
+        made_by = {v: eqn for eqn in self._body.eqns for v in eqn.outvars}
+        outvars = [
+            self.actual(x) if dtype is None else self.returned(x, dtype, made_by)
+            for x, dtype in zip(self._body.outvars, out_dtypes, strict=True)
+        ]
         out_dtypes = tuple(map(dtype_of, outvars))
         if not self.changed:
             return jaxpr, out_dtypes
@@ -151,7 +148,7 @@ class Body(Operands):
         if "precision" in params:
             params["precision"] = None
         invars = self._in_half(eqn, dtype)
-        outs = _low_outputs(eqn.replace(invars=invars, params=params), dtype)
+        outs = low_outputs(eqn.replace(invars=invars, params=params), dtype)
         self._write(eqn, invars=invars, params=params, dtypes=outs)
         if eqn.primitive.name == "dot_general":
             self._dots[eqn.outvars[0]] = len(self.eqns) - 1
@@ -183,9 +180,7 @@ class Body(Operands):
         elif rounds:
             self._round_once(eqn, dtype)
         elif name != "transpose" or not self._swap_operands(eqn):
-            params = None
-            if name == "convert_element_type":
-                params = eqn.params | {"new_dtype": dtype, "weak_type": False}
+            params = params_in_half(eqn, dtype)
             outs = [dtype] * len(eqn.outvars)
             self._write(
                 eqn, invars=self._in_half(eqn, dtype), params=params, dtypes=outs
@@ -326,8 +321,33 @@ class Body(Operands):
         self._write(eqn, invars=invars, params=params)
 
     def _loop(self, eqn: Any) -> None:
+        if eqn.primitive.name == "scan":
+            self._scan(eqn)
+            return
         invars = [self.as_traced(x, eqn) for x in eqn.invars]
         self._write(eqn, invars=invars, params=self._rewrite_params(eqn))
+
+    def _scan(self, eqn: Any) -> None:
+        """Constants and what is carried stay as traced; what is stacked may be half."""
+        num_consts, num_carry = _jaxpr.scan_sizes(eqn)
+        first = num_consts + num_carry
+        invars = [self.as_traced(x, eqn) for x in eqn.invars[:first]]
+        invars += [self.actual(x) for x in eqn.invars[first:]]
+        body = eqn.params["jaxpr"]
+        rewritten, dtypes = self._inner(
+            eqn,
+            body,
+            in_dtypes=tuple(map(dtype_of, invars)),
+            out_dtypes=(
+                *map(dtype_of, eqn.outvars[:num_carry]),
+                *(self._wish(v).only_half() for v in eqn.outvars[num_carry:]),
+            ),
+        )
+        if rewritten is body:
+            self._write(eqn, invars=invars)
+            return
+        params = eqn.params | {"jaxpr": rewritten}
+        self._write(eqn, invars=invars, params=params, dtypes=dtypes)
 
     def _custom(self, eqn: Any) -> None:
         rewriter = self._rewriter
@@ -340,7 +360,7 @@ class Body(Operands):
             return
         if rewriter.log is not None:
             self._rewrite_params(eqn)  # only for what it logs
-        self._splice(traced, eqn, [self.as_traced(x, eqn) for x in eqn.invars])
+        self.splice(traced, eqn, [self.as_traced(x, eqn) for x in eqn.invars])
 
     def _elementwise(self, eqn: Any) -> None:
         """A `custom_jvp` function such as relu: in half where its result is."""
@@ -359,32 +379,5 @@ class Body(Operands):
             self._untouched(eqn)
             return
         outs = zip(eqn.outvars, dtypes, strict=True)
-        self._splice(traced, eqn, invars, [self.define(v, d) for v, d in outs])
+        self.splice(traced, eqn, invars, [self.define(v, d) for v, d in outs])
         self._log(eqn, dtypes[0])
-
-    def _splice(self, traced: Any, eqn: Any, invars: Any, outvars: Any = None) -> None:
-        """Writes the equations of a jaxpr in the place of one equation."""
-        names = dict(zip(traced.invars, invars, strict=True))
-        names |= dict(zip(traced.outvars, outvars or eqn.outvars, strict=True))
-
-        def rename(atom):
-            return atom if isinstance(atom, Literal) else names.get(atom, atom)
-
-        for inner in traced.eqns:
-            self.eqns.append(
-                inner.replace(
-                    invars=[rename(x) for x in inner.invars],
-                    outvars=[rename(v) for v in inner.outvars],
-                    source_info=eqn.source_info,
-                )
-            )
-        self.changed = True
-
-
-def _low_outputs(eqn: Any, dtype: Any) -> list[Any]:
-    """Returns the dtypes that a matmul, or a primitive of the user's, puts out."""
-    if eqn.primitive.name in LOW:
-        return [dtype]
-    operands = [jax.ShapeDtypeStruct(x.aval.shape, dtype_of(x)) for x in eqn.invars]
-    outputs = jax.eval_shape(lambda *xs: _jaxpr.bind(eqn, *xs), *operands)
-    return [x.dtype for x in outputs]

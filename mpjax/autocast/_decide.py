@@ -77,6 +77,27 @@ def is_reserved(eqn: Any) -> bool:
     return isinstance(name, str) and name.startswith((RESERVED_AUTOCAST, RESERVED_FULL))
 
 
+def is_emulation(eqn: Any) -> bool:
+    """Whether it rounds to a narrower format than float32, kept in float32.
+
+    With float32's own width, as JAX has it around what a checkpoint saves, it is none.
+    """
+    params = eqn.params
+    return eqn.primitive.name == "reduce_precision" and (
+        params["exponent_bits"] < 8 or params["mantissa_bits"] < 23
+    )
+
+
+def params_in_half(eqn: Any, dtype: Any) -> dict[str, Any] | None:
+    """Returns an equation's parameters where they say what a float is; else None."""
+    if eqn.primitive.name == "convert_element_type":
+        return eqn.params | {"new_dtype": dtype, "weak_type": False}
+    if eqn.primitive.name == "reduce_precision":
+        info = jnp.finfo(dtype)
+        return {"exponent_bits": info.nexp, "mantissa_bits": info.nmant}
+    return None
+
+
 def why_not_low(eqn: Any, ambient_precision: Any) -> str:
     """Returns why a matmul stays in float32, or an empty string."""
     if not is_eligible(eqn):

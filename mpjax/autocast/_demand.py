@@ -9,7 +9,14 @@ lies between, often saved for the backward pass, is half as large.
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from mpjax._jaxpr import Literal, inner_jaxprs, is_float32, join_scope, open_jaxpr
+from mpjax._jaxpr import (
+    Literal,
+    inner_jaxprs,
+    is_float32,
+    join_scope,
+    open_jaxpr,
+    scan_sizes,
+)
 from mpjax.autocast._decide import asks_for_sign, is_eligible
 from mpjax.autocast._tables import EXACT, SHRINKING, Kind
 
@@ -133,9 +140,22 @@ class Demand:
             if all(len(wishes) == len(eqn.invars) for wishes in per_jaxpr):
                 return [_join(wishes) for wishes in zip(*per_jaxpr, strict=True)]
             wish = EXACTLY
+        elif kind is Kind.FIXED and eqn.primitive.name == "scan":
+            return self._of_scan(eqn, scope)
         else:
             wish = FULL if kind in (Kind.HIGH, Kind.FOLLOW) else EXACTLY
         return [wish] * len(eqn.invars)
+
+    def _of_scan(self, eqn: Any, scope: str) -> list[Wish]:
+        """Half where the body takes a piece of a stack in half alone; else as traced.
+
+        A constant is as traced: its gradient, gathered over the steps, would be half.
+        """
+        outputs = (EXACTLY,) * len(eqn.outvars)
+        _, wishes = self.wishes(eqn.params["jaxpr"], outputs, join_scope(scope, eqn))
+        first = sum(scan_sizes(eqn))
+        stacked = [wish if wish.only_half() else EXACTLY for wish in wishes[first:]]
+        return [EXACTLY] * first + stacked
 
 
 def _of_following(eqn: Any, wanted: list[Wish]) -> list[Wish]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import dtype_of
+from mpjax.autocast._tables import LOW
 
 _BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -90,3 +91,12 @@ def with_unit_axes(dot: Any) -> list[Any]:
 
 def _moved(axes: tuple[int, ...], num: int) -> tuple[int, ...]:
     return tuple(axis + num for axis in axes)
+
+
+def low_outputs(eqn: Any, dtype: Any) -> list[Any]:
+    """Returns the dtypes that a matmul, or a primitive of the user's, puts out."""
+    if eqn.primitive.name in LOW:
+        return [dtype]
+    operands = [jax.ShapeDtypeStruct(x.aval.shape, dtype_of(x)) for x in eqn.invars]
+    outputs = jax.eval_shape(lambda *xs: _jaxpr.bind(eqn, *xs), *operands)
+    return [x.dtype for x in outputs]

@@ -43,6 +43,13 @@ class Operands:
             return actual
         return self.convert(actual, Var(atom.aval), like)
 
+    def returned(self, atom: Any, dtype: Any, made_by: dict) -> Any:
+        """Returns an output in a dtype: the variable itself, or a cast of it."""
+        like = None if isinstance(atom, Literal) else made_by.get(atom)
+        if dtype == dtype_of(atom):
+            return self.as_traced(atom, like)
+        return self.cast(atom, dtype, like)
+
     def convert(self, atom: Any, out: Var, like: Any) -> Var:
         """Writes a cast of `atom` to the dtype of `out`."""
         self.eqns.append(_jaxpr.convert_eqn(atom, out, like))
@@ -69,3 +76,21 @@ class Operands:
         """Notes what number a variable holds."""
         if value is not None:
             self._values[var] = value
+
+    def splice(self, traced: Any, eqn: Any, invars: Any, outvars: Any = None) -> None:
+        """Writes the equations of a jaxpr in the place of one equation."""
+        names = dict(zip(traced.invars, invars, strict=True))
+        names |= dict(zip(traced.outvars, outvars or eqn.outvars, strict=True))
+
+        def rename(atom):
+            return atom if isinstance(atom, Literal) else names.get(atom, atom)
+
+        for inner in traced.eqns:
+            self.eqns.append(
+                inner.replace(
+                    invars=[rename(x) for x in inner.invars],
+                    outvars=[rename(v) for v in inner.outvars],
+                    source_info=eqn.source_info,
+                )
+            )
+        self.changed = True

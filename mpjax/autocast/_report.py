@@ -24,7 +24,7 @@ from mpjax._table import (
     short_source,
 )
 from mpjax.autocast._api import as_rules
-from mpjax.autocast._decide import RESERVED_FULL, is_reserved
+from mpjax.autocast._decide import RESERVED_FULL, is_emulation, is_reserved
 from mpjax.autocast._rewrite import Rewriter
 from mpjax.autocast._tables import KNOWN_OPAQUE, Kind, make_table
 from mpjax.policy import PolicyLike, PolicyRules
@@ -207,6 +207,8 @@ class _Log:
 
     def _usual_reason(self, eqn: Any) -> str:
         name = eqn.primitive.name
+        if is_emulation(eqn):
+            return "runs as traced"
         kind = self._table.get(name)
         if kind is Kind.HIGH:
             return "loses too much, or overflows, in half"

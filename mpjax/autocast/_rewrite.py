@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mpjax._jaxpr import dtype_of, eval_jaxpr, join_scope, open_jaxpr
 from mpjax.autocast import _custom
 from mpjax.autocast._body import Body
-from mpjax.autocast._decide import is_reserved, why_not_low
+from mpjax.autocast._decide import is_emulation, is_reserved, why_not_low
 from mpjax.autocast._demand import EXACTLY, Demand, Wish
 from mpjax.autocast._tables import Kind
 from mpjax.policy import PolicyRules
@@ -43,6 +43,8 @@ class Rewriter:
     def kind_of(self, eqn: Any) -> Kind:
         """Returns what to do with an equation."""
         kind = self.table.get(eqn.primitive.name, Kind.OPAQUE)
+        if kind is Kind.FOLLOW and is_emulation(eqn):
+            return Kind.OPAQUE
         if kind is Kind.FREE and is_reserved(eqn):
             return Kind.OPAQUE
         return kind
@@ -72,6 +74,7 @@ class Rewriter:
         in_dtypes: tuple[Any, ...] | None = None,
         in_values: tuple[float | None, ...] | None = None,
         out_wishes: tuple[Wish, ...] | None = None,
+        out_dtypes: tuple[Any, ...] | None = None,
         scope: str = "",
         times: int = 1,
     ) -> tuple[Any, tuple[Any, ...]]:
@@ -81,8 +84,10 @@ class Rewriter:
           jaxpr: closed or open.
           in_dtypes: actual dtype of each input; as traced if None.
           in_values: the value of each input that is a known scalar.
-          out_wishes: outputs may come in half, and what is wanted of each; None returns
-            them as traced.
+          out_wishes: what is wanted of each output, which then comes as it may; without
+            it, to be as traced.
+          out_dtypes: what each output is cast to, None for as it comes; as traced
+            without it and `out_wishes`.
           scope: its name scope.
           times: how often it runs.
 
@@ -94,23 +99,28 @@ class Rewriter:
         in_dtypes = in_dtypes or traced
         in_values = in_values or (None,) * len(body.invars)
         has_low = self.demand.has_low(jaxpr)
-        wanted = any(wish.halves for wish in out_wishes or ())
+        outputs = tuple(dtype_of(v) for v in body.outvars)
+        if out_dtypes is None:
+            out_dtypes = (None,) * len(outputs) if out_wishes else outputs
+        wanted = any(wish.halves for wish in out_wishes or ()) or any(
+            new not in (None, old) for new, old in zip(out_dtypes, outputs, strict=True)
+        )
         if in_dtypes == traced and not (has_low or wanted or self.log):
-            return jaxpr, tuple(dtype_of(v) for v in body.outvars)
+            return jaxpr, outputs
         cache_key = (
             id(jaxpr),
             in_dtypes,
             in_values,
             out_wishes,
+            out_dtypes,
             scope if has_low else "",
         )
         if self.log is None and cache_key in self._done:
             return self._done[cache_key][1]
-        restore = out_wishes is None
-        outputs = out_wishes or (EXACTLY,) * len(body.outvars)
-        wishes, _ = self.demand.wishes(jaxpr, outputs, scope)
+        out_wishes = out_wishes or (EXACTLY,) * len(outputs)
+        wishes, _ = self.demand.wishes(jaxpr, out_wishes, scope)
         rewritten = Body(self, wishes, scope, times)
-        result = rewritten.run(jaxpr, in_dtypes, in_values, restore=restore)
+        result = rewritten.run(jaxpr, in_dtypes, in_values, out_dtypes)
         self._done[cache_key] = (jaxpr, result)
         return result
 

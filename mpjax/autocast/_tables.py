@@ -72,6 +72,7 @@ EXACT = _names(
     reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min
     sharding_constraint reshard all_gather all_gather_invariant ppermute all_to_all
     pvary convert_element_type optimization_barrier select_and_scatter_add
+    reduce_precision
     """
 )
 
@@ -81,6 +82,16 @@ SHRINKING = _names("gather slice dynamic_slice split unstack reduce_max reduce_m
 # With zero on one side: the derivative of relu. On a value that goes on only in half,
 # it is asked of the half, or a float32 copy would be saved for the backward pass.
 SIGN_TEST = _names("ge gt le lt")
+
+# Arithmetic and pieces: cheaper to do again than to store for the backward pass.
+RECOMPUTED = _names(
+    """
+    add sub mul div add_any one_minus_square neg abs sign max min clamp
+    integer_pow square select_n eq ne lt le gt ge and or xor not is_finite
+    broadcast_in_dim reshape squeeze slice split convert_element_type copy pvary
+    stop_gradient name reduce_precision
+    """
+)
 
 FREE = _names("jit remat2 closed_call eval_jaxpr shard_map")
 BRANCH = _names("cond")
@@ -93,7 +104,7 @@ KNOWN_OPAQUE = SIGN_TEST | _names(
     """
     eq ne and or xor not is_finite argmax argmin
     shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi
-    bitcast_convert_type reduce_precision nextafter floor ceil round rem iota
+    bitcast_convert_type nextafter floor ceil round rem iota
     sort top_k approx_top_k reduce_and reduce_or reduce_xor
     scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub
     select_and_gather_add fft cholesky eig eigh lu qr svd schur

@@ -218,6 +218,7 @@ EXACT = {
     "convert_element_type": lambda x: lax.convert_element_type_p.bind(
         x, new_dtype=np.dtype(np.float32), weak_type=True, sharding=None
     ),
+    "reduce_precision": lambda x: lax.reduce_precision(x, 8, 23),
     "optimization_barrier": lambda x: lax.optimization_barrier(x),
 }
 
@@ -276,7 +277,6 @@ OPAQUE = {
     "argmax": lambda x: x.argmax(0),
     "argmin": lambda x: x.argmin(0),
     "bitcast_convert_type": lambda x: lax.bitcast_convert_type(x, jnp.int32),
-    "reduce_precision": lambda x: lax.reduce_precision(x, 5, 10),
     "nextafter": binary(lax.nextafter),
     "floor": lax.floor,
     "ceil": lax.ceil,

@@ -1,0 +1,283 @@
+"""What one scan stacks up for another, cut down to what cannot be computed again.
+
+JAX differentiates a scan into two: the first stacks up, step by step, what the second
+takes. Of a gate `s` that may be `s`, `1 - s` and `s * (1 - s)`, each in an array of its
+own. Outside of loops XLA weighs storing against computing again; it does not look from
+one loop into another. Here the values to stack are a minimum cut: the fewest bytes from
+which arithmetic gives the rest, by the very equations that gave it before. PyTorch's
+partitioner cuts likewise (He and Yu, "Transcending Runtime-Memory Tradeoffs in
+Checkpointing by being Fusion Aware", MLSys 2023).
+"""
+
+import collections
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csgraph, csr_array
+
+from mpjax import _jaxpr
+from mpjax._jaxpr import Literal, Var, open_jaxpr
+from mpjax.autocast._tables import RECOMPUTED
+
+# scipy's capacities have 32 bits: that of all variables together, and an infinite one.
+_LIMIT = 2**30
+_INFINITE = 2**31 - 1
+
+
+def with_fewer_stacks(jaxpr: Any) -> Any:
+    """Returns a jaxpr whose scans stack up less for one another.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
+    """
+    return _Shrinker().shrink(jaxpr)
+
+
+class _Shrinker:
+    """Goes through jaxprs, each once, however often it is called."""
+
+    def __init__(self):
+        self._done: dict[int, tuple[Any, Any]] = {}
+
+    def shrink(self, jaxpr: Any) -> Any:
+        if id(jaxpr) not in self._done:
+            self._done[id(jaxpr)] = (jaxpr, self._shrink(jaxpr))
+        return self._done[id(jaxpr)][1]
+
+    def _shrink(self, jaxpr: Any) -> Any:
+        body = open_jaxpr(jaxpr)
+        eqns = [self._inside(eqn) for eqn in body.eqns]
+        made_by: dict[Var, int] = {}
+        for index, eqn in enumerate(eqns):
+            if eqn.primitive.name != "scan":
+                continue
+            for first in sorted({made_by[x] for x in eqn.invars if _is_in(x, made_by)}):
+                pair = _Pair(eqns[first], eqns[index])
+                replaced = pair.cut(_count_uses(eqns, body), body)
+                if replaced is not None:
+                    eqns[first], eqns[index] = replaced
+            made_by |= dict.fromkeys(eqn.outvars, index)
+        if all(new is old for new, old in zip(eqns, body.eqns, strict=True)):
+            return jaxpr
+        return _jaxpr.with_equations(jaxpr, eqns=eqns)
+
+    def _inside(self, eqn: Any) -> Any:
+        inner = _jaxpr.inner_jaxprs(eqn)
+        if all(self.shrink(jaxpr) is jaxpr for jaxpr in inner):
+            return eqn
+        return eqn.replace(params=_jaxpr.map_inner_jaxprs(self.shrink, eqn.params))
+
+
+class _Scan:
+    """A scan: its operands and results, each beside its variable in the body."""
+
+    def __init__(self, eqn: Any):
+        self.eqn = eqn
+        self.body = open_jaxpr(eqn.params["jaxpr"])
+        num_consts, self.num_carry = _jaxpr.scan_sizes(eqn)
+        first = num_consts + self.num_carry
+        ins = list(zip(eqn.invars, self.body.invars, strict=True))
+        self.consts = ins[:num_consts]
+        self.carry = ins[num_consts:first]
+        self.xs = ins[first:]
+        self.outs = list(zip(eqn.outvars, self.body.outvars, strict=True))
+        ys = self.outs[self.num_carry :]
+        self.ys = [(stack, var) for stack, var in ys if _is_var(var)]
+
+    def with_outs(self, outs: list) -> Any:
+        """Returns the equation with other results."""
+        jaxpr = _jaxpr.with_equations(
+            self.eqn.params["jaxpr"], outvars=[var for _, var in outs]
+        )
+        sizes = (len(self.consts), self.num_carry)
+        outvars = [outer for outer, _ in outs]
+        return _jaxpr.with_scan_body(self.eqn, jaxpr, sizes, outvars=outvars)
+
+    def with_ins(self, consts: list, xs: list, before: list, renamed: dict) -> Any:
+        """Returns the equation with other operands, and equations before the rest."""
+
+        def rename(atom):
+            return atom if isinstance(atom, Literal) else renamed.get(atom, atom)
+
+        ins = [*consts, *self.carry, *xs]
+        eqns = [e.replace(invars=[rename(x) for x in e.invars]) for e in self.body.eqns]
+        jaxpr = _jaxpr.with_equations(
+            self.eqn.params["jaxpr"],
+            invars=[var for _, var in ins],
+            outvars=[rename(x) for x in self.body.outvars],
+            eqns=before + eqns,
+        )
+        sizes = (len(consts), self.num_carry)
+        invars = [outer for outer, _ in ins]
+        return _jaxpr.with_scan_body(self.eqn, jaxpr, sizes, invars=invars)
+
+
+class _Pair:
+    """A scan, and a later one that takes stacks of it."""
+
+    def __init__(self, first: Any, second: Any):
+        self._first, self._second = _Scan(first), _Scan(second)
+        self._length = first.params["length"]
+        # What is in the first body, as it is outside of it.
+        self._constants = {var: outer for outer, var in self._first.consts}
+        self._stacks = {var: outer for outer, var in self._first.xs + self._first.ys}
+
+    def cut(self, uses: dict, body: Any) -> tuple[Any, Any] | None:
+        """Returns both scans with fewer bytes between them, or None.
+
+        Args:
+          uses: how often each variable outside of them is used.
+          body: the jaxpr that they are in.
+        """
+        if self._length != self._second.eqn.params["length"]:
+            return None
+        made_of = dict(self._first.ys)
+        between = [
+            (stack, made_of[stack], taken)
+            for stack, taken in self._second.xs
+            if _is_in(stack, made_of) and uses[stack] == 1
+        ]
+        targets = [made for _, made, _ in between]
+        if not targets:
+            return None
+        there = self._there(uses, body, {stack for stack, _, _ in between})
+        makers = _makers(self._first.body, targets, there)
+        cost = {var: 0 if var in there else self._num_bytes(var) for var in makers}
+        if not all(isinstance(num, int) for num in cost.values()):
+            return None  # A size that is not known yet.
+        kept = _minimum_cut(makers, cost, targets)
+        if sum(cost[var] for var in kept) >= sum(cost[var] for var in targets):
+            return None
+        return self._rebuild([var for var in makers if var in kept], between)
+
+    def _there(self, uses: dict, body: Any, between: set) -> set[Var]:
+        """Returns what of the first body is in memory in any case."""
+        outer = {**self._stacks, **self._constants}
+        held = {*body.constvars, *body.invars}
+        held |= {x for x, _ in self._second.consts + self._second.xs if _is_var(x)}
+        held |= {y for y, _ in self._first.ys if uses[y]}
+        held -= between
+        return {v for v, x in outer.items() if not _is_var(x) or x in held}
+
+    def _num_bytes(self, var: Var) -> int:
+        if var in self._constants:
+            return _jaxpr.num_bytes(self._constants[var].aval)
+        return self._length * _jaxpr.num_bytes(var.aval)
+
+    def _rebuild(self, kept: list[Var], between: list) -> tuple[Any, Any]:
+        consts, xs = list(self._second.consts), list(self._second.xs)
+        outs = list(self._first.outs)
+        names = {}
+        for var in kept:
+            if var in self._constants:
+                names[var] = _name_of(self._constants[var], var, consts)
+                continue
+            stack = self._stacks.get(var)
+            if stack is None:
+                stack = Var(_jaxpr.stacked_aval(var.aval, self._length))
+                outs.append((stack, var))
+            names[var] = _name_of(stack, var, xs)
+        dropped = [slot for slot in between if names.get(slot[1]) is not slot[2]]
+        made = [made for _, made, _ in dropped]
+        again = _computed_again(self._first.body, made, names)
+        renamed = {taken: names[made] for _, made, taken in dropped}
+        gone = {stack for stack, _, _ in dropped}
+        outs = [pair for pair in outs if pair[0] not in gone]
+        xs = [pair for pair in xs if pair[0] not in gone]
+        return (
+            self._first.with_outs(outs),
+            self._second.with_ins(consts, xs, again, renamed),
+        )
+
+
+def _name_of(outer: Any, var: Var, pairs: list) -> Var:
+    """Returns what an operand is called in a body, one more operand if need be."""
+    for other, name in pairs:
+        if other is outer:
+            return name
+    pairs.append((outer, Var(var.aval)))
+    return pairs[-1][1]
+
+
+def _is_var(atom: Any) -> bool:
+    return not isinstance(atom, Literal)
+
+
+def _is_in(atom: Any, found: Any) -> bool:
+    return not isinstance(atom, Literal) and atom in found
+
+
+def _count_uses(eqns: list[Any], body: Any) -> dict[Var, int]:
+    atoms = [x for eqn in eqns for x in eqn.invars]
+    return collections.Counter(x for x in (*atoms, *body.outvars) if _is_var(x))
+
+
+def _makers(body: Any, targets: list[Var], there: set[Var]) -> dict[Var, Any]:
+    """Returns all that targets can be computed again from, and the equation of each.
+
+    That is None of a value that cannot be computed again, or is there in any case.
+    """
+    made_by = {v: eqn for eqn in body.eqns for v in eqn.outvars}
+    found: dict[Var, Any] = {}
+    todo = list(targets)
+    while todo:
+        var = todo.pop()
+        if var in found:
+            continue
+        found[var] = None
+        if var not in there and var in made_by and _is_cheap(made_by[var]):
+            found[var] = made_by[var]
+            todo += filter(_is_var, made_by[var].invars)
+    return found
+
+
+def _is_cheap(eqn: Any) -> bool:
+    inner = _jaxpr.inner_jaxprs(eqn)
+    if eqn.primitive.name == "jit" and inner:
+        return all(map(_is_cheap, open_jaxpr(inner[0]).eqns))
+    return eqn.primitive.name in RECOMPUTED
+
+
+def _minimum_cut(makers: dict, cost: dict, targets: list[Var]) -> set[Var]:
+    """Returns the variables of least cost that lie on every way to the targets.
+
+    Of several such sets it is the one nearest to the targets.
+    """
+    place = {var: 2 + 2 * i for i, var in enumerate(makers)}
+    unit = max(1, -(-sum(cost.values()) // _LIMIT))
+    edges = []
+    for var, eqn in makers.items():
+        edges.append((place[var], place[var] + 1, -(-cost[var] // unit)))
+        if eqn is None:
+            edges.append((0, place[var], _INFINITE))
+        else:
+            sources = set(filter(_is_var, eqn.invars))
+            edges += [(place[x] + 1, place[var], _INFINITE) for x in sources]
+    edges += [(place[var] + 1, 1, _INFINITE) for var in set(targets)]
+    start, end, capacity = np.array(edges, np.int32).T
+    size = 2 + 2 * len(makers)
+    graph = csr_array((capacity, (start, end)), shape=(size, size))
+    left = graph - csgraph.maximum_flow(graph, 0, 1).flow
+    left.eliminate_zeros()
+    after = csgraph.breadth_first_order(left.T, 1, return_predecessors=False)
+    after = set(after.tolist())
+    return {v for v, i in place.items() if i not in after and i + 1 in after}
+
+
+def _computed_again(body: Any, targets: list[Var], names: dict) -> list[Any]:
+    """Returns equations that compute targets again; `names` learns their results."""
+    needed = {var for var in targets if var not in names}
+    chosen = []
+    for eqn in reversed(body.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            chosen.append(eqn)
+            needed.update(x for x in eqn.invars if _is_var(x) and x not in names)
+    found = []
+    for eqn in reversed(chosen):
+        invars = [names[x] if _is_var(x) else x for x in eqn.invars]
+        outvars = [names.setdefault(v, Var(v.aval)) for v in eqn.outvars]
+        found.append(eqn.replace(invars=invars, outvars=outvars))
+    return found

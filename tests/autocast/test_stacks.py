@@ -1,0 +1,396 @@
+"""What one scan stacks up for another: the fewest bytes that give the rest again."""
+
+import functools
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax, nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tools import assert_same_bits
+
+from mpjax import autocast
+from mpjax._jaxpr import bind, check_jaxpr, inner_jaxprs, open_jaxpr, scan_sizes, walk
+from mpjax.autocast._rewrite import Rewriter
+from mpjax.autocast._stacks import with_fewer_stacks
+from mpjax.autocast._tables import make_table
+from mpjax.policy import resolve
+
+LENGTH, BATCH, WIDTH = 5, 3, 4
+rng = np.random.default_rng(0)
+W = rng.normal(size=(2, WIDTH, 2 * WIDTH)).astype(np.float32)
+X = rng.normal(size=(LENGTH, BATCH, WIDTH)).astype(np.float32)
+
+
+def evaluate(closed, *args):
+    """One operation at a time, loops unrolled: every rounding is where it is traced."""
+
+    def run(jaxpr, consts, args):
+        body = open_jaxpr(jaxpr)
+        env = dict(zip((*body.constvars, *body.invars), (*consts, *args), strict=True))
+        read = lambda x: env[x] if is_var(x) else x.val
+        for eqn in body.eqns:
+            values = [read(x) for x in eqn.invars]
+            inner = inner_jaxprs(eqn)
+            if eqn.primitive.name == "scan":
+                results = loop(eqn, inner[0], values)
+            elif eqn.primitive.name in ("jit", "remat2", "checkpoint"):
+                results = run(inner[0], getattr(inner[0], "consts", ()), values)
+            else:
+                results = bind(eqn, *values)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(x) for x in body.outvars]
+
+    def loop(eqn, jaxpr, values):
+        num_consts, num_carry = scan_sizes(eqn)
+        consts, values = values[:num_consts], values[num_consts:]
+        carry, xs = values[:num_carry], values[num_carry:]
+        steps = range(eqn.params["length"])
+        ys = {}
+        for i in reversed(steps) if eqn.params["reverse"] else steps:
+            outs = run(jaxpr, (), [*consts, *carry, *(x[i] for x in xs)])
+            carry, ys[i] = outs[:num_carry], outs[num_carry:]
+        stacks = [
+            jnp.stack(pieces) for pieces in zip(*(ys[i] for i in steps), strict=True)
+        ]
+        return [*carry, *stacks]
+
+    return run(closed, closed.consts, jax.tree.leaves(args))
+
+
+def is_var(x):
+    return not hasattr(x, "val")
+
+
+def scans(closed):
+    return [eqn for eqn, _, _ in walk(closed) if eqn.primitive.name == "scan"]
+
+
+def stacked(closed):
+    """The types of what each scan stacks up, a sorted list per scan that does."""
+    found = [eqn.outvars[scan_sizes(eqn)[1] :] for eqn in scans(closed)]
+    return [sorted(v.aval.str_short() for v in outs) for outs in found if outs]
+
+
+def num_stacked_bytes(closed):
+    outs = [v.aval for eqn in scans(closed) for v in eqn.outvars[scan_sizes(eqn)[1] :]]
+    return sum(aval.size * aval.dtype.itemsize for aval in outs)
+
+
+def shrunk(closed):
+    new = with_fewer_stacks(closed)
+    check_jaxpr(open_jaxpr(new))
+    return new
+
+
+def in_half(closed, policy):
+    table = make_table((), ())
+    return (
+        closed
+        if policy == "float32"
+        else Rewriter(resolve(policy), table).rewrite(closed)[0]
+    )
+
+
+# --- Loops as people write them; each a loss of weights and a sequence.
+
+
+ZEROS = jnp.zeros((BATCH, WIDTH))
+
+
+def over(step, state=ZEROS):
+    def loss(w, x):
+        last, ys = lax.scan(functools.partial(step, w), state, x)
+        return sum(jnp.mean(y**2) for y in jax.tree.leaves((last, ys)))
+
+    return loss
+
+
+def gated(w, h, x):
+    z, g = jnp.split(x @ w[0] + h @ w[1], 2, -1)
+    z = nn.sigmoid(z)
+    return z * h + (1 - z) * jnp.tanh(g), None
+
+
+def lstm(w, state, x):
+    h, c = state
+    i, f = jnp.split(nn.sigmoid(x @ w[0] + h @ w[1]), 2, -1)
+    c = f * c + i * jnp.tanh(x)
+    return (f * jnp.tanh(c), c), h
+
+
+def layer(w, x, gain):
+    """As in a transformer that scans over its layers."""
+    y = x - x.mean(-1, keepdims=True)
+    y = y * lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * gain
+    return x + nn.gelu(y @ w[0]) @ w[1].T, None
+
+
+def masked(w, h, x):
+    z = jnp.where(jnp.arange(WIDTH) > 1, h @ w[0][:, :WIDTH], -1.0)
+    return jnp.where(x > 0, nn.relu(z) + x, h), jnp.argmax(z, -1).astype(jnp.float32)
+
+
+def nested(w, h, x):
+    inner = lambda h, i: (nn.sigmoid(h @ w[0][:, :WIDTH]) * h + x * i, None)
+    h, _ = lax.scan(inner, h, jnp.arange(3.0))
+    return h * nn.silu(x), None
+
+
+def normalized(w, h, x):
+    p = nn.softmax(h @ w[0][:, :WIDTH] + x)
+    return p * h, {"p": p, "entropy": p * jnp.log(p + 1e-3)}
+
+
+CELLS = {
+    "gated": over(gated),
+    "lstm": over(lstm, (ZEROS, ZEROS)),
+    "layers": lambda w, x: over(layer, jnp.asarray(x[0]))(w, x[:, :1]),
+    "masked": over(masked),
+    "nested": over(nested),
+    "normalized": over(normalized),
+    "reversed": lambda w, x: over(gated)(w, x[::-1]) + over(lstm, (x[0], x[1]))(w, x),
+    "jit": jax.jit(over(gated)),
+    "checkpointed": over(jax.checkpoint(gated)),
+    "saving matmuls": over(
+        jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable), X[0]
+    ),
+    "vmap": lambda w, x: jax.vmap(over(gated, jnp.zeros(WIDTH)), (None, 1))(w, x).sum(),
+    "unrolled in part": lambda w, x: lax.scan(
+        functools.partial(gated, w), x[0], x, unroll=2
+    )[0].sum(),
+}
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("name", CELLS)
+def test_every_value_is_the_same_to_the_bit(name, policy):
+    closed = in_half(jax.make_jaxpr(jax.value_and_grad(CELLS[name]))(W, X), policy)
+    new = shrunk(closed)
+    assert num_stacked_bytes(new) <= num_stacked_bytes(closed)
+    assert_same_bits(evaluate(new, W, X), evaluate(closed, W, X))
+
+
+def kept(name, policy="float32"):
+    closed = in_half(jax.make_jaxpr(jax.grad(CELLS[name]))(W, X), policy)
+    return stacked(shrunk(closed))[0], stacked(closed)[0]
+
+
+def test_of_a_gate_only_the_gate_is_kept():
+    """Not `1 - z`, `z * (1 - z)` and `1 - tanh**2`."""
+    array = f"float32[{LENGTH},{BATCH},{WIDTH}]"
+    assert kept("gated") == ([array] * 3, [array] * 6)
+
+
+def test_a_layer_keeps_what_gives_the_rest():
+    """Of a normalization its deviations, of gelu the half operand and the tanh."""
+    new, old = kept("layers", "mixed_bfloat16")
+    wide, narrow = f"[{LENGTH},{BATCH},{2 * WIDTH}]", f"[{LENGTH},{BATCH},{WIDTH}]"
+    assert sum(x.endswith(wide) for x in old) >= 5
+    assert sum(x.endswith(wide) for x in new) == 2
+    assert f"bfloat16{wide}" in new
+    assert [x for x in new if x.endswith(narrow)] == [f"float32{narrow}"]
+
+
+# --- The optimum, by trying every set.
+
+
+@st.composite
+def bodies(draw):
+    """Operations on what went before, and which of the results are stacked up."""
+    index = st.integers(0, 20)
+    names = st.sampled_from(["sin", "add", "neg", "half", "full", "sum", "scale"])
+    steps = draw(st.lists(st.tuples(names, index, index), min_size=2, max_size=7))
+    return steps, draw(st.sets(index, min_size=1, max_size=4))
+
+
+OPERATIONS = {
+    "sin": lambda a, b: lax.sin(a),
+    "add": lambda a, b: a + b.astype(a.dtype),
+    "neg": lambda a, b: -a,
+    "half": lambda a, b: a.astype(jnp.bfloat16),
+    "full": lambda a, b: a.astype(jnp.float32),
+    "sum": lambda a, b: a + jnp.sum(b).astype(a.dtype),
+    "scale": lambda a, b: a * 3,
+}
+
+
+def two_loops(program):
+    steps, chosen = program
+
+    def fn(c, x):
+        def first(c, x):
+            pool = [c, x * 2 if "scale" in dict.fromkeys(s[0] for s in steps) else x]
+            for name, i, j in steps:
+                pool.append(OPERATIONS[name](pool[i % len(pool)], pool[j % len(pool)]))
+            return lax.sin(c + x), [pool[i % len(pool)] for i in sorted(chosen)]
+
+        def second(c, ys):
+            return c + sum(lax.sin(y.astype(jnp.float32)) for y in ys), None
+
+        c, ys = lax.scan(first, c, x)
+        return lax.scan(second, c, ys, reverse=True)[0]
+
+    return fn
+
+
+def least_bytes(closed):
+    """Of every set of variables from which arithmetic gives what is stacked up."""
+    first = scans(closed)[0]
+    body = open_jaxpr(first.params["jaxpr"])
+    num_consts, num_carry = scan_sizes(first)
+    free = {*body.invars[:num_consts], *body.invars[num_consts + num_carry :]}
+    targets = {v for v in body.outvars[num_carry:] if is_var(v)}
+    candidates = [v for e in body.eqns for v in e.outvars]
+    candidates += body.invars[num_consts : num_consts + num_carry]
+
+    def gives_all(chosen):
+        known = free | set(chosen)
+        for eqn in body.eqns:
+            cheap = eqn.primitive.name not in ("sin", "reduce_sum", "jit")
+            if cheap and all(not is_var(x) or x in known for x in eqn.invars):
+                known |= set(eqn.outvars)
+        return targets <= known
+
+    def num_bytes(v):
+        return LENGTH * v.aval.size * v.aval.dtype.itemsize
+
+    sets = itertools.chain.from_iterable(
+        itertools.combinations(candidates, n) for n in range(len(targets) + 1)
+    )
+    return min(sum(map(num_bytes, chosen)) for chosen in sets if gives_all(chosen))
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(bodies())
+def test_no_other_choice_takes_fewer_bytes(program):
+    closed = jax.make_jaxpr(two_loops(program))(X[0], X)
+    new = shrunk(closed)
+    assert_same_bits(evaluate(new, X[0], X), evaluate(closed, X[0], X))
+    first, second = scans(new)
+    made = first.outvars[scan_sizes(first)[1] :]
+    taken = {x for x in second.invars if is_var(x)}.intersection(made)
+    found = sum(v.aval.size * v.aval.dtype.itemsize for v in taken)
+    assert found == least_bytes(closed)
+
+
+# --- What it keeps to.
+
+
+def sigmoids(w, x):
+    step = lambda h, x: (nn.sigmoid(h @ w + x),) * 2
+    return lax.scan(step, jnp.zeros(x.shape[1:]), x)[1]
+
+
+def test_what_others_use_too_stays():
+    def fn(w, x):
+        def first(h, x):
+            a = lax.sin(h @ w + x)
+            b = 3 * a
+            return a, (a, b, b + 1)
+
+        def second(h, ys):
+            a, b, c = ys
+            return h * a + b * lax.sin(c), None
+
+        h, (a, b, c) = lax.scan(first, jnp.zeros(x.shape[1:]), x)
+        return lax.scan(second, h, (a, b, c))[0], b
+
+    args = W[0][:, :WIDTH], X
+    closed = jax.make_jaxpr(fn)(*args)
+    new = shrunk(closed)
+    # `b` is put out, and serves to compute `c` again.
+    assert [len(outs) for outs in stacked(closed)] == [3]
+    assert [len(outs) for outs in stacked(new)] == [2]
+    assert_same_bits(evaluate(new, *args), evaluate(closed, *args))
+
+
+def test_inputs_and_constants_of_the_first_serve_the_second_without_a_stack():
+    def fn(gain, c, x):
+        first = lambda c, x: (lax.sin(c), (x * gain, x * gain + 2))
+        c, ys = lax.scan(first, c, x)
+        second = lambda c, ys: (c * ys[0] + lax.sin(ys[1]), None)
+        return lax.scan(second, c, ys, reverse=True)[0]
+
+    args = W[0][0, :WIDTH], X[0], X
+    closed = jax.make_jaxpr(fn)(*args)
+    new = shrunk(closed)
+    assert [len(outs) for outs in stacked(closed)] == [2]
+    assert stacked(new) == []
+    assert_same_bits(evaluate(new, *args), evaluate(closed, *args))
+
+
+def test_what_has_nothing_to_gain_is_the_very_object():
+    def lengths_differ(w, x):
+        ys = sigmoids(w, x)
+        return lax.scan(lambda c, y: (c + lax.sin(1 - y), None), x[0], ys[1:])[0]
+
+    w = W[0][:, :WIDTH]
+    for fn in (sigmoids, lengths_differ, lambda w, x: x @ w):
+        closed = jax.make_jaxpr(fn)(w, X)
+        assert with_fewer_stacks(closed) is closed
+    # float32 all through: nothing to rewrite, and nothing is.
+    grad = jax.grad(CELLS["gated"])
+    closed = jax.make_jaxpr(autocast(grad, "float32"))(W, X)
+    assert max(map(len, stacked(closed))) == 6
+
+
+def test_the_same_function_gives_the_same_jaxpr():
+    """A cache of compiled programs finds it again."""
+    grad = autocast(jax.grad(CELLS["layers"]))
+    first, second = (str(jax.make_jaxpr(grad)(W, X)) for _ in range(2))
+    jax.clear_caches()
+    assert first == second == str(jax.make_jaxpr(grad)(W, X))
+
+
+def test_a_batch_of_symbolic_size():
+    (b,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((LENGTH, b, WIDTH), "float32")
+
+    def grad(w, x):
+        start = jnp.zeros(x.shape[1:])
+        return jax.grad(
+            lambda w: jnp.mean(lax.scan(functools.partial(gated, w), start, x)[0])
+        )(w)
+
+    exported = jax.export.export(jax.jit(autocast(grad)))(W, x)
+    expected = jax.jit(autocast(grad))(W, X)
+    np.testing.assert_allclose(exported.call(W, X), expected, rtol=1e-5)
+
+
+def layers_gradient(x):
+    """For the first layer's input: for weights JAX refuses to with explicit axes."""
+    return jax.grad(lambda x: over(layer, x)(W, jnp.ones((LENGTH, WIDTH))))(x)
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit", "Manual"])
+def test_on_several_devices(axis_type):
+    fn, x = autocast(layers_gradient), X[:4, 0]
+    expected = jax.jit(fn)(x)
+    kind = AxisType.Explicit if axis_type == "Explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2,), ("data",), (kind,), devices=jax.devices()[:2])
+    if axis_type == "Manual":
+        rows = P("data")  # The loss is a mean, here of each half.
+        half = lambda x: autocast(layers_gradient)(x) / 2
+        fn = jax.shard_map(half, mesh=mesh, in_specs=rows, out_specs=rows)
+    else:
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    closed = jax.make_jaxpr(fn)(x)
+    check_jaxpr(open_jaxpr(closed))
+    first, *_ = scans(closed)
+    assert sum(v.aval.shape[-1] == 2 * WIDTH for v in first.outvars) == 2
+    np.testing.assert_allclose(jax.jit(fn)(x), expected, rtol=0.03, atol=0.03)
+
+
+def test_it_differentiates_again():
+    twice = lambda grad: jax.grad(lambda w: jnp.sum(grad(w, X) ** 2))
+    grad = jax.grad(CELLS["gated"])
+    expected = twice(grad)(W)
+    np.testing.assert_allclose(
+        twice(autocast(grad))(W), expected, atol=0.05 * abs(expected).max()
+    )
