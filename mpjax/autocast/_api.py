@@ -18,6 +18,7 @@ from mpjax._jaxpr import (
     with_equations,
 )
 from mpjax.autocast._decide import RESERVED_AUTOCAST, RESERVED_FULL
+from mpjax.autocast._hoist import with_casts_before_loops
 from mpjax.autocast._rewrite import Rewriter
 from mpjax.autocast._stacks import with_fewer_stacks
 from mpjax.autocast._tables import make_table
@@ -94,7 +95,7 @@ def autocast(
         else:
             rewritten, _ = rewriter.rewrite(closed)
         if rewritten is not closed:
-            rewritten = with_fewer_stacks(rewritten)
+            rewritten = with_casts_before_loops(with_fewer_stacks(rewritten))
         outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
         return outputs, flat.out_spec
 

@@ -33,42 +33,25 @@ def with_fewer_stacks(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return _Shrinker().shrink(jaxpr)
+    return _jaxpr.map_jaxprs(_shrink, jaxpr)
 
 
-class _Shrinker:
-    """Goes through jaxprs, each once, however often it is called."""
-
-    def __init__(self):
-        self._done: dict[int, tuple[Any, Any]] = {}
-
-    def shrink(self, jaxpr: Any) -> Any:
-        if id(jaxpr) not in self._done:
-            self._done[id(jaxpr)] = (jaxpr, self._shrink(jaxpr))
-        return self._done[id(jaxpr)][1]
-
-    def _shrink(self, jaxpr: Any) -> Any:
-        body = open_jaxpr(jaxpr)
-        eqns = [self._inside(eqn) for eqn in body.eqns]
-        made_by: dict[Var, int] = {}
-        for index, eqn in enumerate(eqns):
-            if eqn.primitive.name != "scan":
-                continue
-            for first in sorted({made_by[x] for x in eqn.invars if _is_in(x, made_by)}):
-                pair = _Pair(eqns[first], eqns[index])
-                replaced = pair.cut(_count_uses(eqns, body), body)
-                if replaced is not None:
-                    eqns[first], eqns[index] = replaced
-            made_by |= dict.fromkeys(eqn.outvars, index)
-        if all(new is old for new, old in zip(eqns, body.eqns, strict=True)):
-            return jaxpr
-        return _jaxpr.with_equations(jaxpr, eqns=eqns)
-
-    def _inside(self, eqn: Any) -> Any:
-        inner = _jaxpr.inner_jaxprs(eqn)
-        if all(self.shrink(jaxpr) is jaxpr for jaxpr in inner):
-            return eqn
-        return eqn.replace(params=_jaxpr.map_inner_jaxprs(self.shrink, eqn.params))
+def _shrink(jaxpr: Any) -> Any:
+    body = open_jaxpr(jaxpr)
+    eqns = list(body.eqns)
+    made_by: dict[Var, int] = {}
+    for index, eqn in enumerate(eqns):
+        if eqn.primitive.name != "scan":
+            continue
+        for first in sorted({made_by[x] for x in eqn.invars if _is_in(x, made_by)}):
+            pair = _Pair(eqns[first], eqns[index])
+            replaced = pair.cut(_count_uses(eqns, body), body)
+            if replaced is not None:
+                eqns[first], eqns[index] = replaced
+        made_by |= dict.fromkeys(eqn.outvars, index)
+    if all(new is old for new, old in zip(eqns, body.eqns, strict=True)):
+        return jaxpr
+    return _jaxpr.with_equations(jaxpr, eqns=eqns)
 
 
 class _Scan:

@@ -1,0 +1,112 @@
+"""Weights that a scan casts at every step, cast once before it.
+
+XLA leaves such a cast in the loop. Simply put before it, it would have the gradient of
+the weight gathered in half, step by step, if the loop is differentiated. So the loop
+takes both: the half weight, whose value it uses, and the float32 one, whose derivative.
+"""
+
+import functools
+from typing import Any
+
+import jax
+
+from mpjax import _jaxpr
+from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
+
+
+def with_casts_before_loops(jaxpr: Any) -> Any:
+    """Returns a jaxpr whose scans do not cast a constant of theirs at every step.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
+    """
+    return _jaxpr.map_jaxprs(_hoist, jaxpr)
+
+
+def _hoist(jaxpr: Any) -> Any:
+    old = open_jaxpr(jaxpr).eqns
+    eqns = [e for eqn in old for e in (_of_scan(eqn) if _is_scan(eqn) else [eqn])]
+    return jaxpr if len(eqns) == len(old) else _jaxpr.with_equations(jaxpr, eqns=eqns)
+
+
+def _is_scan(eqn: Any) -> bool:
+    return eqn.primitive.name == "scan"
+
+
+def _of_scan(scan: Any) -> list[Any]:
+    """Returns the casts of a scan's constants, and the scan."""
+    jaxpr = scan.params["jaxpr"]
+    body = open_jaxpr(jaxpr)
+    num_consts, num_carry = _jaxpr.scan_sizes(scan)
+    outside = dict(zip(body.invars[:num_consts], scan.invars, strict=False))
+    halves: dict[tuple[Var, Any], Var] = {}
+    before, operands, eqns = [], [], list(body.eqns)
+    for index, eqn in enumerate(eqns):
+        weight = outside.get(eqn.invars[0]) if _is_cast_to_half(eqn) else None
+        if weight is None or isinstance(weight, Literal):
+            continue
+        out = eqn.outvars[0]
+        choose = _choose(eqn.invars[0].aval, out.aval)
+        if choose is None:
+            continue
+        key = (eqn.invars[0], dtype_of(out))
+        if key not in halves:
+            halves[key] = Var(out.aval)
+            cast = eqn.replace(invars=[weight], outvars=[Var(out.aval)])
+            operands.append(Var(out.aval))
+            before += [cast, _stop(cast, operands[-1])]
+        eqns[index] = choose.replace(
+            invars=[eqn.invars[0], halves[key]],
+            outvars=[out],
+            source_info=eqn.source_info,
+            ctx=eqn.ctx,
+        )
+    if not before:
+        return [scan]
+    invars = [*body.invars[:num_consts], *halves.values(), *body.invars[num_consts:]]
+    jaxpr = _jaxpr.with_equations(jaxpr, invars=invars, eqns=eqns)
+    operands = [*scan.invars[:num_consts], *operands, *scan.invars[num_consts:]]
+    sizes = (num_consts + len(halves), num_carry)
+    return [*before, _jaxpr.with_scan_body(scan, jaxpr, sizes, invars=operands)]
+
+
+def _is_cast_to_half(eqn: Any) -> bool:
+    return (
+        eqn.primitive.name == "convert_element_type"
+        and not isinstance(eqn.invars[0], Literal)
+        and is_float32(eqn.invars[0].aval)
+        and eqn.outvars[0].aval.dtype.itemsize == 2
+    )
+
+
+def _stop(cast: Any, out: Var) -> Any:
+    """Returns an equation through which no derivative goes."""
+    (stop,) = jax.make_jaxpr(jax.lax.stop_gradient)(0.0).eqns
+    return cast.replace(
+        primitive=stop.primitive, params=stop.params, invars=cast.outvars, outvars=[out]
+    )
+
+
+@jax.custom_jvp
+def _half_of(weight: Any, half: Any) -> Any:
+    """Returns `half`, which is `weight` cast, with the derivative of the cast."""
+    del weight
+    return half
+
+
+@_half_of.defjvp
+def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    half = primals[1]
+    return half, jax.lax.convert_element_type(tangents[0], half.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(weight: Any, half: Any) -> Any:
+    """Returns the equation of `_half_of` for two types, or None if it has none."""
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (weight, half)]
+    (eqn,) = jax.make_jaxpr(_half_of)(*structs).eqns
+    avals = [x.aval for x in (*eqn.invars, *eqn.outvars)]
+    return eqn if avals == [weight, half, half] else None
