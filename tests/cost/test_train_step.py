@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from autocast.loops import layer, over
 from jax.experimental.layout import Format, Layout
 
 import mpjax
@@ -23,6 +24,7 @@ SIZES = [
     ("mlp", 8192),
     ("convnet", 4096),
     ("transformer_block", 16),
+    ("bigru", 256),
 ]
 
 
@@ -43,6 +45,28 @@ def test_dynamic_loss_scaling_moves_nothing_more(policy):
     )
     assert dynamic.moved_bytes <= 1.01 * plain.moved_bytes
     assert dynamic.temporary_bytes <= 1.01 * plain.temporary_bytes
+
+
+def test_a_scan_over_layers_stacks_up_a_third_of_float32():
+    """Less than by hand, with everything in bfloat16: see `mpjax.autocast._stacks`."""
+    num_layers, width = 6, 256
+    w = jax.ShapeDtypeStruct((2, width, 4 * width), "float32")
+    x = jax.ShapeDtypeStruct((1024, width), "float32")
+    gains = jax.ShapeDtypeStruct((num_layers, width), "float32")
+
+    def grad(w, x, gains):
+        return jax.grad(lambda w: over(layer, x)(w, gains))(w)
+
+    def by_hand(*args):
+        return grad(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), args))
+
+    float32, hand_cast, cast = (
+        cost.analyze(fn, w, x, gains, device="h100").temporary_bytes
+        for fn in (grad, by_hand, mpjax.autocast(grad))
+    )
+    print(float32, hand_cast, cast)
+    assert cast <= 0.35 * float32
+    assert cast <= 0.70 * hand_cast
 
 
 def test_what_is_not_timed_as_it_does_not_pay():

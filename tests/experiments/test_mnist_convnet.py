@@ -94,9 +94,14 @@ def test_the_weights_have_the_shapes_of_the_write_up():
     assert sum(x.size for x in jax.tree.leaves(params)) == 123_552
 
 
-def test_weights_are_he_normal_and_biases_zero():
-    init = jax.jit(DeepConvNet().init)
-    params = init(jax.random.key(0), jnp.zeros((1, 784)))["params"]
+@pytest.fixture(scope="module")
+def initial():
+    """Variables as training starts from."""
+    return jax.jit(DeepConvNet().init)(jax.random.key(0), jnp.zeros((1, 784)))
+
+
+def test_weights_are_he_normal_and_biases_zero(initial):
+    params = initial["params"]
     for layer in params.values():
         kernel = np.asarray(layer["kernel"])
         fan_in = kernel[..., 0].size
@@ -107,15 +112,14 @@ def test_weights_are_he_normal_and_biases_zero():
     assert np.abs(largest).max() > 3 * np.sqrt(2 / 1024)  # not truncated
 
 
-def test_dropout_zeroes_half_of_the_hidden_units_in_training_alone():
-    model = DeepConvNet(num_hidden=400)
-    x = jax.random.uniform(jax.random.key(0), (20, 64))
-    variables = jax.jit(model.init)(jax.random.key(1), x)
+def test_dropout_zeroes_half_of_the_hidden_units_in_training_alone(initial):
+    model = DeepConvNet()
+    x = jax.random.uniform(jax.random.key(0), (160, 784))
 
     def hidden(seed, **kwargs):
         rngs = {"dropout": jax.random.key(seed)}
         _, state = model.apply(
-            variables,
+            initial,
             x,
             rngs=rngs,
             capture_intermediates=True,
@@ -141,9 +145,9 @@ def test_it_computes_in_the_dtype_of_its_parameters(dtype):
     assert out.dtype == dtype
 
 
-def test_the_loss_leaves_padding_out():
-    model, data = DeepConvNet(dropout_rate=0.0), squares()
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64)))["params"]
+def test_the_loss_leaves_padding_out(initial):
+    model, data = DeepConvNet(dropout_rate=0.0), squares(side=28)
+    params = initial["params"]
     image = data.x_train[:5].reshape(5, -1).astype(np.float32)
     label = data.y_train[:5].astype(np.int32)
     loss_fn = jax.jit(mnist_convnet.make_loss_fn(model))
