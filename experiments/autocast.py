@@ -2,7 +2,7 @@
 
     python -m experiments.autocast                  # 4 min on 2 CPU cores
 
-Seven small models (`experiments.models.small`), in bfloat16 and float16. The error of
+Eight small models (`experiments.models.small`), in bfloat16 and float16. The error of
 a gradient is that against float64, ||g - g64|| / ||g64||, the mean over seeds; in
 float16 it is taken through a loss scaled by 2**10. Times are of a jitted gradient,
 interleaved: the ratio is the median over rounds of the ratio within a round.

@@ -1,7 +1,7 @@
 """What a training step costs: interleaved step times, beside other libraries.
 
     python -m experiments.benchmark                 # 15 min on 2 cores
-    python -m experiments.benchmark --works mlp,convnet,transformer_block,bigru
+    python -m experiments.benchmark --works mlp,convnet,transformer,bigru
 
 Every row trains the same network from the same values on the same batch; one whose loss
 after three steps is not that of float32 by hand is marked as wrong. One round times
@@ -81,7 +81,8 @@ class Config:
     """What to time."""
 
     works: str = "mlp"
-    """The models, separated by commas: mlp, convnet, transformer_block, bigru."""
+    """The models, separated by commas: mlp, convnet, transformer_block, transformer,
+    bigru."""
 
     rows: str = ""
     """A regular expression; only rows whose name it is found in, and those they are

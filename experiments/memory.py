@@ -1,6 +1,6 @@
 """What mixed precision saves of the memory of training, over batch sizes.
 
-    python -m experiments.memory                  # 5 min on 2 cores, no GPU needed
+    python -m experiments.memory                  # 7 min on 2 cores, no GPU needed
     python -m experiments.memory --device a100
 
 Compiles whole training steps for a GPU that need not be there (`mpjax.cost`; needs
@@ -35,6 +35,7 @@ BATCH_SIZES = {
     "mlp": (512, 2048, 8192, 32768),
     "convnet": (256, 1024, 4096, 16384),
     "transformer_block": (1, 4, 16, 64),
+    "transformer": (1, 4, 16, 64),
     "bigru": (16, 64, 256, 1024),
 }
 CHECKPOINTED = "mixed_bfloat16, checkpointed"

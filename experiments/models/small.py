@@ -1,4 +1,4 @@
-"""Seven small models as plain functions, on which autocast is measured.
+"""Eight small models as plain functions, on which autocast is measured.
 
 Each is `loss(params, inputs) -> scalar` with float32 parameters, written as a user
 would: logits are cast to float32 before the loss, sums are means. `hand_cast` is what
@@ -144,8 +144,34 @@ def transformer_block(
 ) -> Case:
     """Pre-norm causal self-attention, and a gelu MLP."""
     rng = np.random.default_rng(seed)
+    params = _block_params(rng, width, num_heads)
+    loss = lambda params, inputs: _mean_squared(_block(inputs["x"], params), inputs)
+    return Case(loss, params, _vectors(rng, length, width))
+
+
+def transformer(
+    seed: int = 0,
+    *,
+    width: int = 64,
+    length: int = 32,
+    num_heads: int = 4,
+    num_layers: int = 3,
+) -> Case:
+    """Such blocks one after the other, by a scan over their parameters."""
+    rng = np.random.default_rng(seed)
+    layers = [_block_params(rng, width, num_heads) for _ in range(num_layers)]
+    params = jax.tree.map(lambda *xs: np.stack(xs), *layers)
+
+    def loss(params, inputs):
+        x, _ = jax.lax.scan(lambda x, p: (_block(x, p), None), inputs["x"], params)
+        return _mean_squared(x, inputs)
+
+    return Case(loss, params, _vectors(rng, length, width))
+
+
+def _block_params(rng, width, num_heads):
     size = width // num_heads
-    params = {
+    return {
         "qkv": _normal(rng, width, 3, num_heads, size) / width**0.5,
         "out": _normal(rng, num_heads, size, width) / width**0.5,
         "norm_0": {"scale": _ones(width), "bias": _zeros(width)},
@@ -153,28 +179,30 @@ def transformer_block(
         "up": _dense(rng, width, 4 * width),
         "down": _dense(rng, 4 * width, width),
     }
-    inputs = {
-        "x": _normal(rng, 4, length, width),
-        "target": _normal(rng, 4, length, width),
-    }
 
-    def loss(params, inputs):
-        x = inputs["x"]
-        y = _norm(x, params["norm_0"], axes=(-1,))
-        q, k, v = jnp.einsum("btd,dshk->sbhtk", y, params["qkv"])
-        logits = jnp.einsum("bhtk,bhsk->bhts", q, k) / q.shape[-1] ** 0.5
-        mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-        weights = jax.nn.softmax(logits)
-        y = jnp.einsum("bhts,bhsk->bthk", weights, v)
-        x = x + jnp.einsum("bthk,hkd->btd", y, params["out"])
-        y = _norm(x, params["norm_1"], axes=(-1,))
-        y = jax.nn.gelu(y @ params["up"]["w"] + params["up"]["b"])
-        x = x + y @ params["down"]["w"] + params["down"]["b"]
-        error = x.astype(_at_least_float32(x)) - inputs["target"]
-        return jnp.mean(error**2)
 
-    return Case(loss, params, inputs)
+def _block(x, params):
+    y = _norm(x, params["norm_0"], axes=(-1,))
+    q, k, v = jnp.einsum("btd,dshk->sbhtk", y, params["qkv"])
+    logits = jnp.einsum("bhtk,bhsk->bhts", q, k) / q.shape[-1] ** 0.5
+    mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    weights = jax.nn.softmax(logits)
+    y = jnp.einsum("bhts,bhsk->bthk", weights, v)
+    x = x + jnp.einsum("bthk,hkd->btd", y, params["out"])
+    y = _norm(x, params["norm_1"], axes=(-1,))
+    y = jax.nn.gelu(y @ params["up"]["w"] + params["up"]["b"])
+    return x + y @ params["down"]["w"] + params["down"]["b"]
+
+
+def _vectors(rng, length, width):
+    names = ("x", "target")
+    return {name: _normal(rng, 4, length, width) for name in names}
+
+
+def _mean_squared(x, inputs):
+    error = x.astype(_at_least_float32(x)) - inputs["target"]
+    return jnp.mean(error**2)
 
 
 def bigru(seed: int = 0, *, length: int = 100, width: int = 64) -> Case:
@@ -284,6 +312,7 @@ CASES = {
     "mlp": mlp,
     "convnet": convnet,
     "transformer_block": transformer_block,
+    "transformer": transformer,
     "bigru": bigru,
     "rnn": rnn,
     "tied": tied,

@@ -81,6 +81,17 @@ def transformer_block(width: int = 1024, length: int = 1024) -> Work:
     )
 
 
+def transformer(width: int = 512, length: int = 512, num_layers: int = 6) -> Work:
+    """Such blocks one after the other, in a `scan` over layers."""
+    return _of_case(
+        f"transformer, {num_layers} layers, {width} wide, {length} long, Adam",
+        lambda: small.transformer(
+            width=width, length=length, num_heads=width // 64, num_layers=num_layers
+        ),
+        batch_sizes={"cpu": 2, "gpu": 16},
+    )
+
+
 def bigru(width: int = 256, length: int = 200) -> Work:
     """A bidirectional GRU over (B, T, D) vectors."""
     return _of_case(
@@ -94,6 +105,7 @@ WORKS: dict[str, Callable[[], Work]] = {
     "mlp": mlp,
     "convnet": convnet,
     "transformer_block": transformer_block,
+    "transformer": transformer,
     "bigru": bigru,
 }
 

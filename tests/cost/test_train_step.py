@@ -24,6 +24,7 @@ SIZES = [
     ("mlp", 8192),
     ("convnet", 4096),
     ("transformer_block", 16),
+    ("transformer", 16),
     ("bigru", 256),
 ]
 
