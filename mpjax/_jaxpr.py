@@ -266,6 +266,11 @@ def with_scan_body(
     return eqn.replace(invars=invars, outvars=outvars, params=params)
 
 
+def may_change_operands(eqn: Any) -> bool:
+    """Whether none of its effects is that on an operand with a certain number."""
+    return not any(hasattr(effect, "input_index") for effect in eqn.effects)
+
+
 @functools.lru_cache(maxsize=1024)
 def _scan_counts(num_consts: int, num_carry: int, num_xs: int, num_ys: int) -> dict:
     """Returns the parameters that count operands and results, as JAX sets them."""
@@ -280,7 +285,8 @@ def _scan_counts(num_consts: int, num_carry: int, num_xs: int, num_ys: int) -> d
     scalar = jax.ShapeDtypeStruct((), _FLOAT32)
     stack = jax.ShapeDtypeStruct((1,), _FLOAT32)
     args = [scalar] * num_consts, [scalar] * num_carry, [stack] * num_xs
-    (eqn,) = jax.make_jaxpr(fn)(*args).eqns
+    with jax.disable_jit(False):
+        (eqn,) = jax.make_jaxpr(fn)(*args).eqns
     names = ("ft_in", "ft_out", "num_consts", "num_carry")
     return {name: eqn.params[name] for name in names if name in eqn.params}
 

@@ -33,7 +33,7 @@ def _hoist(jaxpr: Any) -> Any:
 
 
 def _is_scan(eqn: Any) -> bool:
-    return eqn.primitive.name == "scan"
+    return eqn.primitive.name == "scan" and _jaxpr.may_change_operands(eqn)
 
 
 def _of_scan(scan: Any) -> list[Any]:
@@ -84,7 +84,8 @@ def _is_cast_to_half(eqn: Any) -> bool:
 
 def _stop(cast: Any, out: Var) -> Any:
     """Returns an equation through which no derivative goes."""
-    (stop,) = jax.make_jaxpr(jax.lax.stop_gradient)(0.0).eqns
+    with jax.disable_jit(False):
+        (stop,) = jax.make_jaxpr(jax.lax.stop_gradient)(0.0).eqns
     return cast.replace(
         primitive=stop.primitive, params=stop.params, invars=cast.outvars, outvars=[out]
     )
@@ -107,6 +108,7 @@ def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
 def _choose(weight: Any, half: Any) -> Any:
     """Returns the equation of `_half_of` for two types, or None if it has none."""
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (weight, half)]
-    (eqn,) = jax.make_jaxpr(_half_of)(*structs).eqns
+    with jax.disable_jit(False):
+        (eqn,) = jax.make_jaxpr(_half_of)(*structs).eqns
     avals = [x.aval for x in (*eqn.invars, *eqn.outvars)]
     return eqn if avals == [weight, half, half] else None

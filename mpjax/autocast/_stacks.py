@@ -44,8 +44,8 @@ def _shrink(jaxpr: Any) -> Any:
         if eqn.primitive.name != "scan":
             continue
         for first in sorted({made_by[x] for x in eqn.invars if _is_in(x, made_by)}):
-            pair = _Pair(eqns[first], eqns[index])
-            replaced = pair.cut(_count_uses(eqns, body), body)
+            pair = _Pair(eqns[first], eqns[index], _count_uses(eqns, body))
+            replaced = pair.cut(body)
             if replaced is not None:
                 eqns[first], eqns[index] = replaced
         made_by |= dict.fromkeys(eqn.outvars, index)
@@ -99,34 +99,40 @@ class _Scan:
 
 
 class _Pair:
-    """A scan, and a later one that takes stacks of it."""
+    """A scan, and a later one that takes stacks of it.
 
-    def __init__(self, first: Any, second: Any):
+    Args:
+      first: the equation of the one.
+      second: that of the other.
+      uses: how often each variable outside of them is used.
+    """
+
+    def __init__(self, first: Any, second: Any, uses: dict[Var, int]):
         self._first, self._second = _Scan(first), _Scan(second)
+        self._uses = uses
         self._length = first.params["length"]
         # What is in the first body, as it is outside of it.
         self._constants = {var: outer for outer, var in self._first.consts}
-        self._stacks = {var: outer for outer, var in self._first.xs + self._first.ys}
+        stacks = self._first.xs + self._first.ys
+        self._stacks = {var: outer for outer, var in stacks if uses[outer]}
 
-    def cut(self, uses: dict, body: Any) -> tuple[Any, Any] | None:
-        """Returns both scans with fewer bytes between them, or None.
-
-        Args:
-          uses: how often each variable outside of them is used.
-          body: the jaxpr that they are in.
-        """
-        if self._length != self._second.eqn.params["length"]:
+    def cut(self, body: Any) -> tuple[Any, Any] | None:
+        """Returns both scans of a jaxpr with fewer bytes between them, or None."""
+        first, second = self._first.eqn, self._second.eqn
+        if self._length != second.params["length"] or not all(
+            map(_jaxpr.may_change_operands, (first, second))
+        ):
             return None
         made_of = dict(self._first.ys)
         between = [
             (stack, made_of[stack], taken)
             for stack, taken in self._second.xs
-            if _is_in(stack, made_of) and uses[stack] == 1
+            if _is_in(stack, made_of) and self._uses[stack] == 1
         ]
         targets = [made for _, made, _ in between]
         if not targets:
             return None
-        there = self._there(uses, body, {stack for stack, _, _ in between})
+        there = self._there(body, {stack for stack, _, _ in between})
         makers = _makers(self._first.body, targets, there)
         cost = {var: 0 if var in there else self._num_bytes(var) for var in makers}
         if not all(isinstance(num, int) for num in cost.values()):
@@ -136,12 +142,12 @@ class _Pair:
             return None
         return self._rebuild([var for var in makers if var in kept], between)
 
-    def _there(self, uses: dict, body: Any, between: set) -> set[Var]:
+    def _there(self, body: Any, between: set) -> set[Var]:
         """Returns what of the first body is in memory in any case."""
         outer = {**self._stacks, **self._constants}
         held = {*body.constvars, *body.invars}
         held |= {x for x, _ in self._second.consts + self._second.xs if _is_var(x)}
-        held |= {y for y, _ in self._first.ys if uses[y]}
+        held |= {y for y, _ in self._first.ys if self._uses[y]}
         held -= between
         return {v for v, x in outer.items() if not _is_var(x) or x in held}
 
@@ -258,9 +264,11 @@ def _computed_again(body: Any, targets: list[Var], names: dict) -> list[Any]:
         if not needed.isdisjoint(eqn.outvars):
             chosen.append(eqn)
             needed.update(x for x in eqn.invars if _is_var(x) and x not in names)
-    found = []
+    found, given = [], set(names)
     for eqn in reversed(chosen):
         invars = [names[x] if _is_var(x) else x for x in eqn.invars]
-        outvars = [names.setdefault(v, Var(v.aval)) for v in eqn.outvars]
+        outvars = [Var(v.aval) for v in eqn.outvars]
+        pairs = zip(eqn.outvars, outvars, strict=True)
+        names.update((old, new) for old, new in pairs if old not in given)
         found.append(eqn.replace(invars=invars, outvars=outvars))
     return found

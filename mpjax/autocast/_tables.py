@@ -43,6 +43,7 @@ def _names(text: str) -> frozenset[str]:
 
 LOW = _names("dot_general conv_general_dilated ragged_dot_general")
 
+# What loses too much, or overflows, in half; a gather as its gradient adds up.
 HIGH = _names(
     """
     exp exp2 expm1 log log2 log1p pow integer_pow square polynomial
@@ -51,6 +52,7 @@ HIGH = _names(
     bessel_i0e bessel_i1e regularized_incomplete_beta
     reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window_sum
     psum psum_invariant reduce_scatter
+    gather
     """
 )
 
@@ -68,7 +70,7 @@ EXACT = _names(
     """
     neg abs max min select_n clamp
     broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice
-    gather concatenate pad rev split tile stack unstack copy name stop_gradient
+    concatenate pad rev split tile stack unstack copy name stop_gradient
     reduce_max reduce_min cummax cummin reduce_window_max reduce_window_min
     sharding_constraint reshard all_gather all_gather_invariant ppermute all_to_all
     pvary convert_element_type optimization_barrier select_and_scatter_add
@@ -77,7 +79,7 @@ EXACT = _names(
 )
 
 # Exact, but with a result smaller than the operand: the cast belongs after it.
-SHRINKING = _names("gather slice dynamic_slice split unstack reduce_max reduce_min")
+SHRINKING = _names("slice dynamic_slice split unstack reduce_max reduce_min")
 
 # With zero on one side: the derivative of relu. On a value that goes on only in half,
 # it is asked of the half, or a float32 copy would be saved for the backward pass.

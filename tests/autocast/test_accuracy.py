@@ -80,6 +80,17 @@ def test_a_weight_used_512_times_gathers_its_gradient_in_float32(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_cotangents_of_what_is_looked_up_add_up_in_float32(policy):
+    """A table that a matmul made, of which one row is looked up 5000 times."""
+    ids = jnp.zeros(5000, jnp.int32)
+    loss = lambda w: jnp.sum((w @ w)[ids])
+    grads = [
+        g(jnp.eye(8)) for g in (jax.grad(loss), jax.grad(mpjax.autocast(loss, policy)))
+    ]
+    np.testing.assert_allclose(grads[1], grads[0], rtol=4e-3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("form", ["autocast(grad)", "grad(autocast)"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_matmul_is_half_forward_and_backward(name, form, policy):

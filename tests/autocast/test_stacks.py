@@ -31,8 +31,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tools import assert_same_bits
 
-from mpjax import autocast
+from mpjax import _jaxpr, autocast
 from mpjax._jaxpr import check_jaxpr, open_jaxpr, scan_sizes
+from mpjax.autocast._hoist import with_casts_before_loops
 from mpjax.autocast._stacks import with_fewer_stacks
 
 
@@ -183,6 +184,71 @@ def test_what_others_use_too_stays():
     assert [len(outs) for outs in stacked(closed)] == [3]
     assert [len(outs) for outs in stacked(new)] == [2]
     assert_same_bits(evaluate(new, *args), evaluate(closed, *args))
+
+
+def with_unused(p):
+    return lax.sin(p), (p, p * 2, p + 1)
+
+
+def with_pieces(p):
+    a, b = jnp.split(p, 2, -1)
+    return p, (p, a, b, a * 2)
+
+
+@jax.jit
+def two(p):
+    return p * 2, p + 1
+
+
+def with_call(p):
+    a, b = two(p)
+    return p, (p, a, b, a * 2)
+
+
+@pytest.mark.parametrize("make", [with_unused, with_pieces, with_call])
+@pytest.mark.parametrize("used", ["", "p", "pa", "ab"])
+def test_operations_of_several_results_and_stacks_without_use(make, used):
+    def fn(w, x):
+        first = lambda h, x: make(lax.sin(h @ w + x))
+        h, (p, a, *rest) = lax.scan(first, x[0], x)
+        total = lambda h, ys: (h + sum(jnp.sum(lax.sin(y)) for y in ys), None)
+        return lax.scan(total, h, (a, *rest))[0], *(
+            {"p": p, "a": a, "b": rest}[n] for n in used
+        )
+
+    args = W[0][:, :WIDTH], X
+    closed = jax.make_jaxpr(fn)(*args)
+    new = shrunk(closed)
+    assert num_stacked_bytes(new) <= num_stacked_bytes(closed)
+    assert_same_bits(evaluate(new, *args), evaluate(closed, *args))
+
+
+def test_with_jit_disabled_and_with_references():
+    grad = jax.grad(CELLS["gated"])
+    closed = jax.make_jaxpr(grad)(W, X)
+    _jaxpr._scan_counts.cache_clear()
+    with jax.disable_jit():
+        assert with_fewer_stacks(closed) is not closed
+
+    def with_reference(w, x):
+        total = jax.new_ref(jnp.zeros(x.shape))
+
+        def first(h, x):
+            p = lax.sin(h @ w + x)
+            return p, (p, p + 1, p + 2)
+
+        def second(h, ys):
+            reference, ys = ys
+            reference[...] = ys[0]
+            return h + lax.sin(ys[1]) * ys[2], None
+
+        h, ys = lax.scan(first, x[0], x)
+        return lax.scan(second, h, (total, ys))[0], total[...]
+
+    args = W[0][:, :WIDTH], X
+    closed = jax.make_jaxpr(with_reference)(*args)
+    new = with_casts_before_loops(in_half(shrunk(closed), "mixed_bfloat16"))
+    check_jaxpr(open_jaxpr(new))
 
 
 def test_inputs_and_constants_of_the_first_serve_the_second_without_a_stack():
