@@ -297,14 +297,18 @@ def stacked_aval(aval: Any, length: int) -> Any:
     return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
 
 
-def num_bytes(aval: Any) -> int:
-    """Returns the bytes of an array; no `int` where a dimension is symbolic."""
-    return math.prod(aval.shape) * aval.dtype.itemsize
-
-
 def dtype_of(atom: Any) -> Any:
     """Returns the dtype of a variable or literal; None for a token."""
     return getattr(atom.aval, "dtype", None)
+
+
+def num_bytes(atom: Any) -> int:
+    """Returns the bytes of a variable or literal; of a token 0.
+
+    Where a dimension is symbolic, it is no `int`.
+    """
+    dtype = dtype_of(atom)
+    return math.prod(atom.aval.shape) * getattr(dtype, "itemsize", 0) if dtype else 0
 
 
 _TRANSFORM = re.compile(r"\b(?:jvp|transpose|vmap|checkpoint|rematted_computation)\(")

@@ -10,7 +10,7 @@ Checkpointing by being Fusion Aware", MLSys 2023).
 """
 
 import collections
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csgraph, csr_array
@@ -83,7 +83,7 @@ class _Scan:
         """Returns the equation with other operands, and equations before the rest."""
 
         def rename(atom):
-            return atom if isinstance(atom, Literal) else renamed.get(atom, atom)
+            return renamed.get(atom, atom) if _is_var(atom) else atom
 
         ins = [*consts, *self.carry, *xs]
         eqns = [e.replace(invars=[rename(x) for x in e.invars]) for e in self.body.eqns]
@@ -96,6 +96,20 @@ class _Scan:
         sizes = (len(consts), self.num_carry)
         invars = [outer for outer, _ in ins]
         return _jaxpr.with_scan_body(self.eqn, jaxpr, sizes, invars=invars)
+
+
+class _Slot(NamedTuple):
+    """A value that one scan stacks up and another takes apart.
+
+    Attributes:
+      stack: outside of both.
+      made: in the body of the first.
+      taken: in the body of the second.
+    """
+
+    stack: Var
+    made: Var
+    taken: Var
 
 
 class _Pair:
@@ -125,14 +139,14 @@ class _Pair:
             return None
         made_of = dict(self._first.ys)
         between = [
-            (stack, made_of[stack], taken)
+            _Slot(stack, made_of[stack], taken)
             for stack, taken in self._second.xs
             if _is_in(stack, made_of) and self._uses[stack] == 1
         ]
-        targets = [made for _, made, _ in between]
+        targets = [slot.made for slot in between]
         if not targets:
             return None
-        there = self._there(body, {stack for stack, _, _ in between})
+        there = self._there(body, {slot.stack for slot in between})
         makers = _makers(self._first.body, targets, there)
         cost = {var: 0 if var in there else self._num_bytes(var) for var in makers}
         if not all(isinstance(num, int) for num in cost.values()):
@@ -142,8 +156,8 @@ class _Pair:
             return None
         return self._rebuild([var for var in makers if var in kept], between)
 
-    def _there(self, body: Any, between: set) -> set[Var]:
-        """Returns what of the first body is in memory in any case."""
+    def _there(self, body: Any, between: set[Var]) -> set[Var]:
+        """Returns what of the first body is in memory but for the stacks between."""
         outer = {**self._stacks, **self._constants}
         held = {*body.constvars, *body.invars}
         held |= {x for x, _ in self._second.consts + self._second.xs if _is_var(x)}
@@ -153,13 +167,13 @@ class _Pair:
 
     def _num_bytes(self, var: Var) -> int:
         if var in self._constants:
-            return _jaxpr.num_bytes(self._constants[var].aval)
-        return self._length * _jaxpr.num_bytes(var.aval)
+            return _jaxpr.num_bytes(self._constants[var])
+        return self._length * _jaxpr.num_bytes(var)
 
-    def _rebuild(self, kept: list[Var], between: list) -> tuple[Any, Any]:
+    def _rebuild(self, kept: list[Var], between: list[_Slot]) -> tuple[Any, Any]:
         consts, xs = list(self._second.consts), list(self._second.xs)
         outs = list(self._first.outs)
-        names = {}
+        names: dict[Var, Var] = {}
         for var in kept:
             if var in self._constants:
                 names[var] = _name_of(self._constants[var], var, consts)
@@ -169,11 +183,11 @@ class _Pair:
                 stack = Var(_jaxpr.stacked_aval(var.aval, self._length))
                 outs.append((stack, var))
             names[var] = _name_of(stack, var, xs)
-        dropped = [slot for slot in between if names.get(slot[1]) is not slot[2]]
-        made = [made for _, made, _ in dropped]
+        dropped = [slot for slot in between if names.get(slot.made) is not slot.taken]
+        made = [slot.made for slot in dropped]
         again = _computed_again(self._first.body, made, names)
-        renamed = {taken: names[made] for _, made, taken in dropped}
-        gone = {stack for stack, _, _ in dropped}
+        renamed = {slot.taken: names[slot.made] for slot in dropped}
+        gone = {slot.stack for slot in dropped}
         outs = [pair for pair in outs if pair[0] not in gone]
         xs = [pair for pair in xs if pair[0] not in gone]
         return (
@@ -196,7 +210,7 @@ def _is_var(atom: Any) -> bool:
 
 
 def _is_in(atom: Any, found: Any) -> bool:
-    return not isinstance(atom, Literal) and atom in found
+    return _is_var(atom) and atom in found
 
 
 def _count_uses(eqns: list[Any], body: Any) -> dict[Var, int]:

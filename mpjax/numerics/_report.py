@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from mpjax._flat import FlatFunction, flatten, refuse_modules
 from mpjax._flops import count_flops
-from mpjax._jaxpr import dtype_of, inner_jaxprs, is_inexact_aval, walk
+from mpjax._jaxpr import dtype_of, inner_jaxprs, is_inexact_aval, num_bytes, walk
 from mpjax._table import (
     plain_table,
     print_report,
@@ -267,15 +266,10 @@ def _moved_bytes(eqn: Any) -> int:
     name = eqn.primitive.name
     if name in _VIEWS:
         return 0
-    written = sum(map(_num_bytes, eqn.outvars))
+    written = sum(map(num_bytes, eqn.outvars))
     if name in _SLICES:
-        return 2 * written + sum(map(_num_bytes, eqn.invars[1:]))
-    return written + sum(map(_num_bytes, eqn.invars))
-
-
-def _num_bytes(atom: Any) -> int:
-    dtype = dtype_of(atom)
-    return math.prod(atom.aval.shape) * getattr(dtype, "itemsize", 0) if dtype else 0
+        return 2 * written + sum(map(num_bytes, eqn.invars[1:]))
+    return written + sum(map(num_bytes, eqn.invars))
 
 
 def _add_up(counts: Any) -> dict[str, int]:

@@ -65,7 +65,6 @@ def test_a_scan_over_layers_stacks_up_a_third_of_float32():
         cost.analyze(fn, w, x, gains, device="h100").temporary_bytes
         for fn in (grad, by_hand, mpjax.autocast(grad))
     )
-    print(float32, hand_cast, cast)
     assert cast <= 0.35 * float32
     assert cast <= 0.70 * hand_cast
 
