@@ -125,7 +125,8 @@ class Config:
 
 def main(config: Config) -> list[dict[str, Any]]:
     """Times every row of every model; returns what the result files hold."""
-    return [_one_work(config, name) for name in config.work_names()]
+    environment = results.environment()  # Before its files make the tree another.
+    return [_one_work(config, name, environment) for name in config.work_names()]
 
 
 def all_rows() -> list[Row]:
@@ -171,7 +172,9 @@ def choose(
     return [row for row in chosen if row.name not in left_out], left_out
 
 
-def _one_work(config: Config, work_name: str) -> dict[str, Any]:
+def _one_work(
+    config: Config, work_name: str, environment: dict[str, Any]
+) -> dict[str, Any]:
     work = mlp(config.num_units) if work_name == "mlp" else WORKS[work_name]()
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     batch_size = config.batch_size or work.batch_sizes[platform]
@@ -192,7 +195,7 @@ def _one_work(config: Config, work_name: str) -> dict[str, Any]:
         "batch_size": batch_size,
         "num_rounds": config.num_rounds,
         "seed": config.seed,
-        "environment": results.environment(),
+        "environment": environment,
         "left_out": left_out,
         "runs": [
             summary(row, times_ms, losses, steps)
