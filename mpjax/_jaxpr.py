@@ -204,6 +204,12 @@ def context_of(eqn: Any) -> Iterator[None]:
         yield
 
 
+def as_inside(call: Any, eqn: Any) -> Any:
+    """Returns an equation of a called function as one of the caller, scopes joined."""
+    name_stack = call.source_info.name_stack + eqn.source_info.name_stack
+    return eqn.replace(source_info=eqn.source_info.replace(name_stack=name_stack))
+
+
 def consts_as_inputs(closed: Any) -> Any:
     """Returns a closed jaxpr as an open one whose first inputs are its constants."""
     jaxpr = open_jaxpr(closed)

@@ -17,6 +17,7 @@ from scipy.sparse import csgraph, csr_array
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, Var, open_jaxpr
+from mpjax.autocast._inline import with_loops_side_by_side
 from mpjax.autocast._tables import RECOMPUTED
 
 # scipy's capacities have 32 bits: that of all variables together, and an infinite one.
@@ -33,7 +34,9 @@ def with_fewer_stacks(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return _jaxpr.map_jaxprs(_shrink, jaxpr)
+    side_by_side = with_loops_side_by_side(jaxpr)
+    shrunk = _jaxpr.map_jaxprs(_shrink, side_by_side)
+    return jaxpr if shrunk is side_by_side else shrunk
 
 
 def _shrink(jaxpr: Any) -> Any:
