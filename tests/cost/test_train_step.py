@@ -37,6 +37,16 @@ def test_half_takes_at_most_three_fifths_of_the_temporaries(name, batch_size):
     assert ratios["mixed_bfloat16"] <= 0.60
 
 
+def test_a_loss_in_a_jit_of_its_own_costs_the_same():
+    work = WORKS["bigru"]()
+    jitted = dataclasses.replace(work, loss_fn=jax.jit(work.loss_fn))
+    alone, inside = (
+        report_of(each, "mixed_bfloat16", batch_size=256) for each in (work, jitted)
+    )
+    assert inside.temporary_bytes == alone.temporary_bytes
+    assert inside.moved_bytes == alone.moved_bytes
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_dynamic_loss_scaling_moves_nothing_more(policy):
     work = WORKS["mlp"]()
@@ -88,7 +98,8 @@ def test_what_is_not_timed_as_it_does_not_pay():
         )
 
 
-def report_of(work, policy, loss_scale, jit=lambda step: step):
+def report_of(work, policy, loss_scale=None, jit=lambda step: step, *, batch_size=8192):
     step, state = memory.make_step(work, policy, loss_scale=loss_scale)
-    batch = jax.eval_shape(lambda key: work.make_batch(key, 8192), jax.random.key(0))
+    make_batch = lambda key: work.make_batch(key, batch_size)
+    batch = jax.eval_shape(make_batch, jax.random.key(0))
     return cost.analyze(jit(step), state, batch, device="h100")
