@@ -205,7 +205,10 @@ def context_of(eqn: Any) -> Iterator[None]:
 
 
 def as_inside(call: Any, eqn: Any) -> Any:
-    """Returns an equation of a called function as one of the caller, scopes joined."""
+    """Returns an equation of a called function as one of the caller.
+
+    Its name scope is joined to that of the call, without the name of the function.
+    """
     name_stack = call.source_info.name_stack + eqn.source_info.name_stack
     return eqn.replace(source_info=eqn.source_info.replace(name_stack=name_stack))
 
@@ -301,6 +304,18 @@ def stacked_aval(aval: Any, length: int) -> Any:
     """Returns the type of as many values of a type, stacked along a new first axis."""
     sharding = aval.sharding.update(spec=(None, *aval.sharding.spec))
     return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
+
+
+def has_effects(eqn: Any) -> bool:
+    """Whether it does more than to compute; that of a collective, an axis, is none."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
+def is_annotated(eqn: Any) -> bool:
+    """Whether its context says where it is to run, or what the compiler is to know."""
+    context = eqn.ctx
+    names = ("compute_type", "xla_metadata")
+    return any(getattr(context, name, None) for name in names)
 
 
 def dtype_of(atom: Any) -> Any:

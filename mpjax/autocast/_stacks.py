@@ -17,7 +17,7 @@ from scipy.sparse import csgraph, csr_array
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, Var, open_jaxpr
-from mpjax.autocast._inline import with_loops_side_by_side
+from mpjax.autocast._inline import is_constant, with_loops_side_by_side
 from mpjax.autocast._tables import RECOMPUTED
 
 # scipy's capacities have 32 bits: that of all variables together, and an infinite one.
@@ -163,6 +163,7 @@ class _Pair:
         """Returns what of the first body is in memory but for the stacks between."""
         outer = {**self._stacks, **self._constants}
         held = {*body.constvars, *body.invars}
+        held |= {v for eqn in body.eqns if is_constant(eqn) for v in eqn.outvars}
         held |= {x for x, _ in self._second.consts + self._second.xs if _is_var(x)}
         held |= {y for y, _ in self._first.ys if self._uses[y]}
         held -= between
