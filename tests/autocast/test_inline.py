@@ -25,11 +25,11 @@ from jax.sharding import PartitionSpec as P
 from tools import assert_same_bits
 
 from mpjax import autocast, full_precision
-from mpjax._jaxpr import check_jaxpr, eval_jaxpr, open_jaxpr, walk
+from mpjax._jaxpr import check_jaxpr, open_jaxpr, walk
 from mpjax.autocast._inline import is_constant, with_loops_side_by_side
 from mpjax.autocast._stacks import with_fewer_stacks
 
-POLICIES = ["float32", "mixed_bfloat16", "mixed_float16"]
+POLICIES = ["float32", "mixed_bfloat16"]
 
 
 def layers(run):
@@ -190,11 +190,6 @@ def test_a_call_of_which_more_is_asked_stays(name):
     # The backward pass of what prints does not print.
     num_left = 1 if name == "effectful" else 2
     assert (num_calls(closed), num_calls(new)) == (4, num_left)
-    old_grad, new_grad = (
-        jax.jit(lambda *args, c=c: eval_jaxpr(open_jaxpr(c), c.consts, *args)[0])(W, X)
-        for c in (closed, new)
-    )
-    np.testing.assert_allclose(new_grad, old_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_call_that_hands_no_stack_on_stays():
