@@ -318,6 +318,16 @@ def is_annotated(eqn: Any) -> bool:
     return any(getattr(context, name, None) for name in names)
 
 
+def is_var(atom: Any) -> bool:
+    """Whether it is a variable, not a literal."""
+    return not isinstance(atom, Literal)
+
+
+def renamed(atoms: Any, names: dict[Var, Any]) -> list[Any]:
+    """Returns variables and literals, those variables renamed that have a new name."""
+    return [names.get(x, x) if is_var(x) else x for x in atoms]
+
+
 def dtype_of(atom: Any) -> Any:
     """Returns the dtype of a variable or literal; None for a token."""
     return getattr(atom.aval, "dtype", None)

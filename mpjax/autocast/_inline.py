@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mpjax import _jaxpr
-from mpjax._jaxpr import Literal, Var, open_jaxpr
+from mpjax._jaxpr import Var, is_var, open_jaxpr, renamed
 from mpjax.autocast._decide import is_reserved
 
 
@@ -29,7 +29,7 @@ def with_loops_side_by_side(jaxpr: Any) -> Any:
     return _jaxpr.map_jaxprs(_Inliner().inline, jaxpr)
 
 
-def is_constant(eqn: Any) -> bool:
+def gives_constants(eqn: Any) -> bool:
     """Whether an equation gives the constants of a call that was inlined."""
     return (
         eqn.primitive.name == "jit"
@@ -50,7 +50,7 @@ class _Inliner:
         while calls := self._related_calls(open_jaxpr(jaxpr).eqns):
             names: dict[Var, Any] = {}
             eqns = list(_flattened(open_jaxpr(jaxpr).eqns, calls, names))
-            outvars = _renamed(open_jaxpr(jaxpr).outvars, names)
+            outvars = renamed(open_jaxpr(jaxpr).outvars, names)
             jaxpr = _jaxpr.with_equations(jaxpr, eqns=eqns, outvars=outvars)
         return jaxpr
 
@@ -63,7 +63,7 @@ class _Inliner:
             if not (taken or made) or not (_is_scan(eqn) or self._is_plain(eqn)):
                 continue
             for x in taken:
-                if _is_var(x) and x in made_by:
+                if is_var(x) and x in made_by:
                     related |= {index, made_by[x]}
             made_by |= dict.fromkeys(made, index)
         return {index for index in related if not _is_scan(eqns[index])}
@@ -81,11 +81,11 @@ class _Inliner:
         jaxpr = eqn.params["jaxpr"]
         if id(jaxpr) not in self._ends:
             pairs = [self._stacks(each) for each in open_jaxpr(jaxpr).eqns]
-            taken = {x for xs, _ in pairs for x in xs if _is_var(x)}
+            taken = {x for xs, _ in pairs for x in xs if is_var(x)}
             made = {y for _, ys in pairs for y in ys}
             invars, outvars = open_jaxpr(jaxpr).invars, open_jaxpr(jaxpr).outvars
             ins = [i for i, x in enumerate(invars) if x in taken]
-            outs = [i for i, y in enumerate(outvars) if _is_var(y) and y in made]
+            outs = [i for i, y in enumerate(outvars) if is_var(y) and y in made]
             self._ends[id(jaxpr)] = (jaxpr, ins, outs)
         _, ins, outs = self._ends[id(jaxpr)]
         return [eqn.invars[i] for i in ins], [eqn.outvars[i] for i in outs]
@@ -102,10 +102,6 @@ class _Inliner:
             self._usual[sizes] = _call_params(*sizes)
         usual = self._usual[sizes]
         return all(call.params.get(name) == value for name, value in usual.items())
-
-
-def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
 
 
 def _is_scan(eqn: Any) -> bool:
@@ -131,7 +127,7 @@ def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[An
     """
     constants: dict[int, Var] = {}
     for index, eqn in enumerate(eqns):
-        invars = _renamed(eqn.invars, names)
+        invars = renamed(eqn.invars, names)
         if index not in calls:
             yield eqn.replace(invars=invars)
             continue
@@ -148,10 +144,10 @@ def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[An
         for each in inner.eqns:
             # New variables: the same function can be called twice.
             outvars = [Var(v.aval) for v in each.outvars]
-            operands = _renamed(each.invars, inside)
+            operands = renamed(each.invars, inside)
             yield _jaxpr.as_inside(eqn, each).replace(invars=operands, outvars=outvars)
             inside.update(zip(each.outvars, outvars, strict=True))
-        names.update(zip(eqn.outvars, _renamed(inner.outvars, inside), strict=True))
+        names.update(zip(eqn.outvars, renamed(inner.outvars, inside), strict=True))
 
 
 def _call_for_constants(call: Any) -> Any:
@@ -165,7 +161,3 @@ def _call_for_constants(call: Any) -> Any:
     params = call.params | _call_params(0, len(constvars)) | {"jaxpr": jaxpr}
     outvars = [Var(v.aval) for v in constvars]
     return call.replace(invars=[], outvars=outvars, params=params, effects=set())
-
-
-def _renamed(atoms: Any, names: dict[Var, Any]) -> list[Any]:
-    return [names.get(x, x) if _is_var(x) else x for x in atoms]

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.sparse import csgraph, csr_array
 
 from mpjax import _jaxpr
-from mpjax._jaxpr import Literal, Var, open_jaxpr
-from mpjax.autocast._inline import is_constant, with_loops_side_by_side
+from mpjax._jaxpr import Var, is_var, open_jaxpr, renamed
+from mpjax.autocast._inline import gives_constants, with_loops_side_by_side
 from mpjax.autocast._tables import RECOMPUTED
 
 # scipy's capacities have 32 bits: that of all variables together, and an infinite one.
@@ -71,7 +71,7 @@ class _Scan:
         self.xs = ins[first:]
         self.outs = list(zip(eqn.outvars, self.body.outvars, strict=True))
         ys = self.outs[self.num_carry :]
-        self.ys = [(stack, var) for stack, var in ys if _is_var(var)]
+        self.ys = [(stack, var) for stack, var in ys if is_var(var)]
 
     def with_outs(self, outs: list) -> Any:
         """Returns the equation with other results."""
@@ -82,18 +82,15 @@ class _Scan:
         outvars = [outer for outer, _ in outs]
         return _jaxpr.with_scan_body(self.eqn, jaxpr, sizes, outvars=outvars)
 
-    def with_ins(self, consts: list, xs: list, before: list, renamed: dict) -> Any:
+    def with_ins(self, consts: list, xs: list, before: list, names: dict) -> Any:
         """Returns the equation with other operands, and equations before the rest."""
 
-        def rename(atom):
-            return renamed.get(atom, atom) if _is_var(atom) else atom
-
         ins = [*consts, *self.carry, *xs]
-        eqns = [e.replace(invars=[rename(x) for x in e.invars]) for e in self.body.eqns]
+        eqns = [e.replace(invars=renamed(e.invars, names)) for e in self.body.eqns]
         jaxpr = _jaxpr.with_equations(
             self.eqn.params["jaxpr"],
             invars=[var for _, var in ins],
-            outvars=[rename(x) for x in self.body.outvars],
+            outvars=renamed(self.body.outvars, names),
             eqns=before + eqns,
         )
         sizes = (len(consts), self.num_carry)
@@ -163,11 +160,11 @@ class _Pair:
         """Returns what of the first body is in memory but for the stacks between."""
         outer = {**self._stacks, **self._constants}
         held = {*body.constvars, *body.invars}
-        held |= {v for eqn in body.eqns if is_constant(eqn) for v in eqn.outvars}
-        held |= {x for x, _ in self._second.consts + self._second.xs if _is_var(x)}
+        held |= {v for eqn in body.eqns if gives_constants(eqn) for v in eqn.outvars}
+        held |= {x for x, _ in self._second.consts + self._second.xs if is_var(x)}
         held |= {y for y, _ in self._first.ys if self._uses[y]}
         held -= between
-        return {v for v, x in outer.items() if not _is_var(x) or x in held}
+        return {v for v, x in outer.items() if not is_var(x) or x in held}
 
     def _num_bytes(self, var: Var) -> int:
         if var in self._constants:
@@ -190,13 +187,13 @@ class _Pair:
         dropped = [slot for slot in between if names.get(slot.made) is not slot.taken]
         made = [slot.made for slot in dropped]
         again = _computed_again(self._first.body, made, names)
-        renamed = {slot.taken: names[slot.made] for slot in dropped}
+        new_names = {slot.taken: names[slot.made] for slot in dropped}
         gone = {slot.stack for slot in dropped}
         outs = [pair for pair in outs if pair[0] not in gone]
         xs = [pair for pair in xs if pair[0] not in gone]
         return (
             self._first.with_outs(outs),
-            self._second.with_ins(consts, xs, again, renamed),
+            self._second.with_ins(consts, xs, again, new_names),
         )
 
 
@@ -209,17 +206,13 @@ def _name_of(outer: Any, var: Var, pairs: list) -> Var:
     return pairs[-1][1]
 
 
-def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
-
-
 def _is_in(atom: Any, found: Any) -> bool:
-    return _is_var(atom) and atom in found
+    return is_var(atom) and atom in found
 
 
 def _count_uses(eqns: list[Any], body: Any) -> dict[Var, int]:
     atoms = [x for eqn in eqns for x in eqn.invars]
-    return collections.Counter(x for x in (*atoms, *body.outvars) if _is_var(x))
+    return collections.Counter(x for x in (*atoms, *body.outvars) if is_var(x))
 
 
 def _makers(body: Any, targets: list[Var], there: set[Var]) -> dict[Var, Any]:
@@ -237,7 +230,7 @@ def _makers(body: Any, targets: list[Var], there: set[Var]) -> dict[Var, Any]:
         found[var] = None
         if var not in there and var in made_by and _is_cheap(made_by[var]):
             found[var] = made_by[var]
-            todo += filter(_is_var, made_by[var].invars)
+            todo += filter(is_var, made_by[var].invars)
     return found
 
 
@@ -261,7 +254,7 @@ def _minimum_cut(makers: dict, cost: dict, targets: list[Var]) -> set[Var]:
         if eqn is None:
             edges.append((0, place[var], _INFINITE))
         else:
-            sources = set(filter(_is_var, eqn.invars))
+            sources = set(filter(is_var, eqn.invars))
             edges += [(place[x] + 1, place[var], _INFINITE) for x in sources]
     edges += [(place[var] + 1, 1, _INFINITE) for var in set(targets)]
     start, end, capacity = np.array(edges, np.int32).T
@@ -281,10 +274,10 @@ def _computed_again(body: Any, targets: list[Var], names: dict) -> list[Any]:
     for eqn in reversed(body.eqns):
         if not needed.isdisjoint(eqn.outvars):
             chosen.append(eqn)
-            needed.update(x for x in eqn.invars if _is_var(x) and x not in names)
+            needed.update(x for x in eqn.invars if is_var(x) and x not in names)
     found, given = [], set(names)
     for eqn in reversed(chosen):
-        invars = [names[x] if _is_var(x) else x for x in eqn.invars]
+        invars = [names[x] if is_var(x) else x for x in eqn.invars]
         outvars = [Var(v.aval) for v in eqn.outvars]
         pairs = zip(eqn.outvars, outvars, strict=True)
         names.update((old, new) for old, new in pairs if old not in given)

@@ -26,7 +26,7 @@ from tools import assert_same_bits
 
 from mpjax import autocast, full_precision
 from mpjax._jaxpr import check_jaxpr, open_jaxpr, walk
-from mpjax.autocast._inline import is_constant, with_loops_side_by_side
+from mpjax.autocast._inline import gives_constants, with_loops_side_by_side
 from mpjax.autocast._stacks import with_fewer_stacks
 
 POLICIES = ["float32", "mixed_bfloat16"]
@@ -216,7 +216,7 @@ def test_a_constant_is_there_once():
         return jnp.sum(x)
 
     new = with_fewer_stacks(jax.make_jaxpr(jax.grad(loss))(W, X))
-    assert sum(map(is_constant, open_jaxpr(new).eqns)) == 1
+    assert sum(map(gives_constants, open_jaxpr(new).eqns)) == 1
 
 
 def test_with_a_collective_inside():
