@@ -1,6 +1,8 @@
 """README.md tells the truth: its programs run, its tables are the result files'."""
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import jax
@@ -81,3 +83,21 @@ def test_the_tables_are_those_of_the_result_files():
     text = README.read_text()
     assert len(tables.TABLE.findall(text)) >= 3
     assert tables.render(text) == text
+
+
+@pytest.mark.parametrize(
+    ("own", "reference"),
+    [("mpjax, bfloat16", "mpjax, float32"), ("jmp, bfloat16", "by hand, float32")],
+)
+def test_how_much_longer_bfloat16_takes_without_its_instructions(own, reference):
+    """As the text says: medians over rounds of the ratio within a round."""
+    said = README.read_text().partition("step in float32, its\nbfloat16 steps take")[2]
+    said = said.split("cast by hand")
+    expected = []
+    for work in ("mlp", "transformer_block", "transformer", "convnet", "bigru"):
+        file = f"benchmark_{work}_cpu_avx2_jax0.12.0.1.json"
+        runs = json.loads((README.parent / "experiments/results" / file).read_text())
+        times = {run["name"]: run["times_ms"] for run in runs["runs"]}
+        pairs = zip(times[own], times[reference], strict=True)
+        expected.append(f"{statistics.median(a / b for a, b in pairs):.2f}")
+    assert re.findall(r"\d\.\d\d", said["jmp" in own])[:5] == expected
