@@ -64,46 +64,45 @@ def scaled_gradients(
     # What a CPU keeps of a float16 gradient is float32 already.
     is_apart = rules is not None and rules.default.compute_dtype != jnp.float16
 
-    def gradients(*args):
-        grads, aux = jax.grad(loss_and_aux, has_aux=True, allow_int=True)(*args)
+    def one(params, model_state, batch, key) -> Gradients:
+        grads, (loss, new_state, aux) = jax.grad(
+            loss_and_aux, has_aux=True, allow_int=True
+        )(params, model_state, batch, key)
         floats = [g for g in jax.tree.leaves(grads) if is_inexact(g)]
         squares = sum_of_squares(apart(floats) if is_apart else floats)
-        return grads, squares, aux
-
-    if rules is not None:
-        gradients = autocast(gradients, rules)
-
-    def one(model_state, batch, key) -> Gradients:
-        grads, squares, (loss, new_state, aux) = gradients(
-            state.params, model_state, batch, key
-        )
         grads = jax.tree.map(lambda g: to_full(float0_to_zeros(g)), grads)
         return Gradients(grads, squares, loss, cast_like(new_state, model_state), aux)
 
-    if num_microbatches == 1:
-        return one(state.model_state, batch, key)
+    def several(params, model_state, pieces, keys) -> Gradients:
+        def body(carry, piece):
+            total, model_state = carry
+            out = one(params, model_state, *piece)
+            total = jax.tree.map(jnp.add, total, out.scaled)
+            return (total, out.model_state), (out.loss, out.aux)
 
-    def body(carry, piece):
-        total, model_state = carry
-        out = one(model_state, *piece)
-        total = jax.tree.map(jnp.add, total, out.scaled)
-        return (total, out.model_state), (out.loss, out.aux)
+        zeros = jax.tree.map(_zero_gradient, params)
+        (total, model_state), (losses, aux) = jax.lax.scan(
+            body, (zeros, model_state), (pieces, keys)
+        )
+        mean = jax.tree.map(lambda g: g / num_microbatches, total)
+        reduce = lambda x: x.mean(0) if is_inexact(x) else x.sum(0)
+        return Gradients(
+            scaled=mean,
+            squares=sum_of_squares(mean),
+            loss=losses.mean(),
+            model_state=model_state,
+            aux=jax.tree.map(reduce, aux),
+        )
 
-    zeros = jax.tree.map(_zero_gradient, state.params)
-    pieces = split_batch(batch, num_microbatches)
-    keys = jax.random.split(key, num_microbatches)
-    (total, model_state), (losses, aux) = jax.lax.scan(
-        body, (zeros, state.model_state), (pieces, keys)
-    )
-    mean = jax.tree.map(lambda g: g / num_microbatches, total)
-    reduce = lambda x: x.mean(0) if is_inexact(x) else x.sum(0)
-    return Gradients(
-        scaled=mean,
-        squares=sum_of_squares(mean),
-        loss=losses.mean(),
-        model_state=model_state,
-        aux=jax.tree.map(reduce, aux),
-    )
+    gradients = one
+    if num_microbatches > 1:
+        gradients = several
+        batch = split_batch(batch, num_microbatches)
+        key = jax.random.split(key, num_microbatches)
+    if rules is not None:
+        # Around the loop: weights are cast to half before it, not for every piece.
+        gradients = autocast(gradients, rules)
+    return gradients(state.params, state.model_state, batch, key)
 
 
 def checkpointed(loss_fn: Callable[..., Any], policy: Any) -> Callable[..., Any]:

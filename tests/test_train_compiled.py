@@ -9,6 +9,7 @@ import pytest
 from tools import batch_norm_model, regression_batch, rich_optimizer
 
 import mpjax
+from mpjax._jaxpr import walk
 
 
 def mlp_loss(params, batch, key):
@@ -18,7 +19,7 @@ def mlp_loss(params, batch, key):
     return jnp.mean((x.astype(jnp.float32) - batch["label"][:, None]) ** 2), None
 
 
-def mlp(policy, *, donate=True, autocast=True):
+def mlp(policy, *, donate=True, **kwargs):
     keys = jax.random.split(jax.random.key(0), 2)
     shapes = [(4, 64), (64, 64)]
     params = [jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes, strict=True)]
@@ -28,9 +29,9 @@ def mlp(policy, *, donate=True, autocast=True):
         mlp_loss,
         tx,
         policy=policy,
-        autocast=autocast,
         ema_decay=0.99,
         donate=donate,
+        **kwargs,
     )
     return state, step
 
@@ -49,6 +50,18 @@ def test_every_matmul_is_in_the_compute_dtype(policy, dtype, autocast):
     for operands, output in dots:
         found = re.findall(r"(b?f\d+)>", operands + output)
         assert set(found) == {dtype}
+
+
+def test_weights_are_cast_once_for_all_microbatches():
+    state, step = mlp("mixed_float16", num_microbatches=2)
+    casts = [
+        times
+        for eqn, _, times in walk(jax.make_jaxpr(step)(state, regression_batch()))
+        if eqn.primitive.name == "convert_element_type"
+        and eqn.invars[0].aval in [jax.typeof(w) for w in state.params]
+        and eqn.outvars[0].aval.dtype == jnp.float16
+    ]
+    assert casts == [1] * len(state.params)
 
 
 def test_parameters_moments_and_metrics_are_float32():

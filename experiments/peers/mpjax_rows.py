@@ -6,6 +6,12 @@ from typing import Any
 import mpjax
 from experiments.peers.row import FLOAT32, Case, Row, Step, copied, jax_step
 
+# Of transformers a CPU takes two examples.
+NUM_MICROBATCHES = {
+    2: ("transformer_block", "transformer"),
+    4: ("mlp", "convnet", "bigru"),
+}
+
 
 def train_step(case: Case, **kwargs: Any) -> Step:
     """`make_train_step` with its arguments; no loss scaling unless one is given."""
@@ -46,9 +52,11 @@ def rows() -> list[Row]:
     scaled = part(train_step, policy="mixed_float16", loss_scale=dynamic)
     beside = "mpjax, float16, dynamic"
     half_params = part(scaled, policy="float16", master_weights=True)
-    return [
-        *found,
+    found += [
         Row(f"{beside}, master weights", half_params, beside),
         Row(f"{beside}, EMA", part(scaled, ema_decay=0.999), beside),
-        Row(f"{beside}, 4 microbatches", part(scaled, num_microbatches=4), beside),
     ]
+    for num, works in NUM_MICROBATCHES.items():
+        build = part(scaled, num_microbatches=num)
+        found.append(Row(f"{beside}, {num} microbatches", build, beside, works))
+    return found
