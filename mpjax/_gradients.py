@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mpjax._convolutions import with_plain_convolutions
 from mpjax._cpu import apart
 from mpjax._tree import float0_to_zeros, is_inexact, sum_of_squares, to_full
 from mpjax.autocast import autocast
@@ -102,6 +103,8 @@ def scaled_gradients(
     if rules is not None:
         # Around the loop: weights are cast to half before it, not for every piece.
         gradients = autocast(gradients, rules)
+    if num_microbatches > 1:
+        gradients = with_plain_convolutions(gradients)
     return gradients(state.params, state.model_state, batch, key)
 
 

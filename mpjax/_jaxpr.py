@@ -306,6 +306,11 @@ def stacked_aval(aval: Any, length: int) -> Any:
     return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
 
 
+def is_split(atom: Any) -> bool:
+    """Whether it is sharded over the axes of an explicit mesh."""
+    return any(axis is not None for axis in atom.aval.sharding.spec)
+
+
 def has_effects(eqn: Any) -> bool:
     """Whether it does more than to compute; that of a collective, an axis, is none."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from mpjax import _jaxpr
+from mpjax._convolutions import plain_convolution
 from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
 from mpjax.autocast import _custom
 from mpjax.autocast._decide import (
@@ -57,6 +58,7 @@ class Body(Operands):
         self._scope = scope
         self._times = times
         self._dots: dict[Var, int] = {}
+        self._convolutions: list[int] = []
         self._uses: dict[Var, int] | None = None
         self._handlers = {
             Kind.LOW: self._low,
@@ -98,11 +100,12 @@ class Body(Operands):
         out_dtypes = tuple(map(dtype_of, outvars))
         if not self.changed:
             return jaxpr, out_dtypes
-        dots = set(self._dots.values())
+        forms = dict.fromkeys(self._dots.values(), with_unit_axes)
+        forms |= dict.fromkeys(self._convolutions, plain_convolution)
         eqns: list[Any] = []
         for index, eqn in enumerate(self.eqns):
             if eqn is not None:
-                eqns += with_unit_axes(eqn) if index in dots else [eqn]
+                eqns += forms[index](eqn) if index in forms else [eqn]
         changes = {"invars": invars, "outvars": outvars, "eqns": eqns}
         return _jaxpr.with_equations(jaxpr, **changes), out_dtypes
 
@@ -152,6 +155,8 @@ class Body(Operands):
         self._write(eqn, invars=invars, params=params, dtypes=outs)
         if eqn.primitive.name == "dot_general":
             self._dots[eqn.outvars[0]] = len(self.eqns) - 1
+        elif eqn.primitive.name == "conv_general_dilated":
+            self._convolutions.append(len(self.eqns) - 1)
         self._log(eqn, dtype)
 
     def _in_half(self, eqn: Any, dtype: Any) -> list[Any]:

@@ -14,6 +14,7 @@ import mpjax
 from experiments import memory
 from experiments.models.works import WORKS
 from mpjax import cost
+from mpjax._convolutions import with_plain_convolutions
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -96,6 +97,33 @@ def test_what_is_not_timed_as_it_does_not_pay():
         cost.analyze(
             lambda x: jnp.matmul(x, x, precision="F16_F16_F16"), x, device="h100"
         )
+
+
+@pytest.mark.parametrize("form", [("NHWC", "HWIO"), ("NCHW", "OIHW")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_convolutions_cost_nothing(form, dtype):
+    """See `mpjax._convolutions`: the transposes are none in memory."""
+    last = form[0] == "NHWC"
+    image = (256, 56, 56, 64) if last else (256, 64, 56, 56)
+    kernel = (3, 3, 64, 64) if last else (64, 64, 3, 3)
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape in (image, kernel, kernel)]
+
+    def loss(x, *kernels):
+        for w in kernels:
+            x = jax.nn.relu(
+                jax.lax.conv_general_dilated(
+                    x, w, (1, 1), "SAME", dimension_numbers=(*form, form[0])
+                )
+            )
+        return jnp.mean(x.astype("float32") ** 2)
+
+    grad = jax.grad(loss, (1, 2))
+    plain, found = (
+        cost.analyze(fn, *args, device="h100")
+        for fn in (with_plain_convolutions(grad), grad)
+    )
+    assert plain.moved_bytes == found.moved_bytes
+    assert plain.temporary_bytes == found.temporary_bytes
 
 
 def report_of(work, policy, loss_scale=None, jit=lambda step: step, *, batch_size=8192):

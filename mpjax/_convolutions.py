@@ -1,0 +1,87 @@
+"""The form in which a convolution is written: what XLA:CPU makes of it depends on it.
+
+It has a fast one for images of shape (B, H, W, C) and kernels of shape (H, W, C, D),
+and brings others into that form, such as the gradient of a kernel; but none in a loop,
+where such a gradient then takes over 20 times as long. So they are written in it. On
+a GPU XLA chooses how arrays lie in memory, and transposes around them move nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from mpjax import _jaxpr
+from mpjax._jaxpr import eval_jaxpr, open_jaxpr
+
+
+def with_plain_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of arrays with all its convolutions, at any depth, so written.
+
+    It is traced when called.
+    """
+
+    def call(*args):
+        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+        plain = open_jaxpr(_jaxpr.map_jaxprs(_with_plain, closed))
+        leaves = eval_jaxpr(plain, closed.consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return call
+
+
+def _with_plain(jaxpr: Any) -> Any:
+    old = open_jaxpr(jaxpr).eqns
+    eqns = [e for eqn in old for e in plain_convolution(eqn)]
+    return jaxpr if len(eqns) == len(old) else _jaxpr.with_equations(jaxpr, eqns=eqns)
+
+
+def plain_convolution(eqn: Any) -> list[Any]:
+    """Returns equations for a convolution, transposes before and behind it.
+
+    Args:
+      eqn: any equation; left alone if it is no convolution, has that form already, or
+        is of arrays that are split over an explicit mesh.
+    """
+    if eqn.primitive.name != "conv_general_dilated":
+        return [eqn]
+    numbers, plain = eqn.params["dimension_numbers"], _plain_numbers(eqn)
+    if numbers == plain or any(map(_jaxpr.is_split, eqn.invars)):
+        return [eqn]
+    before, operands = [], []
+    for x, spec, wanted in zip(eqn.invars, numbers[:2], plain[:2], strict=True):
+        permutation = _permutation(spec, wanted)
+        if permutation is not None:
+            params = {"permutation": permutation}
+            before.append(
+                _jaxpr.new_eqn(jax.lax.transpose_p, [x], params, like=eqn, varies_as=x)
+            )
+        operands.append(x if permutation is None else before[-1].outvars[0])
+    params = eqn.params | {"dimension_numbers": plain}
+    permutation = _permutation(plain.out_spec, numbers.out_spec)
+    if permutation is None:
+        return [*before, eqn.replace(invars=operands, params=params)]
+    conv = _jaxpr.new_eqn(
+        eqn.primitive, operands, params, like=eqn, varies_as=eqn.outvars[0]
+    )
+    behind = eqn.replace(
+        primitive=jax.lax.transpose_p,
+        invars=conv.outvars,
+        params={"permutation": permutation},
+    )
+    return [*before, conv, behind]
+
+
+def _plain_numbers(conv: Any) -> Any:
+    axes = range(conv.outvars[0].aval.ndim)
+    last = axes[-1]
+    image = (0, last, *axes[1:-1])
+    kernel = (last, last - 1, *axes[:-2])
+    return jax.lax.ConvDimensionNumbers(image, kernel, image)
+
+
+def _permutation(spec: Any, wanted: Any) -> tuple[int, ...] | None:
+    """Returns how to transpose an array of one form into another; None if it is so."""
+    axes = dict(zip(wanted, spec, strict=True))
+    permutation = tuple(axes[axis] for axis in range(len(axes)))
+    return None if spec == wanted else permutation
