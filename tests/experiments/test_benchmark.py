@@ -24,19 +24,42 @@ def case():
 
 
 @pytest.fixture(scope="module")
-def float32_loss(case):
+def float32(case):
     (row, *_) = benchmark.all_rows()
     assert row.name == FLOAT32
-    return row.build(case).run(benchmark.NUM_CHECKED)
+    return started(row, case)
+
+
+def started(row, case):
+    return benchmark._start(row, case, math.inf)
 
 
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
 @pytest.mark.parametrize("row", benchmark.all_rows(), ids=lambda row: row.name)
-def test_every_row_takes_the_same_steps(row, case, float32_loss):
+def test_every_row_takes_the_same_steps(row, case, float32):
     if not row.is_installed():
         pytest.skip(row.needs[1])
-    loss = row.build(case).run(benchmark.NUM_CHECKED)
-    assert abs(loss / float32_loss - 1) <= benchmark.TOLERANCE
+    assert benchmark.is_right(started(row, case).losses, float32.losses)
+
+
+def test_keras_scales_the_loss_in_float16(case):
+    keras = pytest.importorskip("keras")
+    made = []
+
+    class Scaler(keras.optimizers.LossScaleOptimizer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    rows = {row.name: row for row in benchmark.all_rows()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.optimizers, "LossScaleOptimizer", Scaler)
+        for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
+            step = rows[f"Keras, {policy}"].build(case)
+            assert len(made) == (policy == "mixed_float16")
+    step.run(2)
+    assert int(made[0].iterations) == 2
+    assert float(made[0].dynamic_scale) == 2.0**15
 
 
 def test_rows_are_named_once_and_compared_with_others_that_exist():
@@ -65,17 +88,29 @@ def test_a_library_that_is_not_here_is_named_and_left_out():
     assert left_out == {"other": "pip it"}
 
 
-def test_ratios_are_medians_of_ratios_and_a_wrong_loss_is_marked():
+def test_ratios_are_medians_of_ratios_within_a_round():
     times = {FLOAT32: [10.0, 20.0, 40.0], "half": [5.0, 5.0, 20.0]}
-    steps = dict.fromkeys(times, Step(lambda num_steps: 0.0, 3_000_000))
+    step = Step(lambda num_steps: 0.0, 3_000_000)
+    begun = dict.fromkeys(times, benchmark.Started(step, (2.2, 2.0), 1.0))
     row = Row("half", lambda case: None, FLOAT32)
-    right = benchmark.summary(row, times, {FLOAT32: 2.0, "half": 2.02}, steps)
-    assert (right["ratio"], right["speedup"]) == (0.5, 2.0)
-    assert right["temporary_mb"] == 3.0
-    assert right["is_right"]
-    for loss in (2.5, math.nan):
-        wrong = benchmark.summary(row, times, {FLOAT32: 2.0, "half": loss}, steps)
-        assert not wrong["is_right"]
+    found = benchmark.summary(row, times, begun)
+    assert (found["ratio"], found["speedup"]) == (0.5, 2.0)
+    assert found["temporary_mb"] == 3.0
+    assert found["is_right"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ((2.21, 2.02), True),
+        ((2.2, 2.5), False),
+        ((2.2, math.nan), False),
+        ((2.01, 2.01), False),  # It stands still.
+        ((1.99, 2.01), False),  # It climbs.
+    ],
+)
+def test_a_wrong_loss_is_told(losses, expected):
+    assert benchmark.is_right(losses, (2.2, 2.0)) == expected
 
 
 def test_rounds_time_every_row_once_in_changing_order():
@@ -123,8 +158,8 @@ def test_a_row_that_fails_costs_the_others_nothing(case):
 
     there, *_ = benchmark.all_rows()
     rows = [there, Row("greedy", fail, FLOAT32)]
-    steps, losses, failures = benchmark.build(rows, case)
-    assert set(steps) == set(losses) == {FLOAT32}
+    begun, failures = benchmark.build(rows, case)
+    assert set(begun) == {FLOAT32}
     assert failures == {"greedy": "MemoryError: out of memory"}
     with pytest.raises(MemoryError):
         benchmark.build([Row(FLOAT32, fail, FLOAT32)], case)
@@ -170,12 +205,35 @@ def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(case, monkeypatc
     monkeypatch.setattr(benchmark, "MAX_FIRST_S", 0.02)
     monkeypatch.setattr(benchmark, "MAX_TIMES_FLOAT32", 0)
     rows = [there, Row("sluggish", sluggish, FLOAT32)]
-    steps, _, left_out = benchmark.build(rows, case, is_patient=False)
-    assert set(steps) == {FLOAT32}
-    assert re.search(r"its first step took 0 s.*ask for it", left_out["sluggish"])
-    steps, losses, left_out = benchmark.build(rows, case, is_patient=True)
-    assert losses["sluggish"] == losses[FLOAT32]
+    begun, left_out = benchmark.build(rows, case, is_patient=False)
+    assert set(begun) == {FLOAT32}
+    assert re.search(r"its first step took \d+ s.*ask for it", left_out["sluggish"])
+    begun, left_out = benchmark.build(rows, case, is_patient=True)
+    assert begun["sluggish"].losses == begun[FLOAT32].losses
     assert not left_out
+
+
+def test_compiling_counts_as_slow_too(case, monkeypatch):
+    there, *_ = benchmark.all_rows()
+
+    def sluggish(case):
+        time.sleep(0.05)
+        return there.build(case)
+
+    monkeypatch.setattr(benchmark, "MAX_FIRST_S", 0.02)
+    monkeypatch.setattr(benchmark, "MAX_TIMES_FLOAT32", 0)
+    rows = [there, Row("sluggish", sluggish, FLOAT32)]
+    begun, left_out = benchmark.build(rows, case, is_patient=False)
+    assert set(begun) == {FLOAT32}
+    assert set(left_out) == {"sluggish"}
+
+
+def test_after_some_minutes_no_further_row_is_begun(case):
+    there, *_ = benchmark.all_rows()
+    rows = [there, Row("late", there.build, FLOAT32)]
+    begun, left_out = benchmark.build(rows, case, max_minutes=1e-9)
+    assert set(begun) == {FLOAT32}
+    assert left_out == {"late": "1e-09 minutes had gone by"}
 
 
 @pytest.mark.slow
@@ -201,6 +259,7 @@ def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
         ({"works": "mpl"}, "must be some of mlp, convnet.*got 'mpl'"),
         ({"rows": "("}, "no regular expression"),
         ({"num_rounds": 0}, "num-rounds"),
+        ({"max_minutes": 0.0}, "max-minutes"),
     ],
 )
 def test_bad_flags_are_told(flags, message):
