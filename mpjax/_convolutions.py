@@ -6,28 +6,24 @@ where such a gradient then takes over 20 times as long. So they are written in i
 a GPU XLA chooses how arrays lie in memory, and transposes around them move nothing.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from mpjax import _jaxpr
-from mpjax._jaxpr import eval_jaxpr, open_jaxpr
+from mpjax._jaxpr import open_jaxpr
 
 
-def with_plain_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of arrays with all its convolutions, at any depth, so written.
+def with_plain_convolutions(jaxpr: Any) -> Any:
+    """Returns a jaxpr with all its convolutions, at any depth, so written.
 
-    It is traced when called.
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
     """
-
-    def call(*args):
-        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-        plain = open_jaxpr(_jaxpr.map_jaxprs(_with_plain, closed))
-        leaves = eval_jaxpr(plain, closed.consts, *jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-    return call
+    return _jaxpr.map_jaxprs(_with_plain, jaxpr)
 
 
 def _with_plain(jaxpr: Any) -> Any:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from mpjax._convolutions import with_plain_convolutions
 from mpjax._cpu import apart
+from mpjax._jaxpr import through
 from mpjax._tree import float0_to_zeros, is_inexact, sum_of_squares, to_full
 from mpjax.autocast import autocast
+from mpjax.autocast._hoist import with_casts_before_loops
 from mpjax.optimizer import scale_loss
 from mpjax.policy import PolicyRules
 
@@ -101,10 +103,11 @@ def scaled_gradients(
         batch = split_batch(batch, num_microbatches)
         key = jax.random.split(key, num_microbatches)
     if rules is not None:
-        # Around the loop: weights are cast to half before it, not for every piece.
         gradients = autocast(gradients, rules)
     if num_microbatches > 1:
-        gradients = with_plain_convolutions(gradients)
+        # Weights are cast to half once, not for every piece.
+        passes = with_casts_before_loops, with_plain_convolutions
+        gradients = through(gradients, *passes)
     return gradients(state.params, state.model_state, batch, key)
 
 

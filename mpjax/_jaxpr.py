@@ -103,6 +103,25 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
     return convert(jaxpr)
 
 
+def through(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
+    """Returns a function of arrays whose jaxpr goes through passes when it is called.
+
+    Args:
+      fn: takes and returns pytrees of arrays.
+      passes: each gets a closed jaxpr and returns one with the same inputs and outputs.
+    """
+
+    def call(*args):
+        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+        jaxpr = closed
+        for each in passes:
+            jaxpr = each(jaxpr)
+        leaves = eval_jaxpr(open_jaxpr(jaxpr), closed.consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return call
+
+
 def new_var(aval: Any, dtype: Any) -> Var:
     """Returns a fresh variable like `aval`, with another dtype and no weak type."""
     return Var(_with_dtype(aval, np.dtype(dtype)))

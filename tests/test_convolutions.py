@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import mpjax
 from mpjax._convolutions import with_plain_convolutions
-from mpjax._jaxpr import check_jaxpr, open_jaxpr, walk
+from mpjax._jaxpr import check_jaxpr, open_jaxpr, through, walk
 
 RNG = np.random.default_rng(0)
 LAST = ("NHWC", "HWIO", "NHWC")
@@ -74,6 +74,10 @@ def forms(closed):
     ]
 
 
+def written(fn):
+    return through(fn, with_plain_convolutions)
+
+
 def is_plain(numbers):
     last = len(numbers.lhs_spec) - 1
     image = (0, last, *range(1, last))
@@ -91,7 +95,7 @@ def test_it_is_the_same_in_float64(name):
     fn = value_and_grads(fn)
     with jax.enable_x64(True):
         args = [x.astype(np.float64) for x in arrays(*shapes)]
-        plain = with_plain_convolutions(fn)
+        plain = written(fn)
         closed = jax.make_jaxpr(plain)(*args)
         check_jaxpr(open_jaxpr(closed))
         assert not all(map(is_plain, forms(jax.make_jaxpr(fn)(*args))))
@@ -121,9 +125,7 @@ def test_those_in_loops_and_jits_are_found():
     xs, w = arrays((3, *IMAGE), KERNEL)
     grad = jax.grad(loss)
     assert not all(map(is_plain, forms(jax.make_jaxpr(grad)(w, xs))))
-    assert all(
-        map(is_plain, forms(jax.make_jaxpr(with_plain_convolutions(grad))(w, xs)))
-    )
+    assert all(map(is_plain, forms(jax.make_jaxpr(written(grad))(w, xs))))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_microbatches_are_compiled_in_that_form(kwargs):
 def test_a_pytree_comes_back_as_it_was():
     x, w = arrays(IMAGE, KERNEL)
     fn = lambda tree: {"out": (conv(tree["x"], tree["w"]), None), "w": tree["w"]}
-    out = with_plain_convolutions(fn)({"x": x, "w": w})
+    out = written(fn)({"x": x, "w": w})
     assert jax.tree.structure(out) == jax.tree.structure(fn({"x": x, "w": w}))
 
 
@@ -169,8 +171,8 @@ def test_on_several_devices(axis_type):
     fn = partial(conv, form=FIRST)
     with jax.set_mesh(mesh):
         split = jax.device_put(x, NamedSharding(mesh, P("data")))
-        out = jax.jit(with_plain_convolutions(fn))(split, w)
-        closed = jax.make_jaxpr(with_plain_convolutions(fn))(split, w)
+        out = jax.jit(written(fn))(split, w)
+        closed = jax.make_jaxpr(written(fn))(split, w)
     assert is_plain(*forms(closed)) == (axis_type == AxisType.Auto)
     np.testing.assert_allclose(out, fn(x, w), rtol=1e-5, atol=1e-5)
 
@@ -183,7 +185,7 @@ def test_inside_shard_map():
 
     def mean(x, w):
         w = lax.pcast(w, "data", to="varying")
-        return lax.pmean(with_plain_convolutions(fn)(x, w)[1][1], "data")
+        return lax.pmean(written(fn)(x, w)[1][1], "data")
 
     split = jax.jit(
         jax.shard_map(mean, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())

@@ -52,8 +52,9 @@ def test_every_matmul_is_in_the_compute_dtype(policy, dtype, autocast):
         assert set(found) == {dtype}
 
 
-def test_weights_are_cast_once_for_all_microbatches():
-    state, step = mlp("mixed_float16", num_microbatches=2)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_weights_are_cast_once_for_all_microbatches(autocast):
+    state, step = mlp("mixed_float16", autocast=autocast, num_microbatches=2)
     casts = [
         times
         for eqn, _, times in walk(jax.make_jaxpr(step)(state, regression_batch()))

@@ -15,6 +15,7 @@ from experiments import memory
 from experiments.models.works import WORKS
 from mpjax import cost
 from mpjax._convolutions import with_plain_convolutions
+from mpjax._jaxpr import through
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -120,7 +121,7 @@ def test_plain_convolutions_cost_nothing(form, dtype):
     grad = jax.grad(loss, (1, 2))
     plain, found = (
         cost.analyze(fn, *args, device="h100")
-        for fn in (with_plain_convolutions(grad), grad)
+        for fn in (through(grad, with_plain_convolutions), grad)
     )
     assert plain.moved_bytes == found.moved_bytes
     assert plain.temporary_bytes == found.temporary_bytes
