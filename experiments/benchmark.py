@@ -21,7 +21,6 @@ import random
 import re
 import statistics
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +45,12 @@ from experiments.peers import (
     tuned_rows,
 )
 from experiments.peers.row import FLOAT32, Case, Row, Step
+from experiments.peers.start import Started, is_right, start_all
 
 NAME = "benchmark"
 PEERS = ("keras", "mixed-precision-for-jax", "torch")
-NUM_CHECKED = 3
-TOLERANCE = 0.02  # of the loss, relative
-CHANGES = (0.5, 2.0)  # of what the steps took off it, in those of float32
 MIN_TIMED_S = 0.05
 MAX_STEPS = 100  # at a time
-# Of what float32 by hand takes to compile and for its first step, and seconds: beyond
-# both a row is not waited for.
-MAX_TIMES_FLOAT32 = 20
-MAX_FIRST_S = 20.0
 
 
 def digits(ms: float) -> str:
@@ -192,7 +185,7 @@ def _one_work(
     keys = jax.random.split(jax.random.key(config.seed))
     case = Case(work, work.init_params(keys[0]), work.make_batch(keys[1], batch_size))
     rows, left_out = choose(all_rows(), work_name, config.rows, platform)
-    started, failures = build(
+    started, failures = start_all(
         rows, case, is_patient=bool(config.rows), max_minutes=config.max_minutes
     )
     left_out |= failures
@@ -218,89 +211,6 @@ def _one_work(
     }
     _write(config, table)
     return table
-
-
-@dataclasses.dataclass(frozen=True)
-class Started:
-    """A row that is compiled and has taken its first steps.
-
-    Attributes:
-      step: what is timed.
-      losses: before the first step, and before the last of NUM_CHECKED.
-      first_s: seconds that compiling and one step took.
-    """
-
-    step: Step
-    losses: tuple[float, float]
-    first_s: float
-
-
-def build(
-    rows: list[Row],
-    case: Case,
-    *,
-    is_patient: bool = True,
-    max_minutes: float | None = None,
-) -> tuple[dict[str, Started], dict[str, str]]:
-    """Compiles and takes the first steps.
-
-    Args:
-      rows: float32 by hand first.
-      case: what they start from.
-      is_patient: False to leave out rows that are slow beyond measure.
-      max_minutes: after which no further row is begun.
-
-    Returns:
-      The rows by name; and why others are left out: one that runs out of memory is not
-      to cost the rest their figures.
-
-    Raises:
-      Exception: whatever float32 by hand does, with which all are compared.
-    """
-    started: dict[str, Started] = {}
-    left_out: dict[str, str] = {}
-    limit_s = math.inf
-    end_s = time.monotonic() + 60 * (max_minutes or math.inf)
-    for row in tqdm(rows, "compiling", disable=None):
-        if started and time.monotonic() > end_s:
-            left_out[row.name] = f"{max_minutes:g} minutes had gone by"
-            continue
-        try:
-            started[row.name] = begun = _start(row, case, limit_s)
-        except Exception as error:
-            if row.name == FLOAT32:
-                raise
-            left_out[row.name] = _why(error)
-            continue
-        tqdm.write(f"{row.name}: compiled, and one step, in {begun.first_s:.1f} s")
-        if row.name == FLOAT32 and not is_patient:
-            limit_s = max(MAX_FIRST_S, MAX_TIMES_FLOAT32 * begun.first_s)
-    return started, left_out
-
-
-class _TooSlow(Exception):
-    pass
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, _TooSlow):
-        return str(error)
-    traceback.print_exception(error)
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-def _start(row: Row, case: Case, limit_s: float) -> Started:
-    start = time.perf_counter()
-    step = row.build(case)
-    first = step.run(1)
-    first_s = time.perf_counter() - start
-    if first_s > limit_s:
-        raise _TooSlow(
-            f"its first step took {first_s:.0f} s with compiling, over {limit_s:.0f}; "
-            "ask for it by --rows"
-        )
-    return Started(step, (first, step.run(NUM_CHECKED - 1)), first_s)
 
 
 def _num_steps(step: Step) -> int:
@@ -370,20 +280,6 @@ def summary(
         "is_right": is_right(begun.losses, started[FLOAT32].losses),
         "times_ms": [round(t, 3) for t in times],
     }
-
-
-def is_right(losses: tuple[float, float], expected: tuple[float, float]) -> bool:
-    """Whether a row's loss ends where that of float32 does, and has come as far.
-
-    Args:
-      losses: before the first step, and after.
-      expected: those of float32 by hand.
-    """
-    (before, after), (true_before, true_after) = losses, expected
-    is_near = abs(after / true_after - 1) <= TOLERANCE
-    least, most = CHANGES
-    has_moved = least <= (before - after) / (true_before - true_after) <= most
-    return bool(is_near and has_moved)
 
 
 def _median_ratio(times: list[float], others: list[float]) -> float:

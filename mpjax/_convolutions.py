@@ -12,6 +12,7 @@ import jax
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import open_jaxpr
+from mpjax._passes import map_jaxprs
 
 
 def with_plain_convolutions(jaxpr: Any) -> Any:
@@ -23,7 +24,7 @@ def with_plain_convolutions(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return _jaxpr.map_jaxprs(_with_plain, jaxpr)
+    return map_jaxprs(_with_plain, jaxpr)
 
 
 def _with_plain(jaxpr: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mpjax._convolutions import with_plain_convolutions
 from mpjax._cpu import apart
-from mpjax._jaxpr import through
+from mpjax._passes import through
 from mpjax._tree import float0_to_zeros, is_inexact, sum_of_squares, to_full
 from mpjax.autocast import autocast
 from mpjax.autocast._hoist import with_casts_before_loops

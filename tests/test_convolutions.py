@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import mpjax
 from mpjax._convolutions import with_plain_convolutions
-from mpjax._jaxpr import check_jaxpr, open_jaxpr, through, walk
+from mpjax._jaxpr import check_jaxpr, open_jaxpr, walk
+from mpjax._passes import through
 
 RNG = np.random.default_rng(0)
 LAST = ("NHWC", "HWIO", "NHWC")

@@ -12,6 +12,7 @@ import jax
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
+from mpjax._passes import map_jaxprs
 
 
 def with_casts_before_loops(jaxpr: Any) -> Any:
@@ -23,7 +24,7 @@ def with_casts_before_loops(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return _jaxpr.map_jaxprs(_hoist, jaxpr)
+    return map_jaxprs(_hoist, jaxpr)
 
 
 def _hoist(jaxpr: Any) -> Any:

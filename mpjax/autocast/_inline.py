@@ -12,6 +12,7 @@ import jax
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Var, is_var, open_jaxpr, renamed
+from mpjax._passes import map_jaxprs
 from mpjax.autocast._decide import is_reserved
 
 
@@ -26,7 +27,7 @@ def with_loops_side_by_side(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return _jaxpr.map_jaxprs(_Inliner().inline, jaxpr)
+    return map_jaxprs(_Inliner().inline, jaxpr)
 
 
 def gives_constants(eqn: Any) -> bool:

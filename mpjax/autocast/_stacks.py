@@ -17,6 +17,7 @@ from scipy.sparse import csgraph, csr_array
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Var, is_var, open_jaxpr, renamed
+from mpjax._passes import map_jaxprs
 from mpjax.autocast._inline import gives_constants, with_loops_side_by_side
 from mpjax.autocast._tables import RECOMPUTED
 
@@ -35,7 +36,7 @@ def with_fewer_stacks(jaxpr: Any) -> Any:
       The jaxpr; the very object if nothing changed.
     """
     side_by_side = with_loops_side_by_side(jaxpr)
-    shrunk = _jaxpr.map_jaxprs(_shrink, side_by_side)
+    shrunk = map_jaxprs(_shrink, side_by_side)
     return jaxpr if shrunk is side_by_side else shrunk
 
 

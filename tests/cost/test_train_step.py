@@ -15,7 +15,7 @@ from experiments import memory
 from experiments.models.works import WORKS
 from mpjax import cost
 from mpjax._convolutions import with_plain_convolutions
-from mpjax._jaxpr import through
+from mpjax._passes import through
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,

@@ -13,6 +13,7 @@ from experiments import benchmark
 from experiments.errors import ConfigError
 from experiments.harness.workdir import read_json
 from experiments.models.works import WORKS, mlp
+from experiments.peers import start
 from experiments.peers.row import FLOAT32, Case, Row, Step
 
 
@@ -27,11 +28,7 @@ def case():
 def float32(case):
     (row, *_) = benchmark.all_rows()
     assert row.name == FLOAT32
-    return started(row, case)
-
-
-def started(row, case):
-    return benchmark._start(row, case, math.inf)
+    return start.start(row, case)
 
 
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
@@ -39,7 +36,7 @@ def started(row, case):
 def test_every_row_takes_the_same_steps(row, case, float32):
     if not row.is_installed():
         pytest.skip(row.needs[1])
-    assert benchmark.is_right(started(row, case).losses, float32.losses)
+    assert start.is_right(start.start(row, case).losses, float32.losses)
 
 
 def test_keras_scales_the_loss_in_float16(case):
@@ -91,7 +88,7 @@ def test_a_library_that_is_not_here_is_named_and_left_out():
 def test_ratios_are_medians_of_ratios_within_a_round():
     times = {FLOAT32: [10.0, 20.0, 40.0], "half": [5.0, 5.0, 20.0]}
     step = Step(lambda num_steps: 0.0, 3_000_000)
-    begun = dict.fromkeys(times, benchmark.Started(step, (2.2, 2.0), 1.0))
+    begun = dict.fromkeys(times, start.Started(step, (2.2, 2.0), 1.0))
     row = Row("half", lambda case: None, FLOAT32)
     found = benchmark.summary(row, times, begun)
     assert (found["ratio"], found["speedup"]) == (0.5, 2.0)
@@ -110,7 +107,7 @@ def test_ratios_are_medians_of_ratios_within_a_round():
     ],
 )
 def test_a_wrong_loss_is_told(losses, expected):
-    assert benchmark.is_right(losses, (2.2, 2.0)) == expected
+    assert start.is_right(losses, (2.2, 2.0)) == expected
 
 
 def test_rounds_time_every_row_once_in_changing_order():
@@ -158,11 +155,11 @@ def test_a_row_that_fails_costs_the_others_nothing(case):
 
     there, *_ = benchmark.all_rows()
     rows = [there, Row("greedy", fail, FLOAT32)]
-    begun, failures = benchmark.build(rows, case)
+    begun, failures = start.start_all(rows, case)
     assert set(begun) == {FLOAT32}
     assert failures == {"greedy": "MemoryError: out of memory"}
     with pytest.raises(MemoryError):
-        benchmark.build([Row(FLOAT32, fail, FLOAT32)], case)
+        start.start_all([Row(FLOAT32, fail, FLOAT32)], case)
 
 
 def test_a_row_that_is_left_out_keeps_no_memory(case):
@@ -183,7 +180,7 @@ def test_a_row_that_is_left_out_keeps_no_memory(case):
         return there.build(case)
 
     rows = [there, Row("greedy", greedy, FLOAT32), Row("after", after, FLOAT32)]
-    benchmark.build(rows, case)
+    start.start_all(rows, case)
     assert seen == [None]
 
 
@@ -202,13 +199,13 @@ def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(case, monkeypatc
         step = there.build(case)
         return Step(lambda num_steps=1: time.sleep(0.05) or step.run(num_steps))
 
-    monkeypatch.setattr(benchmark, "MAX_FIRST_S", 0.02)
-    monkeypatch.setattr(benchmark, "MAX_TIMES_FLOAT32", 0)
+    monkeypatch.setattr(start, "MAX_FIRST_S", 0.02)
+    monkeypatch.setattr(start, "MAX_TIMES_FLOAT32", 0)
     rows = [there, Row("sluggish", sluggish, FLOAT32)]
-    begun, left_out = benchmark.build(rows, case, is_patient=False)
+    begun, left_out = start.start_all(rows, case, is_patient=False)
     assert set(begun) == {FLOAT32}
     assert re.search(r"its first step took \d+ s.*ask for it", left_out["sluggish"])
-    begun, left_out = benchmark.build(rows, case, is_patient=True)
+    begun, left_out = start.start_all(rows, case, is_patient=True)
     assert begun["sluggish"].losses == begun[FLOAT32].losses
     assert not left_out
 
@@ -220,10 +217,10 @@ def test_compiling_counts_as_slow_too(case, monkeypatch):
         time.sleep(0.05)
         return there.build(case)
 
-    monkeypatch.setattr(benchmark, "MAX_FIRST_S", 0.02)
-    monkeypatch.setattr(benchmark, "MAX_TIMES_FLOAT32", 0)
+    monkeypatch.setattr(start, "MAX_FIRST_S", 0.02)
+    monkeypatch.setattr(start, "MAX_TIMES_FLOAT32", 0)
     rows = [there, Row("sluggish", sluggish, FLOAT32)]
-    begun, left_out = benchmark.build(rows, case, is_patient=False)
+    begun, left_out = start.start_all(rows, case, is_patient=False)
     assert set(begun) == {FLOAT32}
     assert set(left_out) == {"sluggish"}
 
@@ -231,7 +228,7 @@ def test_compiling_counts_as_slow_too(case, monkeypatch):
 def test_after_some_minutes_no_further_row_is_begun(case):
     there, *_ = benchmark.all_rows()
     rows = [there, Row("late", there.build, FLOAT32)]
-    begun, left_out = benchmark.build(rows, case, max_minutes=1e-9)
+    begun, left_out = start.start_all(rows, case, max_minutes=1e-9)
     assert set(begun) == {FLOAT32}
     assert left_out == {"late": "1e-09 minutes had gone by"}
 
