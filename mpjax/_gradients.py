@@ -97,17 +97,17 @@ def scaled_gradients(
             aux=jax.tree.map(reduce, aux),
         )
 
-    gradients = one
-    if num_microbatches > 1:
-        gradients = several
+    def in_half(fn):
+        return fn if rules is None else autocast(fn, rules)
+
+    if num_microbatches == 1:
+        gradients = in_half(one)
+    else:
         batch = split_batch(batch, num_microbatches)
         key = jax.random.split(key, num_microbatches)
-    if rules is not None:
-        gradients = autocast(gradients, rules)
-    if num_microbatches > 1:
         # Weights are cast to half once, not for every piece.
         passes = with_casts_before_loops, with_plain_convolutions
-        gradients = through(gradients, *passes)
+        gradients = through(in_half(several), *passes)
     return gradients(state.params, state.model_state, batch, key)
 
 

@@ -17,12 +17,18 @@ from mpjax._jaxpr import (
 def through(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
     """Returns a function of arrays whose jaxpr goes through passes when it is called.
 
+    Under `jax.disable_jit` it is the function itself, which then sees values.
+
     Args:
       fn: takes and returns pytrees of arrays.
       passes: each gets a closed jaxpr and returns one with the same inputs and outputs.
     """
 
+    config: Any = jax.config
+
     def call(*args):
+        if config.jax_disable_jit:
+            return fn(*args)
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         jaxpr = closed
         for each in passes:

@@ -178,6 +178,18 @@ def test_on_several_devices(axis_type):
     np.testing.assert_allclose(out, fn(x, w), rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_to_be_split_is_left_alone():
+    """Its place among the channels is that of the form in which it was written."""
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    x, w = arrays((4, 4, 5, 5), (6, 4, 3, 3))
+    fn = partial(conv, form=FIRST, out_sharding=P(None, "d"))
+    with jax.set_mesh(mesh):
+        for written_anew in (written(fn), mpjax.autocast(fn, "mixed_float16")):
+            out = jax.jit(written_anew)(x, w)
+            np.testing.assert_allclose(out, conv(x, w, form=FIRST), rtol=1e-2, atol=0.1)
+            assert out.sharding.spec[1] == "d"
+
+
 def test_inside_shard_map():
     auto = (AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), auto, devices=jax.devices()[:2])

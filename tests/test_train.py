@@ -185,6 +185,21 @@ def test_microbatch_gradients_are_added_in_float32():
     assert float(state.params["w"]) == -4096
 
 
+def test_without_jit_a_loss_that_casts_sees_values():
+    def loss_fn(params, batch, key):
+        loss, aux = linear_loss(params, batch, key)
+        return loss, aux | {"seen": float(batch["x"].sum())}
+
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    state = mpjax.TrainState.create(params=PARAMS, tx=tx)
+    step = mpjax.make_train_step(loss_fn, tx, autocast=False, num_microbatches=2)
+    batch = regression_batch()
+    with jax.disable_jit():
+        _, metrics = step(state, batch)
+    expected = np.float32(batch["x"].astype(np.float16).sum() / 2)
+    np.testing.assert_allclose(metrics["seen"], expected, rtol=1e-2)
+
+
 def test_keys_differ_by_step_and_microbatch_and_follow_the_seed():
     tx = mpjax.with_loss_scale(optax.sgd(0.0))
 

@@ -192,37 +192,28 @@ def test_a_time_has_four_digits_and_no_exponent(ms, text):
     assert benchmark.digits(ms) == text
 
 
-def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(case, monkeypatch):
-    there, *_ = benchmark.all_rows()
+@pytest.mark.parametrize("slow_part", ["compiling", "first step"])
+def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(slow_part, monkeypatch):
+    def build(is_slow):
+        def run(num_steps=1):
+            time.sleep(0.3 * (is_slow and slow_part == "first step"))
+            return 1.0
 
-    def sluggish(case):
-        step = there.build(case)
-        return Step(lambda num_steps=1: time.sleep(0.05) or step.run(num_steps))
+        time.sleep(0.3 * (is_slow and slow_part == "compiling"))
+        return Step(run)
 
-    monkeypatch.setattr(start, "MAX_FIRST_S", 0.02)
-    monkeypatch.setattr(start, "MAX_TIMES_FLOAT32", 0)
-    rows = [there, Row("sluggish", sluggish, FLOAT32)]
-    begun, left_out = start.start_all(rows, case, is_patient=False)
-    assert set(begun) == {FLOAT32}
+    monkeypatch.setattr(start, "MAX_FIRST_S", 0.2)
+    rows = [
+        Row(FLOAT32, lambda case: build(False), FLOAT32),
+        Row("quick", lambda case: build(False), FLOAT32),
+        Row("sluggish", lambda case: build(True), FLOAT32),
+    ]
+    begun, left_out = start.start_all(rows, None, is_patient=False)
+    assert set(begun) == {FLOAT32, "quick"}
     assert re.search(r"its first step took \d+ s.*ask for it", left_out["sluggish"])
-    begun, left_out = start.start_all(rows, case, is_patient=True)
-    assert begun["sluggish"].losses == begun[FLOAT32].losses
+    begun, left_out = start.start_all(rows, None, is_patient=True)
+    assert begun["sluggish"].losses == (1.0, 1.0)
     assert not left_out
-
-
-def test_compiling_counts_as_slow_too(case, monkeypatch):
-    there, *_ = benchmark.all_rows()
-
-    def sluggish(case):
-        time.sleep(0.05)
-        return there.build(case)
-
-    monkeypatch.setattr(start, "MAX_FIRST_S", 0.02)
-    monkeypatch.setattr(start, "MAX_TIMES_FLOAT32", 0)
-    rows = [there, Row("sluggish", sluggish, FLOAT32)]
-    begun, left_out = start.start_all(rows, case, is_patient=False)
-    assert set(begun) == {FLOAT32}
-    assert set(left_out) == {"sluggish"}
 
 
 def test_after_some_minutes_no_further_row_is_begun(case):
