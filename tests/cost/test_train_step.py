@@ -1,6 +1,7 @@
 """What training steps cost, compiled for an H100 that need not be there."""
 
 import dataclasses
+import importlib
 import importlib.util
 
 import jax
@@ -127,8 +128,29 @@ def test_plain_convolutions_cost_nothing(form, dtype):
     assert plain.temporary_bytes == found.temporary_bytes
 
 
-def report_of(work, policy, loss_scale=None, jit=lambda step: step, *, batch_size=8192):
-    step, state = memory.make_step(work, policy, loss_scale=loss_scale)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_microbatches_cast_weights_once(autocast, monkeypatch):
+    def moved_bytes():
+        how = {"num_microbatches": 4, "autocast": autocast}
+        return report_of(WORKS["mlp"](), "mixed_bfloat16", **how).moved_bytes
+
+    once = moved_bytes()
+    for module in ("mpjax._gradients", "mpjax.autocast._api"):
+        module = importlib.import_module(module)
+        monkeypatch.setattr(module, "with_casts_before_loops", lambda jaxpr: jaxpr)
+    assert once <= 0.915 * moved_bytes()
+
+
+def report_of(
+    work,
+    policy,
+    loss_scale=None,
+    jit=lambda step: step,
+    *,
+    batch_size=8192,
+    **kwargs,
+):
+    step, state = memory.make_step(work, policy, loss_scale=loss_scale, **kwargs)
     make_batch = lambda key: work.make_batch(key, batch_size)
     batch = jax.eval_shape(make_batch, jax.random.key(0))
     return cost.analyze(jit(step), state, batch, device="h100")
