@@ -2,8 +2,9 @@
 
 It has a fast one for images of shape (B, H, W, C) and kernels of shape (H, W, C, D),
 and brings others into that form, such as the gradient of a kernel; but none in a loop,
-where such a gradient then takes up to 25 times as long. So they are written in it. On
-a GPU XLA chooses how arrays lie in memory, and transposes around them move nothing.
+where such a gradient then takes many times as long. So they are written in it. On a GPU
+XLA chooses how arrays lie in memory, and transposes around them move nothing
+(tests/cost/test_train_step.py).
 """
 
 from typing import Any
@@ -11,8 +12,7 @@ from typing import Any
 import jax
 
 from mpjax import _jaxpr
-from mpjax._jaxpr import open_jaxpr
-from mpjax._passes import map_jaxprs
+from mpjax._passes import map_equations
 
 
 def with_plain_convolutions(jaxpr: Any) -> Any:
@@ -24,13 +24,7 @@ def with_plain_convolutions(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return map_jaxprs(_with_plain, jaxpr)
-
-
-def _with_plain(jaxpr: Any) -> Any:
-    old = open_jaxpr(jaxpr).eqns
-    eqns = [e for eqn in old for e in plain_convolution(eqn)]
-    return jaxpr if len(eqns) == len(old) else _jaxpr.with_equations(jaxpr, eqns=eqns)
+    return map_equations(plain_convolution, jaxpr)
 
 
 def plain_convolution(eqn: Any) -> list[Any]:

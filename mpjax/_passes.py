@@ -39,6 +39,26 @@ def through(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
     return call
 
 
+def map_equations(fn: Callable[[Any], list[Any]], jaxpr: Any) -> Any:
+    """Puts other equations in the place of each, at any depth, the inner ones first.
+
+    Args:
+      fn: gets an equation and returns those that give its results; itself alone to
+        leave it as it is, and more than one otherwise.
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
+    """
+
+    def convert(jaxpr):
+        old = open_jaxpr(jaxpr).eqns
+        eqns = [new for eqn in old for new in fn(eqn)]
+        return jaxpr if len(eqns) == len(old) else with_equations(jaxpr, eqns=eqns)
+
+    return map_jaxprs(convert, jaxpr)
+
+
 def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
     """Applies `fn` to a jaxpr and to each inside it, those first, and each once.
 

@@ -138,7 +138,7 @@ def test_those_in_loops_and_jits_are_found():
     ],
 )
 def test_microbatches_are_compiled_in_that_form(kwargs):
-    """Else a CPU takes 26 times as long for DeepConvNet by four microbatches."""
+    """Else a CPU takes many times as long for them."""
 
     def loss_fn(params, batch, key):
         x = batch["x"]

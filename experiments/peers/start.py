@@ -91,8 +91,13 @@ def _why(error: Exception) -> str:
 def start(row: Row, case: Case, limit_s: float = math.inf) -> Started:
     """Compiles one row and takes its first steps.
 
+    Args:
+      row: what to compile.
+      case: what it starts from.
+      limit_s: seconds that compiling and one step may take.
+
     Raises:
-      Exception: if that fails, or the first step is not there after `limit_s`.
+      Exception: if that fails, or took longer.
     """
     begin_s = time.perf_counter()
     step = row.build(case)

@@ -12,7 +12,7 @@ import jax
 
 from mpjax import _jaxpr
 from mpjax._jaxpr import Literal, Var, dtype_of, is_float32, open_jaxpr
-from mpjax._passes import map_jaxprs
+from mpjax._passes import map_equations
 
 
 def with_casts_before_loops(jaxpr: Any) -> Any:
@@ -24,21 +24,13 @@ def with_casts_before_loops(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return map_jaxprs(_hoist, jaxpr)
+    return map_equations(_hoisted, jaxpr)
 
 
-def _hoist(jaxpr: Any) -> Any:
-    old = open_jaxpr(jaxpr).eqns
-    eqns = [e for eqn in old for e in (_of_scan(eqn) if _is_scan(eqn) else [eqn])]
-    return jaxpr if len(eqns) == len(old) else _jaxpr.with_equations(jaxpr, eqns=eqns)
-
-
-def _is_scan(eqn: Any) -> bool:
-    return eqn.primitive.name == "scan" and _jaxpr.may_change_operands(eqn)
-
-
-def _of_scan(scan: Any) -> list[Any]:
-    """Returns the casts of a scan's constants, and the scan."""
+def _hoisted(scan: Any) -> list[Any]:
+    """Returns the casts of a scan's constants, and the scan; any other as it is."""
+    if scan.primitive.name != "scan" or not _jaxpr.may_change_operands(scan):
+        return [scan]
     jaxpr = scan.params["jaxpr"]
     body = open_jaxpr(jaxpr)
     num_consts, num_carry = _jaxpr.scan_sizes(scan)
