@@ -21,13 +21,13 @@ import numpy as np
 import optax
 
 import mpjax
-from experiments import mnist_mlp, precisions
+from experiments import mnist_mlp
 from experiments.data import mnist
 from experiments.data.mnist import ImageDataset
 from experiments.data.on_device import DeviceDataset
-from experiments.errors import ConfigError
-from experiments.harness import cli, loop, plots, results
+from experiments.harness import cli, loop, plots, precisions, results
 from experiments.harness.config import BaseConfig, require_positive
+from experiments.harness.errors import ConfigError
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Column, Result
 from experiments.harness.weights import read_weights, write_weights

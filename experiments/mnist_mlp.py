@@ -19,9 +19,9 @@ import mpjax
 from experiments.data import mnist
 from experiments.data.mnist import ImageDataset
 from experiments.data.on_device import DeviceDataset
-from experiments.errors import ConfigError
 from experiments.harness import cli, loop, numerics, plots, results
 from experiments.harness.config import BaseConfig, require, require_positive
+from experiments.harness.errors import ConfigError
 from experiments.harness.numerics_plots import numerics_figure
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Column, Result

@@ -10,23 +10,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import (
-    autocast,
-    benchmark,
-    loss_scales,
-    memory,
-    mnist_convnet,
-    parity,
-    precisions,
-)
+from experiments import mnist_convnet
+from experiments.benchmarks import accuracy, loss_scales, memory, parity, speed
+from experiments.harness import precisions
 from experiments.harness.results import Column, markdown_table
 from experiments.harness.workdir import read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
-    autocast.NAME: autocast.COLUMNS,
-    benchmark.NAME: benchmark.COLUMNS,
+    accuracy.NAME: accuracy.COLUMNS,
+    speed.NAME: speed.COLUMNS,
     loss_scales.NAME: loss_scales.COLUMNS,
     memory.NAME: memory.COLUMNS,
     mnist_convnet.NAME: mnist_convnet.COLUMNS,

@@ -1,13 +1,13 @@
 """Mixed-precision training for JAX: policies, loss scaling, train steps."""
 
-from mpjax._tree import all_finite
-from mpjax.autocast import (
+from mpjax._autocast import (
     AutocastReport,
     OpRecord,
     autocast,
     autocast_report,
     full_precision,
 )
+from mpjax._tree import all_finite
 from mpjax.half_weights import (
     MasterWeightsState,
     StochasticRoundingState,

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpjax._apply import apply_gradients
-from mpjax._gradients import Gradients, checkpointed, scaled_gradients
+from mpjax._autocast import autocast as autocast_function
 from mpjax._struct import is_key, pytree_dataclass, replace_leaves
+from mpjax._train.gradients import Gradients, checkpointed, scaled_gradients
+from mpjax._train.update import apply_gradients
 from mpjax._tree import is_inexact, sum_of_squares, to_full
-from mpjax.autocast import autocast as autocast_function
 from mpjax.optimizer import loss_scale_state
 from mpjax.policy import (
     PolicyLike,

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from tools import assert_same_bits
+from helpers.tools import assert_same_bits
 
 import mpjax
 

@@ -5,6 +5,7 @@ pytest -m gpu -n0 tests/test_gpu.py
 
 import jax
 import pytest
+from helpers.tools import regression_batch
 from test_train import (  # noqa: F401 - collected here, under the mark
     test_float32_step_is_the_hand_written_one,
     test_microbatches_give_the_whole_batch_gradient,
@@ -18,7 +19,6 @@ from test_train_compiled import (
     test_one_trace_in_its_life,  # noqa: F401
     test_the_compiled_step_calls_no_host,  # noqa: F401
 )
-from tools import regression_batch
 
 from experiments.models import small
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.tools import assert_same_bits, rich_optimizer
 from hypothesis import given
-from tools import assert_same_bits, rich_optimizer
 
 import mpjax
 

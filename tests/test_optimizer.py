@@ -6,7 +6,7 @@ import jmp
 import numpy as np
 import optax
 import pytest
-from tools import assert_same_bits, rich_optimizer
+from helpers.tools import assert_same_bits, rich_optimizer
 
 import mpjax
 

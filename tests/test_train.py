@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tools import (
+from helpers.tools import (
     assert_same_bits,
     batch_norm_model,
     everything,
@@ -17,7 +17,7 @@ from tools import (
 )
 
 import mpjax
-from mpjax._jaxpr import walk
+from mpjax._jaxpr.core import walk
 
 PARAMS = {"w": jnp.linspace(-1, 1, 4), "b": jnp.zeros(())}
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from tools import batch_norm_model, regression_batch, rich_optimizer
+from helpers.tools import batch_norm_model, regression_batch, rich_optimizer
 
 import mpjax
-from mpjax._jaxpr import walk
+from mpjax._jaxpr.core import walk
 
 
 def mlp_loss(params, batch, key):

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
-from tools import (
+from helpers.tools import (
     assert_same_bits,
     batch_norm_model,
     everything,
     regression_batch,
     rich_optimizer,
 )
+from jax.sharding import PartitionSpec as P
 
 import mpjax
 from mpjax import sharding

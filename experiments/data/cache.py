@@ -13,7 +13,7 @@ from typing import IO
 import filelock
 import numpy as np
 
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 LOCK_TIMEOUT_S = 600.0
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 NUM_TEST = 297
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data import cache, digits, mnist_tfds, mnist_wheel
-from experiments.errors import ConfigError, DataError
+from experiments.harness.errors import ConfigError, DataError
 
 # md5 of the original, decompressed IDX files.
 MD5 = {

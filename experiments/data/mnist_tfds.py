@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data import cache
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 VERSION = "3.0.1"
 FILES = {

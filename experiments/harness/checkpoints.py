@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.errors import CheckpointError
+from experiments.harness.errors import CheckpointError
 from experiments.harness.workdir import write_json
 
 

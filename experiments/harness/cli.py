@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import tyro
 
-from experiments.errors import ExperimentError
 from experiments.harness import command
+from experiments.harness.errors import ExperimentError
 from experiments.harness.stop import Interrupted
 from mpjax import NonFiniteTrainingError
 

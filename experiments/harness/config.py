@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jmp
 
 import mpjax
-from experiments.errors import ConfigError
+from experiments.harness.errors import ConfigError
 from experiments.harness.loss_scales import parse_loss_scale
 
 # Fields that say where and how to run, not what.

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from experiments.errors import ExperimentError
+from experiments.harness.errors import ExperimentError
 
 
 class Interrupted(ExperimentError):

@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from experiments.errors import ExperimentError
 from experiments.harness.checkpoints import digest
+from experiments.harness.errors import ExperimentError
 from experiments.harness.workdir import whole_file
 
 

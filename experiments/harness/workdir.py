@@ -12,8 +12,8 @@ from typing import Any
 
 import filelock
 
-from experiments.errors import WorkdirError
 from experiments.harness.config import BaseConfig, default_workdir
+from experiments.harness.errors import WorkdirError
 
 
 @contextlib.contextmanager

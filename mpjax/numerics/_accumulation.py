@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._jaxpr import inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.core import inner_jaxprs, open_jaxpr
 from mpjax.numerics._flow import Value
 
 _CUMULATIVE = ("cumsum", "cumprod", "cumlogsumexp")

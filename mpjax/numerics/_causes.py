@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import _jaxpr
+from mpjax._jaxpr import core as _jaxpr
 
 HALF_OVERFLOW = "overflow of half precision"
 OVERFLOW = "overflow"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from jax.core import Tracer
 
-from mpjax import _jaxpr
-from mpjax._jaxpr import Literal, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.core import Literal, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.loops import Scan
 from mpjax.numerics._place import Place
 
 # Ops whose parameter is a jaxpr of scalars, by which they reduce: no calls.
@@ -131,10 +131,9 @@ class Flow:
         if not is_call(eqn):
             return [self._rule(eqn, values, place)] * len(eqn.outvars)
         if name == "scan":
-            num_consts, num_carry = _jaxpr.scan_sizes(eqn)
-            consts, carry, xs = _cut(values, num_consts, num_carry)
-            body, trips = eqn.params["jaxpr"], eqn.params["length"]
-            return self._loop(eqn, body, consts, carry, xs, trips, inside)
+            scan = Scan(eqn)
+            consts, carry, xs = scan.split_operands(values)
+            return self._loop(eqn, scan.jaxpr, consts, carry, xs, scan.length, inside)
         if name == "while":
             num_cond = eqn.params["cond_nconsts"]
             cond, body, carry = _cut(values, num_cond, eqn.params["body_nconsts"])

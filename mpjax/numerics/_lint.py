@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mpjax._flops import count_flops
-from mpjax._jaxpr import dtype_of, is_inexact_aval, open_jaxpr
-from mpjax._table import short_source
+from mpjax._jaxpr.core import dtype_of, is_inexact_aval, open_jaxpr
+from mpjax._jaxpr.flops import count_flops
+from mpjax._report import short_source
 from mpjax.numerics._accumulation import (
     accumulated,
     accumulates_in_half,

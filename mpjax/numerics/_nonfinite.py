@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from mpjax import _jaxpr
-from mpjax._flat import FlatFunction, flatten, refuse_modules
-from mpjax._jaxpr import Literal, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr import core as _jaxpr
+from mpjax._jaxpr.core import Literal, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
+from mpjax._jaxpr.loops import Scan
 from mpjax.numerics import _causes
 from mpjax.numerics._causes import NonFinite, is_inexact
 from mpjax.numerics._place import Place
@@ -171,7 +172,7 @@ class _Interpreter:
 
     def _scan(self, eqn, operands, place) -> list[Value]:
         params = eqn.params
-        num_consts, num_carry = _jaxpr.scan_sizes(eqn)
+        num_consts, num_carry = (Scan(eqn).num_consts, Scan(eqn).num_carry)
         consts, carry, xs = _split(operands, num_consts, num_carry)
         length = params["length"]
         steps = range(length)

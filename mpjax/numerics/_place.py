@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple, Self
 
-from mpjax._jaxpr import join_scope, num_trips
-from mpjax._table import short_source
-from mpjax.autocast._decide import is_reserved
+from mpjax._autocast.decide import is_reserved
+from mpjax._jaxpr.core import join_scope, num_trips
+from mpjax._report import short_source
 
 
 class Place(NamedTuple):

@@ -8,9 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax import _jaxpr
-from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
-from mpjax._jaxpr import Literal, eval_jaxpr, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr import core as _jaxpr
+from mpjax._jaxpr.core import Literal, eval_jaxpr, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.flatten import (
+    FlatFunction,
+    Static,
+    flatten,
+    refuse_modules,
+    unflatten,
+)
+from mpjax._jaxpr.loops import Scan
 from mpjax.numerics._histogram import ExponentHistogram, exponent_histogram
 from mpjax.numerics._place import Place
 from mpjax.numerics._tap import (
@@ -282,7 +289,7 @@ class _Interpreter:
 
     def _scan(self, eqn: Any, values: list[Any], place: Place) -> Any:
         params = eqn.params
-        num_consts, num_carry = _jaxpr.scan_sizes(eqn)
+        num_consts, num_carry = (Scan(eqn).num_consts, Scan(eqn).num_carry)
         consts, rest = values[:num_consts], values[num_consts:]
         call, labels = self.make(params["jaxpr"], place)
 

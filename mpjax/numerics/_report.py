@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax._flat import FlatFunction, flatten, refuse_modules
-from mpjax._flops import count_flops
-from mpjax._jaxpr import dtype_of, inner_jaxprs, is_inexact_aval, num_bytes, walk
-from mpjax._table import (
+from mpjax._jaxpr.core import dtype_of, inner_jaxprs, is_inexact_aval, num_bytes, walk
+from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
+from mpjax._jaxpr.flops import count_flops
+from mpjax._report import (
     plain_table,
     print_report,
     rich_group,

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from mpjax._flat import Static
-from mpjax._jaxpr import is_inexact_aval, open_jaxpr
+from mpjax._jaxpr.core import is_inexact_aval, open_jaxpr
+from mpjax._jaxpr.flatten import Static
 from mpjax.numerics._findings import RETRACE, Finding
 from mpjax.numerics._flow import Site, Value
 

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from mpjax._flat import FlatFunction, Static, flatten, refuse_modules, unflatten
-from mpjax._jaxpr import (
+from mpjax._jaxpr.core import (
     Var,
     eval_jaxpr,
     is_inexact_aval,
@@ -16,6 +15,13 @@ from mpjax._jaxpr import (
     map_inner_jaxprs,
     open_jaxpr,
     with_equations,
+)
+from mpjax._jaxpr.flatten import (
+    FlatFunction,
+    Static,
+    flatten,
+    refuse_modules,
+    unflatten,
 )
 
 MATMULS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools import thinned
+from helpers.tools import thinned
 
 import mpjax
 from experiments.models.small import (
@@ -20,7 +20,7 @@ from experiments.models.small import (
     oracle,
     relative_error,
 )
-from mpjax._jaxpr import inner_jaxprs, walk
+from mpjax._jaxpr.core import inner_jaxprs, walk
 from mpjax._tree import is_half
 
 POLICIES = {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from autocast.functions import (
+from helpers.functions import (
     AFTER_A_MATMUL,
     CALLS,
     IDS,
@@ -23,13 +23,13 @@ from autocast.functions import (
     case,
     types,
 )
-from autocast.probes import BF16, F32, POLICIES, eqns, floats, rewrite
+from helpers.primitive_probes import BF16, F32, POLICIES, eqns, floats, rewrite
+from helpers.tools import thinned
 from jax import lax, nn
 from jax.experimental import io_callback
-from tools import thinned
 
 from mpjax import autocast
-from mpjax._jaxpr import check_jaxpr, open_jaxpr
+from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
 
 LOW = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 ON_DEVICE = jnp.asarray(W)

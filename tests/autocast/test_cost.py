@@ -8,8 +8,8 @@ import pytest
 
 import mpjax
 from experiments.models.small import CASES
-from mpjax.autocast._rewrite import Rewriter
-from mpjax.autocast._tables import make_table
+from mpjax._autocast.kinds import choose_kinds
+from mpjax._autocast.rewrite import Rewriter
 from mpjax.policy import resolve
 
 NUM_ROUNDS = 9
@@ -60,7 +60,7 @@ def test_tracing_takes_at_most_twice_as_long(name):
 def test_the_rewrite_takes_little_of_that():
     """At most 15 % of `make_jaxpr`, for the transformer block and its gradient."""
     case = CASES["transformer_block"]()
-    table = make_table((), ())
+    table = choose_kinds((), ())
     ratios = []
     for _ in range(NUM_ROUNDS):
         fn = jax.value_and_grad(lambda p, x: case.loss(p, x))

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from autocast.loops import CELLS, WIDTH, W, X, evaluate, in_half, scans
+from helpers.loops import CELLS, WIDTH, W, X, evaluate, in_half, scans
+from helpers.tools import assert_same_bits, thinned
 from jax import lax
-from tools import assert_same_bits, thinned
 
 from mpjax import autocast
-from mpjax._jaxpr import check_jaxpr, open_jaxpr, scan_sizes
-from mpjax.autocast._hoist import with_casts_before_loops
+from mpjax._autocast.hoist import with_casts_before_loops
+from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
+from mpjax._jaxpr.loops import Scan
 
 
 def hoisted(closed):
@@ -24,7 +25,7 @@ def num_casts_of_constants(closed):
     found = 0
     for scan in scans(closed):
         body = open_jaxpr(scan.params["jaxpr"])
-        constants = body.invars[: scan_sizes(scan)[0]]
+        constants = body.invars[: Scan(scan).num_consts]
         found += sum(
             eqn.primitive.name == "convert_element_type"
             and eqn.invars[0] in constants
@@ -57,7 +58,7 @@ def test_one_half_weight_serves_all_that_take_it():
 
     closed = in_half(jax.make_jaxpr(fn)(W[0][:, :WIDTH], X), "mixed_bfloat16")
     (new,) = scans(hoisted(closed))
-    assert scan_sizes(new)[0] == 2
+    assert Scan(new).num_consts == 2
 
 
 def test_without_a_cast_it_is_the_very_object():

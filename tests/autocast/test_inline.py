@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from autocast.loops import (
+from helpers.loops import (
     CELLS,
     WIDTH,
     W,
@@ -18,16 +18,16 @@ from autocast.loops import (
     over,
     stacked,
 )
+from helpers.tools import assert_same_bits
 from jax import lax, nn
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tools import assert_same_bits
 
 from mpjax import autocast, full_precision
-from mpjax._jaxpr import check_jaxpr, open_jaxpr, walk
-from mpjax.autocast._inline import gives_constants, with_loops_side_by_side
-from mpjax.autocast._stacks import with_fewer_stacks
+from mpjax._autocast.inline import gives_constants, with_loops_side_by_side
+from mpjax._autocast.residuals import with_fewer_stacks
+from mpjax._jaxpr.core import check_jaxpr, open_jaxpr, walk
 
 POLICIES = ["float32", "mixed_bfloat16"]
 

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from autocast import layers
-from autocast.layers import FLAT, LOW, Case, normal
 from flax import nnx
-from tools import assert_same_bits, leaf_bytes, thinned
+from helpers import layers
+from helpers.layers import FLAT, LOW, Case, normal
+from helpers.tools import assert_same_bits, leaf_bytes, thinned
 
 import mpjax
-from mpjax._jaxpr import check_jaxpr, dtype_of, open_jaxpr, walk
+from mpjax._jaxpr.core import check_jaxpr, dtype_of, open_jaxpr, walk
 
 # Per half dtype: the error of outputs, and of gradients.
 BOUNDS = {"bfloat16": (1.3e-2, 2e-2), "float16": (1.6e-3, 3.4e-3)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from autocast.probes import (
+from helpers.primitive_probes import (
     BF16,
     EYE,
     F32,
@@ -27,7 +27,7 @@ from autocast.probes import (
 from jax import lax
 
 from mpjax import autocast, full_precision
-from mpjax._jaxpr import dtype_of, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.core import dtype_of, inner_jaxprs, open_jaxpr
 
 # --- The contract of tracing.
 

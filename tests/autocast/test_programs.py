@@ -10,13 +10,13 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-from autocast.functions import types
-from autocast.probes import POLICIES, eqns, floats
+from helpers.functions import types
+from helpers.primitive_probes import POLICIES, eqns, floats
 from jax import lax, nn
 from jax.ad_checkpoint import checkpoint_name
 
 from mpjax import autocast
-from mpjax._jaxpr import check_jaxpr, open_jaxpr
+from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
 
 N = 4
 rng = np.random.default_rng(0)

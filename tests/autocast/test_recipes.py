@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from autocast.layers import matmul_dtypes, normal
 from flax import nnx
 from flax.errors import TraceContextError
-from tools import assert_same_bits, thinned
+from helpers.layers import matmul_dtypes, normal
+from helpers.tools import assert_same_bits, thinned
 
 import mpjax
 

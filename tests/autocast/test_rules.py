@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from autocast.probes import (
+from helpers.primitive_probes import (
     BF16,
     EYE,
     F16,
@@ -33,7 +33,7 @@ from jax.interpreters import mlir
 
 import mpjax
 from mpjax import autocast
-from mpjax._jaxpr import dtype_of, open_jaxpr
+from mpjax._jaxpr.core import dtype_of, open_jaxpr
 
 # --- Float32 where every consumer wants it.
 

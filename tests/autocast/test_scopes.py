@@ -12,8 +12,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
-from autocast.layers import matmul_dtypes, normal
 from flax import nnx
+from helpers.layers import matmul_dtypes, normal
 
 import mpjax
 

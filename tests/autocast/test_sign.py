@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from autocast.probes import (
+from helpers.primitive_probes import (
     BF16,
     EYE,
     F16,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from autocast.functions import (
+from helpers.functions import (
     BATCH,
     IDS,
     MASK,
@@ -22,15 +22,15 @@ from autocast.functions import (
     symbolic_forward,
     types,
 )
-from autocast.probes import BF16, F16, F32, VERSION, eqns, floats
+from helpers.primitive_probes import BF16, F16, F32, VERSION, eqns, floats
+from helpers.tools import thinned
 from jax import NamedSharding, P, lax, nn
 from jax.experimental import checkify
 from jax.sharding import AxisType
-from tools import thinned
 
 from mpjax import autocast, full_precision
-from mpjax._jaxpr import check_jaxpr, open_jaxpr
-from mpjax.autocast._tables import LOW
+from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
+from mpjax._jaxpr.primitives import MATMULS
 
 
 def layer(x, w):
@@ -45,7 +45,7 @@ def dots(fn, *args):
     """The dtype of each matmul, of which it has one only."""
     closed = jax.make_jaxpr(fn)(*args)
     check_jaxpr(open_jaxpr(closed))
-    found = [floats(e) for e in eqns(closed, *LOW)]
+    found = [floats(e) for e in eqns(closed, *MATMULS)]
     assert all(len(dtypes) == 1 for dtypes in found)
     return [dtype for (dtype,) in found]
 
@@ -61,7 +61,7 @@ def assert_transformed(new, old, *args):
     """Half in every matmul, and types and values as without autocast."""
     assert_near(new(*args), old(*args))
     found = dots(new, *args)
-    expected = len(eqns(jax.make_jaxpr(old)(*args), *LOW))
+    expected = len(eqns(jax.make_jaxpr(old)(*args), *MATMULS))
     assert found == [BF16] * expected
 
 
@@ -252,7 +252,7 @@ def test_derivatives_of_ones_own(name, order):
         assert_near(new(X, W), grad(loss)(X, W))
         found = dots(new, X, W)
         assert set(found) == {BF16}
-        assert len(found) >= len(eqns(jax.make_jaxpr(grad(loss))(X, W), *LOW))
+        assert len(found) >= len(eqns(jax.make_jaxpr(grad(loss))(X, W), *MATMULS))
 
 
 @pytest.mark.parametrize("name", ["custom_jvp", "custom_vjp"])

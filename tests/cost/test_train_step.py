@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from autocast.loops import layer, over
+from helpers.loops import layer, over
 from jax.experimental.layout import Format, Layout
 
 import mpjax
-from experiments import memory
-from experiments.models.works import WORKS
+from experiments.benchmarks import memory
+from experiments.benchmarks.workloads import WORKS
 from mpjax import cost
-from mpjax._convolutions import with_plain_convolutions
-from mpjax._passes import through
+from mpjax._jaxpr.passes import through
+from mpjax._xla_cpu.convolutions import with_plain_convolutions
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -62,7 +62,7 @@ def test_dynamic_loss_scaling_moves_nothing_more(policy):
 
 
 def test_a_scan_over_layers_stacks_up_a_third_of_float32():
-    """Less than by hand, with everything in bfloat16: see `mpjax.autocast._stacks`."""
+    """Less than by hand, with everything in bfloat16: `mpjax._autocast.residuals`."""
     num_layers, width = 6, 256
     w = jax.ShapeDtypeStruct((2, width, 4 * width), "float32")
     x = jax.ShapeDtypeStruct((1024, width), "float32")
@@ -83,7 +83,7 @@ def test_a_scan_over_layers_stacks_up_a_third_of_float32():
 
 
 def test_what_is_not_timed_as_it_does_not_pay():
-    """See experiments/peers/tuned_rows.py."""
+    """See experiments/benchmarks/baselines/tuned.py."""
     work = WORKS["mlp"]()
     scale = mpjax.DynamicLossScale()
     plain = report_of(work, "mixed_bfloat16", scale)
@@ -104,7 +104,7 @@ def test_what_is_not_timed_as_it_does_not_pay():
 @pytest.mark.parametrize("form", [("NHWC", "HWIO"), ("NCHW", "OIHW")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_plain_convolutions_cost_nothing(form, dtype):
-    """See `mpjax._convolutions`: the transposes are none in memory."""
+    """See `mpjax._xla_cpu.convolutions`: the transposes are none in memory."""
     last = form[0] == "NHWC"
     image = (256, 56, 56, 64) if last else (256, 64, 56, 56)
     kernel = (3, 3, 64, 64) if last else (64, 64, 3, 3)
@@ -135,7 +135,7 @@ def test_microbatches_cast_weights_once(autocast, monkeypatch):
         return report_of(WORKS["mlp"](), "mixed_bfloat16", **how).moved_bytes
 
     once = moved_bytes()
-    for module in ("mpjax._gradients", "mpjax.autocast._api"):
+    for module in ("mpjax._train.gradients", "mpjax._autocast.api"):
         module = importlib.import_module(module)
         monkeypatch.setattr(module, "with_casts_before_loops", lambda jaxpr: jaxpr)
     assert once <= 0.915 * moved_bytes()

@@ -6,12 +6,13 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-import cli_runs
 import filelock
 import numpy as np
 import pytest
+from helpers import cli_runs
 
-from experiments import mnist_mlp, parity
+from experiments import mnist_mlp
+from experiments.benchmarks import parity
 from experiments.harness import checkpoints, cli
 from experiments.harness.recorder import read_rows
 from mpjax import NonFiniteTrainingError

@@ -5,15 +5,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import cli_runs
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import cli_runs
 
 from experiments import mnist_mlp
-from experiments.errors import CheckpointError
 from experiments.harness import cli, results
 from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.errors import CheckpointError
 from experiments.harness.workdir import read_json
 
 

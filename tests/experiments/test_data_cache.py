@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.data import cache
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 ARRAYS = {"x": np.arange(12, dtype=np.uint8).reshape(3, 4), "y": np.arange(3)}
 LARGE = {"x": np.ones(3_000_000, np.uint8)}

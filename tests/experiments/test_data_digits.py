@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data import digits, mnist
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 

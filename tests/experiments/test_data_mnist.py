@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.data import cache, mnist, mnist_tfds, mnist_wheel
-from experiments.errors import ConfigError, DataError
+from experiments.harness.errors import ConfigError, DataError
 
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.data.on_device import DeviceDataset
-from experiments.errors import ConfigError
+from experiments.harness.errors import ConfigError
 
 SIZES = [(1, 1), (7, 3), (12, 4), (23, 5), (23, 100), (130, 64)]
 

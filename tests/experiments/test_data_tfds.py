@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from experiments.data import cache, mnist, mnist_tfds, mnist_wheel
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 # name inside the .gz, name of the .gz, its time, its sha256 (which TFDS pins)
 ORIGINALS = {

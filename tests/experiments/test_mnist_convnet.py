@@ -5,19 +5,19 @@ import signal
 import sys
 from typing import Any
 
-import cli_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import cli_runs
 from safetensors.numpy import load_file, save_file
 
-from experiments import mnist_convnet, mnist_mlp, precisions
+from experiments import mnist_convnet, mnist_mlp
 from experiments.data.mnist import ImageDataset
-from experiments.errors import ConfigError
-from experiments.harness import cli
+from experiments.harness import cli, precisions
 from experiments.harness.config import default_workdir
+from experiments.harness.errors import ConfigError
 from experiments.harness.stop import Interrupted
 from experiments.models.deep_convnet import DeepConvNet
 

@@ -4,17 +4,17 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import cli_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import cli_runs
 
 import mpjax
 from experiments import mnist_mlp
 from experiments.data.on_device import DeviceDataset
-from experiments.errors import ConfigError
+from experiments.harness.errors import ConfigError
 from experiments.models.mlp import MLP
 
 # Keras itself warns of what numpy and jax are about to remove.

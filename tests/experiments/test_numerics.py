@@ -1,9 +1,9 @@
 """`--numerics`: what is counted, drawn, and left as it was."""
 
-import cli_runs
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import cli_runs
 
 from experiments import mnist_mlp
 from experiments.harness import numerics, numerics_plots

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments import precisions
+from experiments.harness import precisions
 from experiments.models.deep_convnet import DeepConvNet
 
 HALVES = ("bfloat16", "float16")

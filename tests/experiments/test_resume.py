@@ -6,9 +6,9 @@ import signal
 import subprocess
 import time
 
-import cli_runs
 import numpy as np
 import pytest
+from helpers import cli_runs
 
 import mpjax
 from experiments import mnist_mlp

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.faults import FAULTS, W, X, gradient, inside_jit, log_of_negative
 from jax import lax, nn
-from numerics.faults import FAULTS, W, X, gradient, inside_jit, log_of_negative
 
 import mpjax
 from mpjax.numerics import _causes as causes

@@ -8,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.tools import (
+    assert_same_bits,
+    batch_norm_model,
+    everything,
+    regression_batch,
+)
 from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
-from tools import assert_same_bits, batch_norm_model, everything, regression_batch
 
 import mpjax
 from mpjax.loss_scale import as_loss_scale

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax, nn
-from numerics import precision_healthy as healthy
-from numerics.precision_faults import (
+from helpers import precision_healthy as healthy
+from helpers.precision_faults import (
     FAULTS,
     FULL,
     HALF,
@@ -24,6 +23,7 @@ from numerics.precision_faults import (
     mixed_operands,
     struct,
 )
+from jax import lax, nn
 
 import mpjax
 from experiments.models.small import CASES

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.tools import thinned
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from tools import thinned
 
 import mpjax
 from mpjax.numerics import exponent_histogram, probe, tap

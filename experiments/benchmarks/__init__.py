@@ -1,0 +1,1 @@
+"""What measures mpjax beside other libraries."""

@@ -1,0 +1,49 @@
+"""mpx (`mixed-precision-for-jax`), as its page shows."""
+
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks.baselines.baseline import Case, Row, Step, copied, jax_step
+
+
+def mixed(case: Case, *, half: str) -> Step:
+    """Its filtered gradients, which cast and scale, and its optimizer update."""
+    module: Any = importlib.import_module("mpx")
+    work = case.work
+    module.set_half_precision_datatype(jnp.dtype(half))
+
+    def loss_fn(params, batch):
+        return work.loss_fn(params, batch, jax.random.key(0))[0]
+
+    def step(state, batch):
+        params, opt_state, scaling = state
+        loss, scaling, finite, grads = module.filter_value_and_grad(loss_fn, scaling)(
+            params, batch
+        )
+        params, opt_state = module.optimizer_update(
+            params, work.tx, opt_state, grads, finite
+        )
+        return (params, opt_state, scaling), loss
+
+    params = copied(case.params)
+    scaling = module.DynamicLossScaling(jnp.float32(2.0**15), jnp.float32(1.0))
+    state = (params, work.tx.init(params), scaling)
+    return jax_step(jax.jit(step, donate_argnums=0), state, case.batch, lambda x: x)
+
+
+def rows() -> list[Row]:
+    """Its dynamic loss scaling in both halves."""
+    needs = ("mpx", 'pip install "mixed-precision-for-jax"')
+    return [
+        Row(
+            f"mpx, {half}, dynamic",
+            functools.partial(mixed, half=half),
+            f"jmp, {half}",
+            needs=needs,
+        )
+        for half in ("float16", "bfloat16")
+    ]

@@ -1,0 +1,180 @@
+"""`autocast` and `full_precision`: functions in, functions out."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from mpjax._autocast.decide import RESERVED_AUTOCAST, RESERVED_FULL
+from mpjax._autocast.hoist import with_casts_before_loops
+from mpjax._autocast.kinds import choose_kinds
+from mpjax._autocast.residuals import with_fewer_stacks
+from mpjax._autocast.rewrite import Rewriter
+from mpjax._jaxpr.core import (
+    eval_jaxpr,
+    inner_jaxprs,
+    map_inner_jaxprs,
+    open_jaxpr,
+    with_equations,
+)
+from mpjax._jaxpr.flatten import (
+    FlatFunction,
+    Static,
+    flatten,
+    refuse_modules,
+    unflatten,
+)
+from mpjax.policy import PolicyLike, PolicyRules, get_policy
+
+
+def autocast(
+    fn: Callable[..., Any],
+    policy: PolicyLike | PolicyRules = "mixed_bfloat16",
+    *,
+    rules: PolicyRules | None = None,
+    low: Collection[str] = (),
+    high: Collection[str] = (),
+) -> Callable[..., Any]:
+    """Makes any function run its matmuls and convolutions in half precision.
+
+    The function is traced, and its operations rewritten, forward and backward:
+
+    - matmuls and convolutions take and return half;
+    - exponentials, powers, sums and other reductions run in float32;
+    - everything else follows its operands, the widest of which decides; but a sum or
+      product whose every consumer wants float32 runs in float32, and what only goes on
+      to matmuls (through maxima, reshapes, saved activation functions) in half;
+    - constants are never rounded: `x * 0.1` is computed in float32 and rounded once,
+      and what half cannot hold (a mask of -1e30, an epsilon of 1e-12) stays float32.
+
+    Only what was traced as float32 is touched: float64, complex, integers, keys and
+    explicit half run exactly as they are, and outputs have the dtypes that they had.
+    A matmul that asks for `precision=` is left alone.
+
+    Put it around the gradient, `autocast(jax.value_and_grad(loss_fn))`, which rewrites
+    both passes at once; `jax.grad(autocast(fn))` works too. Gradients of float32
+    parameters are float32.
+
+    Tracing has the contract of `jax.jit`: no side effects, and numbers are traced as
+    arrays are; strings, functions and other leaves are static (close over a flag, by
+    `functools.partial`). Called un-jitted it compiles once per shape, as `jax.jit`
+    does. Pure functions only: NNX modules are split and merged, Linen and Haiku models
+    go in as the whole `apply`, not a layer inside that makes parameters.
+
+    Args:
+      fn: any function of pytrees.
+      policy: its compute dtype is that of matmuls and convolutions: float16 or
+        bfloat16, or float32 for none at all. Rules are taken too.
+      rules: policies by name scope (`encoder/Dense_0`), where one matches; `policy` is
+        then not asked, and the rules' default holds elsewhere.
+      low: names of further primitives to run in half, such as your own.
+      high: names of primitives to run in float32, whatever mpjax's table says.
+
+    Returns:
+      A function with the arguments and outputs of `fn`.
+
+    Raises:
+      TypeError: when called with an NNX module.
+      ValueError: for an unknown policy, one that computes in float64, or a primitive in
+        both `low` and `high`.
+
+    >>> f = autocast(lambda x, w: jnp.tanh(x @ w).sum())
+    >>> float(f(jnp.ones((2, 3)), jnp.ones((3, 4))))
+    7.96...
+    """
+    casting = as_rules(policy, rules)
+    table = choose_kinds(low, high)
+
+    def evaluate(spec: Static, arrays: list[Any]):
+        flat = FlatFunction(fn, spec)
+        is_traced = any(isinstance(x, Tracer) for x in arrays)
+        with jax.disable_jit(False):
+            # As one jit, whose equations, once rewritten, are not traced again.
+            closed = jax.make_jaxpr(jax.jit(flat) if is_traced else flat)(*arrays)
+        rewriter = Rewriter(casting, table)
+        if is_traced:
+            rewritten = _rewrite_inside(rewriter, closed)
+        else:
+            rewritten, _ = rewriter.rewrite(closed)
+        if rewritten is not closed:
+            rewritten = with_casts_before_loops(with_fewer_stacks(rewritten))
+        outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
+        return outputs, flat.out_spec
+
+    return _jit(evaluate, fn, RESERVED_AUTOCAST)
+
+
+def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a function as it is inside `autocast`: float32 stays float32.
+
+    For indices and sentinels that go through a matmul, such as `optax.ctc_loss`, and
+    for whatever must not lose a bit.
+
+    Args:
+      fn: any function of pytrees, under the contract of `jax.jit`.
+
+    Returns:
+      A function with the arguments and outputs of `fn`, compiled.
+
+    Raises:
+      TypeError: when called with an NNX module.
+    """
+
+    def evaluate(spec: Static, arrays: list[Any]):
+        flat = FlatFunction(fn, spec)
+        return flat(*arrays), flat.out_spec
+
+    return _jit(evaluate, fn, RESERVED_FULL)
+
+
+def as_rules(
+    policy: PolicyLike | PolicyRules, rules: PolicyRules | None
+) -> PolicyRules:
+    """Returns the rules that `autocast` goes by.
+
+    Raises:
+      ValueError: for a policy that computes in float64.
+    """
+    found = rules if rules is not None else policy
+    if not isinstance(found, PolicyRules):
+        found = PolicyRules([], default=get_policy(found))
+    for each in found.policies():
+        if jnp.dtype(each.compute_dtype).itemsize > 4:
+            raise ValueError(
+                f"the policy {each} computes in float64, and autocast only lowers "
+                "float32; enable x64 and pass float64 arrays instead."
+            )
+    return found
+
+
+def _rewrite_inside(rewriter: Rewriter, jaxpr: Any) -> Any:
+    """Rewrites what is in the jits of a jaxpr, their inputs and outputs as traced."""
+    old = open_jaxpr(jaxpr).eqns
+    rewrite = lambda inner: rewriter.rewrite(inner)[0]
+    if all(rewrite(x) is x for eqn in old for x in inner_jaxprs(eqn)):
+        return jaxpr
+    eqns = [e.replace(params=map_inner_jaxprs(rewrite, e.params)) for e in old]
+    return with_equations(jaxpr, eqns=eqns)
+
+
+def _jit(evaluate: Callable[..., Any], fn: Any, reserved: str) -> Callable[..., Any]:
+    """Compiles under a reserved name, by which an outer autocast knows to keep off."""
+    name = getattr(fn, "__name__", type(fn).__name__)
+    evaluate.__name__ = evaluate.__qualname__ = f"{reserved}_{name}"
+    jitted = jax.jit(evaluate)
+
+    @functools.wraps(fn, updated=())
+    def wrapper(*args, **kwargs):
+        refuse_modules(fn, args, kwargs)
+        arrays, spec = flatten((args, kwargs))
+        # The name is in the jit: within a trace it must not be disabled.
+        traced = any(isinstance(x, Tracer) for x in arrays)
+        with jax.disable_jit(False) if traced else contextlib.nullcontext():
+            outputs, out_spec = jitted(spec, arrays)
+        return unflatten(outputs, out_spec)
+
+    return wrapper

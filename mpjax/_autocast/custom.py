@@ -1,0 +1,150 @@
+"""Functions with a derivative of their own: both the function and the rule, rewritten.
+
+What JAX keeps of `custom_vjp` and `custom_jvp` in an equation is its own affair. Only
+`bind` is asked of it: the equation evaluates, and differentiates, as JAX would. Around
+that a new `custom_vjp` or `custom_jvp` is made, and traced; its rule is rewritten when
+somebody differentiates.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from mpjax._jaxpr import core as _jaxpr
+from mpjax._jaxpr.core import Literal, dtype_of, eval_jaxpr, inner_jaxprs, open_jaxpr
+
+
+def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
+    """Traces the rewritten form of a `custom_jvp_call` or `custom_vjp_call`.
+
+    Args:
+      eqn: the equation.
+      evaluate: `(jaxpr, consts, *args) -> outputs`, which rewrites and evaluates.
+
+    Returns:
+      An open jaxpr with the equation's inputs and outputs as traced, or None where the
+      rule cannot be traced outside of its place, such as a collective of a
+      `shard_map` around it.
+    """
+
+    def call(*args):
+        return _jaxpr.bind(eqn, *args)
+
+    def rewritten(fn):
+        """`fn` with its operations rewritten; float0 and static leaves pass by."""
+
+        def run(*args):
+            leaves, treedef = jax.tree.flatten(args)
+            is_traced = [_is_array(x) for x in leaves]
+            out_treedef: Any = None
+
+            def flat(*arrays):
+                nonlocal out_treedef
+                given = iter(arrays)
+                merged = [
+                    next(given) if traced else leaf
+                    for traced, leaf in zip(is_traced, leaves, strict=True)
+                ]
+                outputs = fn(*jax.tree.unflatten(treedef, merged))
+                outputs, out_treedef = jax.tree.flatten(outputs)
+                return outputs
+
+            arrays = [x for x, t in zip(leaves, is_traced, strict=True) if t]
+            closed = jax.make_jaxpr(flat)(*arrays)
+            outputs = evaluate(closed, closed.consts, *arrays)
+            return jax.tree.unflatten(out_treedef, outputs)
+
+        return run
+
+    body = inner_jaxprs(eqn)[0]
+
+    def primal(*args):
+        return evaluate(body, getattr(body, "consts", ()), *args)
+
+    if eqn.primitive.name == "custom_jvp_call":
+        fn = jax.custom_jvp(primal)
+        jvp = rewritten(lambda primals, tangents: jax.jvp(call, primals, tangents))
+        fn.defjvp(lambda primals, tangents: jvp(tuple(primals), tuple(tangents)))
+    else:
+        fn = jax.custom_vjp(primal)
+        fn.defvjp(
+            rewritten(lambda *args: jax.vjp(call, *args)),
+            rewritten(lambda vjp, cotangents: vjp(cotangents)),
+        )
+    return _trace(fn, [x.aval for x in eqn.invars], [v.aval for v in eqn.outvars])
+
+
+def trace_elementwise(
+    eqn: Any, rewritten: Any, in_avals: list[Any], out_dtypes: tuple[Any, ...]
+) -> Any:
+    """Traces a `custom_jvp` function with another body, its rule in float32.
+
+    Args:
+      eqn: the equation.
+      rewritten: its jaxpr, for inputs of `in_avals` and outputs of `out_dtypes`.
+      in_avals: shape and dtype of each input.
+      out_dtypes: dtype of each output.
+
+    Returns:
+      An open jaxpr, or None where it cannot be traced.
+    """
+    in_dtypes = [dtype_of(x) for x in eqn.invars]
+
+    def primal(*args):
+        return eval_jaxpr(
+            open_jaxpr(rewritten), getattr(rewritten, "consts", ()), *args
+        )
+
+    def rule(primals, tangents):
+        full = [tuple(map(_convert, x, in_dtypes)) for x in (primals, tangents)]
+        out, tangent = jax.jvp(lambda *xs: _jaxpr.bind(eqn, *xs), full[0], full[1])
+        return [*map(_convert, out, out_dtypes)], [*map(_convert, tangent, out_dtypes)]
+
+    fn = jax.custom_jvp(primal)
+    fn.defjvp(rule)
+    out_avals = [
+        v.aval.update(dtype=dtype)
+        for v, dtype in zip(eqn.outvars, out_dtypes, strict=True)
+    ]
+    return _trace(fn, in_avals, out_avals)
+
+
+def _trace(fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]) -> Any:
+    try:
+        closed = jax.make_jaxpr(jax.jit(fn))(*map(_struct, in_avals))
+    except Exception:  # Whatever the user's function raises where it does not belong.
+        return None
+    traced = open_jaxpr(closed)
+    defined = {v for eqn in traced.eqns for v in eqn.outvars}
+    outvars = traced.outvars
+    fits = (
+        not closed.consts
+        and not any(isinstance(v, Literal) for v in outvars)
+        and len(set(outvars)) == len(outvars)
+        and defined.issuperset(outvars)
+        and all(_same(v.aval, a) for v, a in zip(outvars, out_avals, strict=True))
+    )
+    return traced if fits else None
+
+
+def _convert(x: Any, dtype: Any) -> Any:
+    return x.astype(dtype) if _is_array(x) and x.dtype != dtype else x
+
+
+def _struct(aval: Any) -> Any:
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False)
+    )
+
+
+def _same(new: Any, old: Any) -> bool:
+    return (new.shape, new.dtype, getattr(new, "vma", None)) == (
+        old.shape,
+        old.dtype,
+        getattr(old, "vma", None),
+    )
+
+
+def _is_array(x: Any) -> bool:
+    return getattr(x, "dtype", None) not in (None, jax.dtypes.float0)

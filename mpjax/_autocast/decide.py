@@ -1,0 +1,132 @@
+"""Decisions about single equations: may it run in half, in which, and why not."""
+
+import enum
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._jaxpr.core import (
+    Literal,
+    canonical_precision,
+    is_float32,
+    is_inexact_aval,
+)
+from mpjax._jaxpr.primitives import facts_of
+
+RESERVED_AUTOCAST = "mpjax_autocast"
+RESERVED_FULL = "mpjax_full_precision"
+
+
+class Fit(enum.Enum):
+    """How a constant survives in a narrower format."""
+
+    EXACT = "exact"
+    ROUNDS = "rounds"
+    OUT_OF_RANGE = "out of range"
+
+
+@functools.lru_cache(maxsize=4096)
+def fit(value: float, dtype: Any) -> Fit:
+    """Returns how `value` survives a cast to a half dtype.
+
+    Out of range is what overflows, and what is below the smallest normal number, where
+    an epsilon loses its bits or becomes zero.
+    """
+    if math.isnan(value) or math.isinf(value):
+        return Fit.EXACT
+    with np.errstate(all="ignore"):
+        rounded = float(np.asarray(value, np.float32).astype(dtype))
+    if rounded == value:
+        return Fit.EXACT
+    info = jnp.finfo(dtype)
+    in_range = float(info.smallest_normal) <= abs(value) <= float(info.max)
+    return Fit.ROUNDS if in_range else Fit.OUT_OF_RANGE
+
+
+def is_eligible(eqn: Any) -> bool:
+    """Whether all floating operands and outputs were traced as float32."""
+    for atom in eqn.invars:
+        if not is_float32(atom.aval) and is_inexact_aval(atom.aval):
+            return False
+    found = False
+    for var in eqn.outvars:
+        if is_float32(var.aval):
+            found = True
+        elif is_inexact_aval(var.aval):
+            return False
+    return found
+
+
+def asks_for_sign(eqn: Any) -> bool:
+    """Whether it compares a number with zero: rounded or not, its sign is the same.
+
+    But for what is too small for half: then it asks of the zero that a matmul gets.
+    """
+    return facts_of(eqn).compares_order and any(
+        isinstance(x, Literal) and np.ndim(x.val) == 0 and x.val == 0
+        for x in eqn.invars
+    )
+
+
+def is_reserved(eqn: Any) -> bool:
+    """Whether an equation is a nested `autocast` or a `full_precision`."""
+    name = eqn.params.get("name")
+    return isinstance(name, str) and name.startswith((RESERVED_AUTOCAST, RESERVED_FULL))
+
+
+def is_emulation(eqn: Any) -> bool:
+    """Whether it rounds to a narrower format than float32, kept in float32.
+
+    With float32's own width, as JAX has it around what a checkpoint saves, it is none.
+    """
+    params = eqn.params
+    return eqn.primitive.name == "reduce_precision" and (
+        params["exponent_bits"] < 8 or params["mantissa_bits"] < 23
+    )
+
+
+def params_in_half(eqn: Any, dtype: Any) -> dict[str, Any] | None:
+    """Returns an equation's parameters where they say what a float is; else None."""
+    if eqn.primitive.name == "convert_element_type":
+        return eqn.params | {"new_dtype": dtype, "weak_type": False}
+    if eqn.primitive.name == "reduce_precision":
+        info = jnp.finfo(dtype)
+        return {"exponent_bits": info.nexp, "mantissa_bits": info.nmant}
+    return None
+
+
+def why_not_low(eqn: Any, ambient_precision: Any) -> str:
+    """Returns why a matmul stays in float32, or an empty string."""
+    if not is_eligible(eqn):
+        dtypes = sorted({str(a.aval.dtype) for a in eqn.invars if hasattr(a, "aval")})
+        return f"traced in {', '.join(dtypes)}"
+    precision = canonical_precision(eqn.params.get("precision"))
+    if asks_for_more(precision) and precision != canonical_precision(ambient_precision):
+        return f"precision={_precision_name(precision)} asked for"
+    if eqn.primitive.name == "dot_general" and not _is_sum(eqn):
+        return "contracts no more than one element"
+    return ""
+
+
+def asks_for_more(precision: Any) -> bool:
+    """Whether a matmul's precision is anything but None and DEFAULT."""
+    if precision is None:
+        return False
+    parts = precision if isinstance(precision, tuple) else (precision,)
+    return any(_precision_name(part) not in ("None", "DEFAULT") for part in parts)
+
+
+def _is_sum(dot: Any) -> bool:
+    """Whether it contracts more than one element; a size not known yet is taken so."""
+    (lhs_contract, _), _ = dot.params["dimension_numbers"]
+    num = math.prod(dot.invars[0].aval.shape[axis] for axis in lhs_contract)
+    return not isinstance(num, int) or num > 1
+
+
+def _precision_name(precision: Any) -> str:
+    if isinstance(precision, tuple):
+        return "/".join(sorted({_precision_name(part) for part in precision}))
+    return getattr(precision, "name", str(precision))

@@ -1,0 +1,167 @@
+"""Loops inside jitted functions, brought to where one meets what another saves for it.
+
+The gradient of a function that calls a jitted one calls two: its forward and its
+backward pass, each with the loops that it has. XLA inlines such calls before all else;
+here it is done to those between which stacks of a scan go.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from mpjax._autocast.decide import is_reserved
+from mpjax._jaxpr import core as _jaxpr
+from mpjax._jaxpr.core import Var, is_var, open_jaxpr, renamed
+from mpjax._jaxpr.loops import Scan
+from mpjax._jaxpr.passes import map_jaxprs
+
+
+def with_loops_side_by_side(jaxpr: Any) -> Any:
+    """Inlines calls of jitted functions between whose scans stacks are handed on.
+
+    Calls of which more is asked than that (shardings, donation, effects) stay.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
+    """
+    return map_jaxprs(_Inliner().inline, jaxpr)
+
+
+def gives_constants(eqn: Any) -> bool:
+    """Whether an equation gives the constants of a call that was inlined."""
+    return (
+        eqn.primitive.name == "jit"
+        and not eqn.invars
+        and not open_jaxpr(eqn.params["jaxpr"]).eqns
+    )
+
+
+class _Inliner:
+    """Inlines calls, and remembers what it has seen of them."""
+
+    def __init__(self):
+        self._ends: dict[int, tuple[Any, list[int], list[int]]] = {}
+        self._usual: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def inline(self, jaxpr: Any) -> Any:
+        """Returns a jaxpr, closed or open, without such calls on its own level."""
+        while calls := self._related_calls(open_jaxpr(jaxpr).eqns):
+            names: dict[Var, Any] = {}
+            eqns = list(_flattened(open_jaxpr(jaxpr).eqns, calls, names))
+            outvars = renamed(open_jaxpr(jaxpr).outvars, names)
+            jaxpr = _jaxpr.with_equations(jaxpr, eqns=eqns, outvars=outvars)
+        return jaxpr
+
+    def _related_calls(self, eqns: Any) -> set[int]:
+        """Returns the places of calls that give stacks to one another, or to scans."""
+        made_by: dict[Var, int] = {}
+        related: set[int] = set()
+        for index, eqn in enumerate(eqns):
+            taken, made = self._stacks(eqn)
+            if not (taken or made) or not (_is_scan(eqn) or self._is_plain(eqn)):
+                continue
+            for x in taken:
+                if is_var(x) and x in made_by:
+                    related |= {index, made_by[x]}
+            made_by |= dict.fromkeys(made, index)
+        return {index for index in related if not _is_scan(eqns[index])}
+
+    def _stacks(self, eqn: Any) -> tuple[list[Any], list[Any]]:
+        """Returns the operands that a scan takes apart, and the results it stacks up.
+
+        Of a call, those of the scans inside.
+        """
+        if _is_scan(eqn):
+            scan = Scan(eqn)
+            *_, xs = scan.split_operands(eqn.invars)
+            _, ys = scan.split_results(eqn.outvars)
+            return xs, ys
+        if eqn.primitive.name != "jit":
+            return [], []
+        jaxpr = eqn.params["jaxpr"]
+        if id(jaxpr) not in self._ends:
+            pairs = [self._stacks(each) for each in open_jaxpr(jaxpr).eqns]
+            taken = {x for xs, _ in pairs for x in xs if is_var(x)}
+            made = {y for _, ys in pairs for y in ys}
+            invars, outvars = open_jaxpr(jaxpr).invars, open_jaxpr(jaxpr).outvars
+            ins = [i for i, x in enumerate(invars) if x in taken]
+            outs = [i for i, y in enumerate(outvars) if is_var(y) and y in made]
+            self._ends[id(jaxpr)] = (jaxpr, ins, outs)
+        _, ins, outs = self._ends[id(jaxpr)]
+        return [eqn.invars[i] for i in ins], [eqn.outvars[i] for i in outs]
+
+    def _is_plain(self, call: Any) -> bool:
+        """Whether nothing is asked of a call that inlining it would lose."""
+        inside = open_jaxpr(call.params["jaxpr"]).eqns
+        if is_reserved(call) or _jaxpr.is_annotated(call):
+            return False
+        if any(map(_jaxpr.has_effects, [call, *inside])):
+            return False
+        sizes = len(call.invars), len(call.outvars)
+        if sizes not in self._usual:
+            self._usual[sizes] = _call_params(*sizes)
+        usual = self._usual[sizes]
+        return all(call.params.get(name) == value for name, value in usual.items())
+
+
+def _is_scan(eqn: Any) -> bool:
+    return eqn.primitive.name == "scan"
+
+
+def _call_params(num_ins: int, num_outs: int) -> dict[str, Any]:
+    """Returns the parameters of a jitted function of which nothing is asked."""
+    with jax.disable_jit(False):
+        fn = jax.jit(lambda *_: [0.0] * num_outs)
+        (eqn,) = jax.make_jaxpr(fn)(*[0.0] * num_ins).eqns
+    free = ("jaxpr", "name", "inline", "keep_unused")
+    return {name: value for name, value in eqn.params.items() if name not in free}
+
+
+def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[Any]:
+    """Yields equations, and those of some calls in place of these.
+
+    Args:
+      eqns: of one jaxpr.
+      calls: the places of the calls.
+      names: learns what the results of the calls are called.
+    """
+    constants: dict[int, Var] = {}
+    for index, eqn in enumerate(eqns):
+        invars = renamed(eqn.invars, names)
+        if index not in calls:
+            yield eqn.replace(invars=invars)
+            continue
+        inner = open_jaxpr(eqn.params["jaxpr"])
+        values = list(map(id, eqn.params["jaxpr"].consts))
+        if not constants.keys() >= set(values):
+            call = _call_for_constants(eqn)
+            constants = dict(zip(values, call.outvars, strict=True)) | constants
+            yield call
+        inside: dict[Var, Any] = dict(zip(inner.invars, invars, strict=True))
+        inside |= {
+            v: constants[i] for v, i in zip(inner.constvars, values, strict=True)
+        }
+        for each in inner.eqns:
+            # New variables: the same function can be called twice.
+            outvars = [Var(v.aval) for v in each.outvars]
+            operands = renamed(each.invars, inside)
+            yield _jaxpr.as_inside(eqn, each).replace(invars=operands, outvars=outvars)
+            inside.update(zip(each.outvars, outvars, strict=True))
+        names.update(zip(eqn.outvars, renamed(inner.outvars, inside), strict=True))
+
+
+def _call_for_constants(call: Any) -> Any:
+    """Returns a call that gives the constants of another.
+
+    A jaxpr that is not closed has no place for them.
+    """
+    jaxpr = call.params["jaxpr"]
+    constvars = open_jaxpr(jaxpr).constvars
+    jaxpr = _jaxpr.with_equations(jaxpr, invars=[], outvars=[*constvars], eqns=[])
+    params = call.params | _call_params(0, len(constvars)) | {"jaxpr": jaxpr}
+    outvars = [Var(v.aval) for v in constvars]
+    return call.replace(invars=[], outvars=outvars, params=params, effects=set())

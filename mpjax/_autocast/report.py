@@ -1,0 +1,239 @@
+"""What autocast did to a function: FLOPs per dtype, what stayed float32, and why."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+
+from mpjax._autocast.api import as_rules
+from mpjax._autocast.decide import RESERVED_FULL, is_emulation, is_reserved
+from mpjax._autocast.kinds import choose_kinds
+from mpjax._autocast.rewrite import Rewriter
+from mpjax._jaxpr.core import (
+    inner_jaxprs,
+    is_inexact_aval,
+    join_scope,
+    walk,
+)
+from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
+from mpjax._jaxpr.flops import count_flops
+from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._report import (
+    plain_table,
+    print_report,
+    rich_group,
+    rich_table,
+    shares,
+    short_source,
+)
+from mpjax.policy import PolicyLike, PolicyRules
+
+_COLUMNS = ("primitive", "dtype", "MFLOP", "calls", "scope", "source", "why")
+_NOT_UNDERSTOOD = "not understood: runs as traced"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpRecord:
+    """One operation of a function, or several that differ in nothing shown here.
+
+    Attributes:
+      primitive: its name.
+      dtype: of its result under autocast.
+      reason: why it is not in half; empty if it is.
+      scope: its name scope.
+      source: the user's source line, `model.py:12 (loss_fn)`.
+      flops: of all calls together.
+      num_calls: how often it runs; a `while` body and each branch of a `cond` once.
+    """
+
+    primitive: str
+    dtype: str
+    reason: str
+    scope: str
+    source: str
+    flops: int
+    num_calls: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AutocastReport:
+    """Every floating-point operation of a function under autocast.
+
+    `print(report)` gives a plain table of what does arithmetic, `report.print()`
+    a coloured one on a terminal where rich is installed, `report.to_dict()` all data.
+
+    Attributes:
+      records: the operations, those with most FLOPs first.
+      unused_names: names in `low=` or `high=` that the function does not contain.
+      unused_rules: patterns of rules that matched no matmul.
+    """
+
+    records: tuple[OpRecord, ...]
+    unused_names: tuple[str, ...] = ()
+    unused_rules: tuple[str, ...] = ()
+
+    def flops_by_dtype(self) -> dict[str, int]:
+        """Returns the FLOPs that run in each dtype, most first."""
+        total: dict[str, int] = collections.Counter()
+        for record in self.records:
+            total[record.dtype] += record.flops
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    def left_in_float32(self) -> tuple[OpRecord, ...]:
+        """Returns the operations that autocast left in float32, with the reason."""
+        return tuple(r for r in self.records if r.reason and r.dtype == "float32")
+
+    def not_understood(self) -> tuple[OpRecord, ...]:
+        """Returns the primitives that are in none of autocast's tables."""
+        return tuple(r for r in self.records if r.reason == _NOT_UNDERSTOOD)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain values, ready for JSON."""
+        return {
+            "flops_by_dtype": self.flops_by_dtype(),
+            "records": [dataclasses.asdict(record) for record in self.records],
+            "unused_names": list(self.unused_names),
+            "unused_rules": list(self.unused_rules),
+        }
+
+    def print(self) -> None:
+        """Prints it: by rich on a terminal where that is installed, else plain."""
+        print_report(self)
+
+    def __rich__(self) -> Any:
+        table = rich_table(_COLUMNS, self._rows())
+        return rich_group(self._summary(), table, *self._warnings())
+
+    def __str__(self) -> str:
+        table = plain_table(_COLUMNS, self._rows())
+        return "\n".join([self._summary(), table, *self._warnings()])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """What does arithmetic, or is not understood; moving data goes unsaid."""
+        shown = (r for r in self.records if r.flops or r.reason == _NOT_UNDERSTOOD)
+        return [
+            (
+                r.primitive,
+                r.dtype,
+                f"{r.flops / 1e6:.3g}",
+                str(r.num_calls),
+                r.scope,
+                r.source,
+                r.reason,
+            )
+            for r in shown
+        ]
+
+    def _summary(self) -> str:
+        parts = shares(self.flops_by_dtype(), "MFLOP")
+        return ", ".join(parts) or "no floating-point operations"
+
+    def _warnings(self) -> list[str]:
+        warnings = []
+        if self.unused_names:
+            names = ", ".join(self.unused_names)
+            warnings.append(f"in low= or high=, but not in the function: {names}")
+        if self.unused_rules:
+            names = ", ".join(self.unused_rules)
+            warnings.append(f"rules that match no matmul's name scope: {names}")
+        return warnings
+
+
+def autocast_report(
+    fn: Callable[..., Any],
+    policy: PolicyLike | PolicyRules = "mixed_bfloat16",
+    *,
+    rules: PolicyRules | None = None,
+    low: Collection[str] = (),
+    high: Collection[str] = (),
+) -> Callable[..., AutocastReport]:
+    """Tells what `autocast` does to a function, operation by operation.
+
+    Args:
+      fn: as in `autocast`; `jax.value_and_grad(loss_fn)` reports both passes.
+      policy: as in `autocast`.
+      rules: as in `autocast`.
+      low: as in `autocast`.
+      high: as in `autocast`.
+
+    Returns:
+      A function that takes the arguments of `fn`, or `jax.ShapeDtypeStruct` in their
+      place, and returns an `AutocastReport`. Nothing is computed.
+
+    >>> report = autocast_report(lambda x, w: jax.numpy.exp(x @ w))
+    >>> struct = jax.ShapeDtypeStruct((512, 512), "float32")
+    >>> report(struct, struct).flops_by_dtype()
+    {'bfloat16': 268435456, 'float32': 262144}
+    """
+    casting = as_rules(policy, rules)
+    table = choose_kinds(low, high)
+
+    def report(*args, **kwargs) -> AutocastReport:
+        refuse_modules(fn, args, kwargs)
+        arrays, spec = flatten((args, kwargs))
+        jaxpr = jax.make_jaxpr(FlatFunction(fn, spec))(*arrays)
+        log = _Log(table)
+        Rewriter(casting, table, log).rewrite(jaxpr)
+        unused = sorted({*low, *high} - log.seen)
+        return AutocastReport(log.records(), tuple(unused), casting.unused_rules())
+
+    return report
+
+
+class _Log:
+    """Collects the decisions of a `Rewriter`."""
+
+    def __init__(self, table: dict[str, Kind]):
+        self.seen: set[str] = set()
+        self._table = table
+        self._counts: dict[tuple, list[int]] = {}
+
+    def __call__(self, eqn: Any, scope: str, times: int, dtype: Any, reason: str):
+        name = eqn.primitive.name
+        self.seen.add(name)
+        if is_reserved(eqn):
+            called = str(eqn.params["name"])
+            full = called.startswith(RESERVED_FULL)
+            inside = "inside full_precision" if full else "inside another autocast"
+            for jaxpr in inner_jaxprs(eqn):
+                for inner, inner_scope, inner_times in walk(jaxpr, scope, times):
+                    if not inner_jaxprs(inner):
+                        self._add(inner, inner_scope, inner_times, None, inside)
+            return
+        if dtype is None and not reason:
+            reason = self._usual_reason(eqn)
+        self._add(eqn, join_scope(scope, eqn), times, dtype, reason)
+
+    def _usual_reason(self, eqn: Any) -> str:
+        name = eqn.primitive.name
+        if is_emulation(eqn):
+            return "runs as traced"
+        kind = self._table.get(name)
+        if kind is Kind.FLOAT32:
+            return "loses too much, or overflows, in half"
+        if kind in (Kind.PROMOTE, Kind.CUSTOM):
+            return "an operand is float32"
+        if facts_of(eqn).is_known:
+            return "runs as traced"
+        return _NOT_UNDERSTOOD
+
+    def _add(self, eqn: Any, scope: str, times: int, dtype: Any, reason: str) -> None:
+        floats = [v.aval for v in eqn.outvars if is_inexact_aval(v.aval)]
+        if not floats:
+            return
+        name = str(dtype or floats[0].dtype)
+        half = name in ("bfloat16", "float16")
+        why = "" if half else reason
+        row = (eqn.primitive.name, name, why, scope, short_source(eqn))
+        count = self._counts.setdefault(row, [0, 0])
+        count[0] += times * count_flops(eqn)
+        count[1] += times
+
+    def records(self) -> tuple[OpRecord, ...]:
+        found = [
+            OpRecord(*row, flops=flops, num_calls=num_calls)
+            for row, (flops, num_calls) in self._counts.items()
+        ]
+        return tuple(sorted(found, key=lambda record: -record.flops))

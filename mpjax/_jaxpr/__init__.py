@@ -1,0 +1,1 @@
+"""Jaxprs: what is known of primitives, and taking apart, rebuilding, evaluating."""

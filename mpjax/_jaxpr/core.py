@@ -1,0 +1,317 @@
+"""Jaxprs: reading, rebuilding and evaluating them. The only importer of jax.extend.
+
+`jax.extend` promises no compatibility between versions of JAX; what differs between
+those that mpjax supports is dealt with here. From JAX 0.11 on a `ClosedJaxpr` *is*
+a `Jaxpr`, so the two are never told apart by `isinstance`.
+"""
+
+import contextlib
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray, eval_jaxpr
+from jax.extend import core, source_info_util
+from jax.extend.core import JaxprEqn as Eqn
+from jax.extend.core import Literal, Var, check_jaxpr
+
+_FLOAT32 = np.dtype(np.float32)
+
+# An operation in a function of JAX itself has the line that calls it, not the line
+# there that calls any function.
+source_info_util.register_exclusion(str(pathlib.Path(__file__).with_name("flatten.py")))
+
+__all__ = ["Eqn", "Literal", "Var", "check_jaxpr", "eval_jaxpr"]
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """Returns the equations of a jaxpr, closed or open, as an open jaxpr."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def with_equations(jaxpr: Any, **changes: Any) -> Any:
+    """Replaces `invars`, `outvars` or `eqns`; a closed jaxpr stays closed."""
+    inner = open_jaxpr(jaxpr)
+    changed = inner.replace(**changes)
+    return changed if inner is jaxpr else jaxpr.replace(jaxpr=changed)
+
+
+def is_jaxpr(x: Any) -> bool:
+    """Whether an equation's parameter is a jaxpr, closed or open."""
+    return hasattr(x, "eqns") and hasattr(open_jaxpr(x), "invars")
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Returns the jaxprs among the parameters of an equation."""
+    found = []
+    for value in eqn.params.values():
+        if is_jaxpr(value):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found.extend(x for x in value if is_jaxpr(x))
+    return found
+
+
+def map_inner_jaxprs(fn: Callable[[Any], Any], params: dict[str, Any]) -> dict:
+    """Applies `fn` to each jaxpr among the parameters of an equation."""
+
+    def convert(value):
+        if is_jaxpr(value):
+            return fn(value)
+        if isinstance(value, (tuple, list)) and any(map(is_jaxpr, value)):
+            return type(value)(fn(x) if is_jaxpr(x) else x for x in value)
+        return value
+
+    return {name: convert(value) for name, value in params.items()}
+
+
+def new_var(aval: Any, dtype: Any) -> Var:
+    """Returns a fresh variable like `aval`, with another dtype and no weak type."""
+    return Var(_with_dtype(aval, np.dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_dtype(aval: Any, dtype: Any) -> Any:
+    return aval.update(dtype=dtype, weak_type=False)
+
+
+def literal(value: Any, dtype: Any) -> Literal:
+    """Returns a scalar literal."""
+    array = np.asarray(value, dtype)
+    return Literal(array, ShapedArray((), array.dtype))
+
+
+def convert_eqn(atom: Any, out: Var, like: Any) -> Eqn:
+    """Returns an equation that casts `atom` to the dtype of `out`.
+
+    Args:
+      atom: variable or literal.
+      out: variable.
+      like: equation whose source line, name scope and context it takes.
+    """
+    aval: Any = out.aval
+    params = {"new_dtype": aval.dtype, "weak_type": aval.weak_type, "sharding": None}
+    return core.new_jaxpr_eqn(
+        [atom],
+        [out],
+        jax.lax.convert_element_type_p,
+        params,
+        core.no_effects,
+        like.source_info if like is not None else None,
+        like.ctx if like is not None else None,
+    )
+
+
+def new_eqn(
+    primitive: Any, atoms: list[Any], params: dict, *, like: Any, varies_as: Any
+) -> Eqn:
+    """Returns an equation of one output, whose variable is new.
+
+    Args:
+      primitive: one without effects.
+      atoms: its operands, variables or literals.
+      params: its parameters, hashable.
+      like: equation whose source line, name scope and context it takes.
+      varies_as: variable; the output varies over the same axes of a `shard_map`, which
+        is more than the primitive's rule knows.
+    """
+    avals = tuple(x.aval for x in atoms)
+    aval = _infer(primitive, avals, tuple(params.items()), like.ctx)
+    aval = aval.update(manual_axis_type=varies_as.aval.manual_axis_type)
+    return core.new_jaxpr_eqn(
+        atoms,
+        [Var(aval)],
+        primitive,
+        params,
+        core.no_effects,
+        like.source_info,
+        like.ctx,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _infer(primitive: Any, avals: tuple, params: tuple, context: Any) -> Any:
+    with context.manager:
+        return primitive.abstract_eval(*avals, **dict(params))[0]
+
+
+def unit_axes_eqn(atom: Any, num_axes: int, like: Any) -> Eqn:
+    """Returns an equation that puts axes of one before those of `atom`."""
+    shape = atom.aval.shape
+    params = {
+        "shape": (1,) * num_axes + shape,
+        "broadcast_dimensions": tuple(range(num_axes, num_axes + len(shape))),
+        "sharding": None,
+    }
+    return new_eqn(
+        jax.lax.broadcast_in_dim_p, [atom], params, like=like, varies_as=atom
+    )
+
+
+def bind(eqn: Any, *values: Any) -> list[Any]:
+    """Evaluates one equation, whatever its primitive."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def context_of(eqn: Any) -> Iterator[None]:
+    """Traces what is inside with an equation's source line, name scope and context."""
+    info = eqn.source_info
+    name_stack = source_info_util.current_name_stack() + info.name_stack
+    with (
+        source_info_util.user_context(info.traceback, name_stack=name_stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def as_inside(call: Any, eqn: Any) -> Any:
+    """Returns an equation of a called function as one of the caller.
+
+    Its name scope is joined to that of the call, without the name of the function.
+    """
+    name_stack = call.source_info.name_stack + eqn.source_info.name_stack
+    return eqn.replace(source_info=eqn.source_info.replace(name_stack=name_stack))
+
+
+def consts_as_inputs(closed: Any) -> Any:
+    """Returns a closed jaxpr as an open one whose first inputs are its constants."""
+    jaxpr = open_jaxpr(closed)
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+
+
+def walk(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[Any, str, int]]:
+    """Yields every equation, at any depth, before those inside it.
+
+    Yields:
+      `(eqn, scope, times)`: the name scope from the outermost jaxpr on, and how often
+      the equation runs. The body of a `while` counts once; so does each branch of
+      a `cond`.
+    """
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield eqn, join_scope(scope, eqn), times
+        inner = join_scope(scope, eqn)
+        for sub in inner_jaxprs(eqn):
+            yield from walk(sub, inner, times * num_trips(eqn))
+
+
+def num_trips(eqn: Any) -> int:
+    """Returns how often what is inside an equation runs, if that is known."""
+    return eqn.params["length"] if eqn.primitive.name == "scan" else 1
+
+
+def may_change_operands(eqn: Any) -> bool:
+    """Whether none of its effects is that on an operand with a certain number."""
+    return not any(hasattr(effect, "input_index") for effect in eqn.effects)
+
+
+def stacked_aval(aval: Any, length: int) -> Any:
+    """Returns the type of as many values of a type, stacked along a new first axis."""
+    sharding = aval.sharding.update(spec=(None, *aval.sharding.spec))
+    return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
+
+
+def is_split(atom: Any) -> bool:
+    """Whether it is sharded over the axes of an explicit mesh."""
+    return any(axis is not None for axis in atom.aval.sharding.spec)
+
+
+def has_effects(eqn: Any) -> bool:
+    """Whether it does more than to compute; that of a collective, an axis, is none."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
+def is_annotated(eqn: Any) -> bool:
+    """Whether its context says where it is to run, or what the compiler is to know."""
+    context = eqn.ctx
+    names = ("compute_type", "xla_metadata")
+    return any(getattr(context, name, None) for name in names)
+
+
+def is_var(atom: Any) -> bool:
+    """Whether it is a variable, not a literal."""
+    return not isinstance(atom, Literal)
+
+
+def renamed(atoms: Any, names: dict[Var, Any]) -> list[Any]:
+    """Returns variables and literals, those variables renamed that have a new name."""
+    return [names.get(x, x) if is_var(x) else x for x in atoms]
+
+
+def dtype_of(atom: Any) -> Any:
+    """Returns the dtype of a variable or literal; None for a token."""
+    return getattr(atom.aval, "dtype", None)
+
+
+def num_bytes(atom: Any) -> int:
+    """Returns the bytes of a variable or literal; of a token 0.
+
+    Where a dimension is symbolic, it is no `int`.
+    """
+    dtype = dtype_of(atom)
+    return math.prod(atom.aval.shape) * getattr(dtype, "itemsize", 0) if dtype else 0
+
+
+_TRANSFORM = re.compile(r"\b(?:jvp|transpose|vmap|checkpoint|rematted_computation)\(")
+
+
+def join_scope(scope: str, eqn: Any) -> str:
+    """Returns the name scope of an equation inside `scope`, free of transforms.
+
+    JAX names the backward pass of `encoder` `transpose(jvp(encoder))`; here both are
+    `encoder`.
+    """
+    own = str(eqn.source_info.name_stack)
+    if not own:
+        return scope
+    parts = []
+    for part in own.split("/"):
+        bare = _TRANSFORM.sub("", part)
+        bare = bare.rstrip(")") if bare != part else bare
+        if bare in ("", "rematted_computation"):
+            continue
+        if not parts or parts[-1] != bare:
+            parts.append(bare)
+    return "/".join([scope, *parts]) if scope else "/".join(parts)
+
+
+def source_line(eqn: Any) -> str:
+    """Returns the user's source line of an equation, `file.py:12 (function)`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def canonical_precision(precision: Any) -> Any:
+    """Returns `precision` as the pair that a matmul equation carries, or None."""
+    if precision is None or isinstance(precision, tuple):
+        return precision
+    if isinstance(precision, str):
+        try:
+            precision = jax.lax.Precision(precision)
+        except ValueError:
+            return jax.lax.DotAlgorithmPreset[precision]
+    if isinstance(precision, jax.lax.Precision):
+        return (precision, precision)
+    return precision
+
+
+def is_float32(aval: Any) -> bool:
+    """Whether a value was traced as float32."""
+    return getattr(aval, "dtype", None) == _FLOAT32
+
+
+def is_inexact_aval(aval: Any) -> bool:
+    """Whether a value was traced as a floating or complex number."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and _is_inexact(dtype)
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact)

@@ -1,0 +1,364 @@
+"""What is known of JAX's primitives: the one table in the library.
+
+Facts are looked up by `primitive.name`. Each primitive stands in one line of the table,
+and one test (tests/jaxpr/test_primitives.py) holds all lines to the installed JAX:
+every name is real, every fact is observed on a traced example, and a primitive that JAX
+adds fails the test until it has a line.
+
+Which precision a primitive runs in under autocast (`Kind`) follows NVIDIA's recipe as
+PyTorch and TensorFlow adopted it: matmuls and convolutions in half, reductions and
+exponentials in float32 ("Mixed Precision Training", arXiv:1710.03740, section 3.3).
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+
+class Kind(enum.Enum):
+    """What autocast does with a primitive."""
+
+    HALF = "half"
+    """Operands and output in half precision: what tensor cores run."""
+
+    FLOAT32 = "float32"
+    """Float32: loses too much, or overflows, in half precision."""
+
+    PROMOTE = "promote"
+    """The widest dtype of its operands."""
+
+    CALL = "call"
+    """A call: rewritten inside, dtypes pass through."""
+
+    COND = "cond"
+    """A conditional: rewritten inside, inputs pass through, outputs as traced."""
+
+    LOOP = "loop"
+    """A loop: rewritten inside, inputs and outputs as traced."""
+
+    CUSTOM = "custom"
+    """A function with a derivative of its own: both are rewritten, lazily."""
+
+    OPAQUE = "opaque"
+    """As traced: unknown, or not to be touched."""
+
+
+class Flops(enum.Enum):
+    """How to count floating-point operations where there is no formula of its own."""
+
+    NONE = "none"
+    """It moves or compares numbers."""
+
+    PER_OUTPUT = "per output"
+    """One for each element of the result."""
+
+    PER_INPUT = "per input"
+    """One for each element of the first operand: a reduction."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of one primitive.
+
+    Attributes:
+      kind: what autocast does with it.
+      is_known: whether it stands in the table on purpose; `autocast_report` lists any
+        other as not understood.
+      flops: how its floating-point operations are counted.
+      is_matmul: whether it is a matmul or a convolution.
+      is_activation: whether it is a saturating activation function. One that goes on
+        to a matmul, and to its own derivative, runs in half precision: else it would
+        be saved for the backward pass in float32.
+      is_exact: whether each number of the result is a number of an operand, or its
+        negative: exact in any dtype, and rounding before is rounding after. (The
+        gradient of a pooling adds up where windows overlap, a few numbers at most.)
+      shrinks: whether it is exact with a result smaller than its operand, so that a
+        cast belongs after it.
+      moves_data: whether its results hold numbers of its first operand, unchanged, and
+        no others: a constant array stays constant.
+      is_view: whether XLA does it without touching memory.
+      is_slice: whether it reads of its first operand only as much as it returns.
+      is_cheap: whether it is arithmetic or takes a piece: cheaper to rematerialize than
+        to store for the backward pass.
+      compares_order: whether it is >=, >, <= or <. With zero on one side it is the
+        derivative of relu; on a value that goes on only in half precision it asks about
+        the half, or a float32 copy would be saved for the backward pass.
+      is_call: whether its results are those of its one inner jaxpr on its operands, so
+        that evaluating inside is evaluating it. (Not `shard_map`: inside, values are
+        those of one device.)
+      reduces_by_jaxpr: whether its inner jaxpr combines two scalars: no call.
+      is_addition: whether it adds two operands.
+      sums_axes: whether it adds up, or multiplies, all elements along some axes.
+      accumulates: whether it adds up, or multiplies, along one axis, keeping every
+        partial result.
+      is_sensitive: whether its relative error is many times that of its operand, or it
+        overflows early: not to be taken in half precision.
+      float16_limit: the argument beyond which it overflows in float16, as text.
+      is_logarithm: whether it is a logarithm.
+      pole: the operand that makes an Inf, and at which value; None if none does.
+      outside_domain: `(operand) -> bool array`, where it has no real value.
+    """
+
+    kind: Kind = Kind.OPAQUE
+    is_known: bool = True
+    flops: Flops = Flops.PER_OUTPUT
+    is_matmul: bool = False
+    is_activation: bool = False
+    is_exact: bool = False
+    shrinks: bool = False
+    moves_data: bool = False
+    is_view: bool = False
+    is_slice: bool = False
+    is_cheap: bool = False
+    compares_order: bool = False
+    is_call: bool = False
+    reduces_by_jaxpr: bool = False
+    is_addition: bool = False
+    sums_axes: bool = False
+    accumulates: bool = False
+    is_sensitive: bool = False
+    float16_limit: str = ""
+    is_logarithm: bool = False
+    pole: tuple[int, float] | None = None
+    outside_domain: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+UNKNOWN = Facts(is_known=False)
+_table: dict[str, Facts] = {}
+
+
+def _define(names: str, **facts: Any) -> None:
+    for name in names.split():
+        assert name not in _table, name
+        _table[name] = Facts(**facts)
+
+
+# Matmuls.
+_define(
+    "dot_general conv_general_dilated ragged_dot_general",
+    kind=Kind.HALF,
+    is_matmul=True,
+)
+
+# Functions that lose too much, or overflow, in half precision.
+_define("exp expm1", kind=Kind.FLOAT32, is_sensitive=True, float16_limit="11")
+_define("exp2", kind=Kind.FLOAT32, is_sensitive=True, float16_limit="16")
+_define("sinh cosh", kind=Kind.FLOAT32, is_sensitive=True, float16_limit="11")
+_define(
+    "log log2",
+    kind=Kind.FLOAT32,
+    is_sensitive=True,
+    is_logarithm=True,
+    pole=(0, 0.0),
+    outside_domain=lambda x: x < 0,
+)
+_define(
+    "log1p",
+    kind=Kind.FLOAT32,
+    is_sensitive=True,
+    is_logarithm=True,
+    pole=(0, -1.0),
+    outside_domain=lambda x: x < -1,
+)
+_define(
+    "pow",
+    kind=Kind.FLOAT32,
+    is_sensitive=True,
+    float16_limit="65504",
+    pole=(0, 0.0),
+    outside_domain=lambda x: x < 0,
+)
+_define("lgamma digamma", kind=Kind.FLOAT32, is_sensitive=True)
+_define("integer_pow", kind=Kind.FLOAT32, is_cheap=True, pole=(0, 0.0))
+_define("square", kind=Kind.FLOAT32, is_cheap=True)
+_define("sqrt", kind=Kind.FLOAT32, outside_domain=lambda x: x < 0)
+_define("rsqrt", kind=Kind.FLOAT32, pole=(0, 0.0), outside_domain=lambda x: x < 0)
+_define(
+    "asin acos atanh erf_inv",
+    kind=Kind.FLOAT32,
+    outside_domain=lambda x: np.abs(x) > 1,
+)
+_define("acosh", kind=Kind.FLOAT32, outside_domain=lambda x: x < 1)
+_define(
+    """
+    polynomial cbrt sin cos tan atan atan2 asinh erfc
+    igamma igammac igamma_grad_a polygamma zeta
+    bessel_i0e bessel_i1e regularized_incomplete_beta
+    """,
+    kind=Kind.FLOAT32,
+)
+
+# Sums, also those over devices. A gather is here since its gradient adds up.
+_define(
+    "reduce_sum reduce_prod", kind=Kind.FLOAT32, flops=Flops.PER_INPUT, sums_axes=True
+)
+_define(
+    "cumsum cumprod cumlogsumexp",
+    kind=Kind.FLOAT32,
+    flops=Flops.PER_INPUT,
+    accumulates=True,
+)
+_define("reduce_window_sum reduce_scatter", kind=Kind.FLOAT32, flops=Flops.PER_INPUT)
+_define("psum psum_invariant", kind=Kind.FLOAT32)
+_define("gather", kind=Kind.FLOAT32, flops=Flops.NONE, is_slice=True)
+
+# Arithmetic: rounds its result, or depends on its operand's last bit.
+_define("add sub add_any", kind=Kind.PROMOTE, is_addition=True, is_cheap=True)
+_define("mul one_minus_square sign", kind=Kind.PROMOTE, is_cheap=True)
+_define("div", kind=Kind.PROMOTE, is_cheap=True, pole=(1, 0.0))
+_define("logistic tanh erf", kind=Kind.PROMOTE, is_activation=True)
+
+# Exact: the numbers of the operands, chosen, negated or moved.
+_define("neg abs max min clamp", kind=Kind.PROMOTE, is_exact=True, is_cheap=True)
+_define("select_n", kind=Kind.PROMOTE, is_exact=True, is_cheap=True, flops=Flops.NONE)
+_define(
+    "reshape squeeze copy name pvary stop_gradient",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    moves_data=True,
+    is_view=True,
+    is_cheap=True,
+)
+_define(
+    "sharding_constraint optimization_barrier",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    moves_data=True,
+    is_view=True,
+)
+_define(
+    "broadcast_in_dim",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    moves_data=True,
+    is_cheap=True,
+)
+_define(
+    "transpose rev tile reshard all_gather all_gather_invariant all_to_all",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    moves_data=True,
+)
+_define(
+    "slice",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    shrinks=True,
+    moves_data=True,
+    is_slice=True,
+    is_cheap=True,
+)
+_define(
+    "dynamic_slice",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    shrinks=True,
+    moves_data=True,
+    is_slice=True,
+)
+_define(
+    "split",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    shrinks=True,
+    moves_data=True,
+    is_cheap=True,
+)
+_define(
+    "unstack",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    shrinks=True,
+    moves_data=True,
+)
+_define(
+    "concatenate pad stack dynamic_update_slice ppermute",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+)
+_define(
+    "reduce_max reduce_min",
+    kind=Kind.PROMOTE,
+    flops=Flops.PER_INPUT,
+    is_exact=True,
+    shrinks=True,
+)
+_define(
+    "cummax cummin reduce_window_max reduce_window_min",
+    kind=Kind.PROMOTE,
+    flops=Flops.PER_INPUT,
+    is_exact=True,
+)
+_define("select_and_scatter_add", kind=Kind.PROMOTE, is_exact=True)
+_define(
+    "convert_element_type",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    is_cheap=True,
+)
+_define("reduce_precision", kind=Kind.PROMOTE, is_exact=True, is_cheap=True)
+
+# Functions inside functions.
+_define("jit remat2 closed_call eval_jaxpr", kind=Kind.CALL, is_call=True)
+_define("shard_map", kind=Kind.CALL)
+_define("cond", kind=Kind.COND)
+_define("scan while", kind=Kind.LOOP)
+_define("custom_jvp_call custom_vjp_call", kind=Kind.CUSTOM, is_call=True)
+
+# As traced on purpose: comparisons and integers, bits, indices and sentinels, linear
+# algebra, random numbers.
+_define("ge gt le lt", compares_order=True, is_cheap=True)
+_define("eq ne and or xor not is_finite", is_cheap=True)
+_define("argmax argmin reduce_and reduce_or reduce_xor", flops=Flops.PER_INPUT)
+_define("rem", pole=(1, 0.0))
+_define(
+    "bitcast_convert_type iota device_put random_bits random_seed random_split"
+    " random_wrap random_unwrap",
+    flops=Flops.NONE,
+)
+_define(
+    "scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub",
+    reduces_by_jaxpr=True,
+)
+_define(
+    """
+    shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi
+    nextafter floor ceil round sort top_k approx_top_k
+    select_and_gather_add fft cholesky eig eigh lu qr svd schur
+    triangular_solve tridiagonal_solve hessenberg householder_product tridiagonal
+    lu_pivots_to_permutation
+    cholesky_update symmetric_product real imag complex conj empty
+    axis_index pmax pmin pbroadcast platform_index
+    debug_callback debug_print pure_callback io_callback
+    random_clone random_fold_in random_gamma rng_bit_generator rng_uniform threefry2x32
+    """
+)
+
+# Not understood: as traced, and listed so by `autocast_report`.
+_define(
+    "reduce reduce_window select_and_scatter", is_known=False, reduces_by_jaxpr=True
+)
+
+PRIMITIVES: Mapping[str, Facts] = MappingProxyType(_table)
+"""The facts of each primitive by name."""
+
+MATMULS = frozenset(name for name, facts in PRIMITIVES.items() if facts.is_matmul)
+
+
+def facts_of(eqn: Any) -> Facts:
+    """Returns what is known of an equation's primitive; `UNKNOWN` for any other."""
+    return PRIMITIVES.get(eqn.primitive.name, UNKNOWN)

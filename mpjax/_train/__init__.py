@@ -1,0 +1,1 @@
+"""What the train step is made of: gradients, and the update of the state."""

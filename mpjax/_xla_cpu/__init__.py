@@ -1,0 +1,1 @@
+"""Forms and hints that only XLA:CPU needs; they change no value."""

@@ -1,0 +1,135 @@
+"""The parity table, the list of experiments, and --help."""
+
+import dataclasses
+import json
+import statistics
+import sys
+
+import pytest
+
+import experiments.__main__ as listing
+from experiments import mnist_convnet, mnist_mlp
+from experiments.benchmarks import parity
+from experiments.harness import cli, stop
+
+
+@pytest.fixture
+def config(tmp_path):
+    return parity.Config(
+        policies="float32,p=f32,c=f16,o=f32",
+        loss_scales="none",
+        num_seeds=2,
+        num_units=4,
+        num_epochs=1,
+        dataset="digits",
+        workdir=tmp_path / "runs",
+        output=tmp_path / "results" / "table.json",
+    )
+
+
+@pytest.mark.slow
+def test_stopped_and_started_again_it_fills_the_table(config, monkeypatch, capsys):
+    train_policy = mnist_mlp.train_policy
+    trained = []
+
+    def stop_at_the_second(run, policy, directory, dataset):
+        if len(trained) == 1:
+            raise stop.Interrupted(15, "nothing was saved")
+        trained.append(policy)
+        return train_policy(run, policy, directory, dataset)
+
+    monkeypatch.setattr(mnist_mlp, "train_policy", stop_at_the_second)
+    with pytest.raises(stop.Interrupted, match="the runs that are finished are kept"):
+        parity.main(config)
+    assert not config.output.exists()
+
+    def count(run, policy, directory, dataset):
+        trained.append(policy)
+        return train_policy(run, policy, directory, dataset)
+
+    monkeypatch.setattr(mnist_mlp, "train_policy", count)
+    table = parity.main(config)
+    assert trained == ["float32", "p=f32,c=f16,o=f32"] * 2
+    assert table == json.loads(config.output.read_text())
+    parity.main(config)
+    assert len(trained) == 4
+    assert [row["policy"] for row in table["runs"]] == trained[:2]
+    for row in table["runs"]:
+        values = row["test_accuracies"]
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        assert row["test_accuracy"] == f"{mean:.4f} ± {deviation:.4f}"
+        assert row["num_seeds"] == len(values) == 2
+        assert values[0] != values[1]
+    assert table["environment"]["versions"]["jax"]
+    assert [len(row["made_by"]) for row in table["runs"]] == [1, 1]
+    assert "written to" in capsys.readouterr().out
+
+
+def test_settings_within_a_loss_scale_are_not_split(config):
+    text = "none,dynamic:2**10,growth_interval=9, static:8"
+    config = dataclasses.replace(config, policies="float32", loss_scales=text)
+    assert [scale for _, scale in config.cells()] == [
+        "none",
+        "dynamic:2**10,growth_interval=9",
+        "static:8",
+    ]
+
+
+def test_a_run_without_a_number_makes_no_mean():
+    assert parity._spread([0.5, None]) == "nan"
+    assert parity._spread([0.5]) == "0.5000 ± 0.0000"
+
+
+@pytest.mark.parametrize("module", [mnist_convnet, mnist_mlp, parity])
+def test_help_names_every_flag_with_its_text(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(module.main, module.Config, doc=module.__doc__)
+    assert exit_info.value.code == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert module.__doc__.splitlines()[0] in out
+    for field in dataclasses.fields(module.Config):
+        flag = "--" + field.name.replace("_", "-")
+        _, _, after = out.partition(f" {flag}")
+        help_text, _, _ = after.partition("(default")
+        assert len(help_text.split()) >= 3, flag
+
+
+@pytest.mark.parametrize("flag", ["--num_units", "--num-units"])
+def test_flags_are_spelled_with_either_line(flag, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiment", flag, "7"])
+    seen = []
+    cli.run(seen.append, mnist_mlp.Config, doc=None)
+    assert seen[0].num_units == 7
+
+
+def test_the_list_has_every_experiment(capsys):
+    listing.main()
+    out = capsys.readouterr().out
+    for module in (mnist_convnet, mnist_mlp, parity):
+        name = module.__name__
+        assert f"{module.__doc__.splitlines()[0]}\n    python -m {name}\n" in out
+    assert "__main__" not in out
+    assert "errors" not in out
+
+
+@pytest.mark.slow
+def test_cells_of_an_older_file_stay(config):
+    first = dataclasses.replace(config, policies="mixed_float16", num_seeds=1)
+    parity.main(first)
+    table = parity.main(dataclasses.replace(first, policies="float32"))
+    assert [row["policy"] for row in table["runs"]] == ["float32", "mixed_float16"]
+    table = parity.main(dataclasses.replace(first, loss_scales="static:8"))
+    cells = [(row["policy"], row["loss_scale"]) for row in table["runs"]]
+    assert cells == [
+        ("float32", "none"),
+        ("mixed_float16", "none"),
+        ("mixed_float16", "static:8"),
+    ]
+    assert table["runs"][0]["made_by"][0]["versions"]["jax"]
+
+
+def test_without_autocast_it_is_another_table(config):
+    assert (
+        config.shape() + "-cast" == dataclasses.replace(config, autocast=False).shape()
+    )

@@ -1,0 +1,260 @@
+"""Every row trains the same network; ratios are within a round; what lacks is named."""
+
+import math
+import re
+import time
+import weakref
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.benchmarks import speed as benchmark
+from experiments.benchmarks.baselines import warmup as start
+from experiments.benchmarks.baselines.baseline import FLOAT32, Case, Row, Step
+from experiments.benchmarks.workloads import WORKS, mlp
+from experiments.harness.errors import ConfigError
+from experiments.harness.workdir import read_json
+
+
+@pytest.fixture(scope="module")
+def case():
+    keys = jax.random.split(jax.random.key(0))
+    work = mlp(64)
+    return Case(work, work.init_params(keys[0]), work.make_batch(keys[1], 32))
+
+
+@pytest.fixture(scope="module")
+def float32(case):
+    (row, *_) = benchmark.all_rows()
+    assert row.name == FLOAT32
+    return start.start(row, case)
+
+
+@pytest.mark.filterwarnings("ignore")  # The peers' own.
+@pytest.mark.parametrize("row", benchmark.all_rows(), ids=lambda row: row.name)
+def test_every_row_takes_the_same_steps(row, case, float32):
+    if not row.is_installed():
+        pytest.skip(row.needs[1])
+    assert start.is_right(start.start(row, case).losses, float32.losses)
+
+
+def test_keras_scales_the_loss_in_float16(case):
+    keras = pytest.importorskip("keras")
+    made = []
+
+    class Scaler(keras.optimizers.LossScaleOptimizer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    rows = {row.name: row for row in benchmark.all_rows()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.optimizers, "LossScaleOptimizer", Scaler)
+        for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
+            step = rows[f"Keras, {policy}"].build(case)
+            assert len(made) == (policy == "mixed_float16")
+    step.run(2)
+    assert int(made[0].iterations) == 2
+    assert float(made[0].dynamic_scale) == 2.0**15
+
+
+def test_rows_are_named_once_and_compared_with_others_that_exist():
+    rows = benchmark.all_rows()
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    assert {row.reference for row in rows} <= set(names)
+    assert {work for row in rows for work in row.works or ()} <= set(WORKS)
+
+
+def test_what_a_row_is_compared_with_comes_along():
+    rows, _ = benchmark.choose(benchmark.all_rows(), "convnet", "float16, EMA|EMA$")
+    assert [row.name for row in rows] == [
+        FLOAT32,
+        "mpjax, float16",
+        "mpjax, float16, dynamic",
+        "mpjax, float16, dynamic, EMA",
+    ]
+
+
+def test_a_library_that_is_not_here_is_named_and_left_out():
+    there = Row(FLOAT32, lambda case: None, FLOAT32)
+    missing = Row("other", lambda case: None, FLOAT32, needs=("no_such", "pip it"))
+    rows, left_out = benchmark.choose([there, missing], "mlp", "")
+    assert [row.name for row in rows] == [FLOAT32]
+    assert left_out == {"other": "pip it"}
+
+
+def test_ratios_are_medians_of_ratios_within_a_round():
+    times = {FLOAT32: [10.0, 20.0, 40.0], "half": [5.0, 5.0, 20.0]}
+    step = Step(lambda num_steps: 0.0, 3_000_000)
+    begun = dict.fromkeys(times, start.Started(step, (2.2, 2.0), 1.0))
+    row = Row("half", lambda case: None, FLOAT32)
+    found = benchmark.summary(row, times, begun)
+    assert (found["ratio"], found["speedup"]) == (0.5, 2.0)
+    assert found["temporary_mb"] == 3.0
+    assert found["is_right"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ((2.21, 2.02), True),
+        ((2.2, 2.5), False),
+        ((2.2, math.nan), False),
+        ((2.01, 2.01), False),  # It stands still.
+        ((1.99, 2.01), False),  # It climbs.
+    ],
+)
+def test_a_wrong_loss_is_told(losses, expected):
+    assert start.is_right(losses, (2.2, 2.0)) == expected
+
+
+def test_rounds_time_every_row_once_in_changing_order():
+    seen = []
+    steps = {name: Step(lambda _, name=name: seen.append(name)) for name in "abc"}
+    times = benchmark.time_rounds(steps, 6, seed=0)
+    rounds = [seen[i : i + 3] for i in range(0, 18, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    assert [len(t) for t in times.values()] == [6, 6, 6]
+
+
+def test_short_steps_are_timed_together_and_given_one_by_one():
+    taken = []
+
+    def run(num_steps):
+        taken.append(num_steps)
+        time.sleep(0.002 * num_steps)
+        return 0.0
+
+    num_steps = benchmark._num_steps(Step(run))
+    assert 5 <= num_steps <= 25
+    times = benchmark.time_rounds({"a": Step(run)}, 2, 0, {"a": num_steps})
+    assert taken[0] == 1
+    assert taken[-2:] == [num_steps, num_steps]
+    assert all(t >= 2.0 for t in times["a"])
+
+
+def test_many_steps_end_where_as_many_single_ones_do(case):
+    (row,) = [r for r in benchmark.all_rows() if r.name == "mpjax, bfloat16, dynamic"]
+    one, many = row.build(case), row.build(case)
+    losses = [one.run() for _ in range(4)]
+    assert many.run(4) == losses[-1] != losses[0]
+
+
+def test_what_is_of_use_on_a_gpu_alone_is_not_timed_elsewhere():
+    for platform, found in (("cpu", False), ("gpu", True)):
+        rows, _ = benchmark.choose(benchmark.all_rows(), "mlp", "", platform)
+        assert any(row.platform == "gpu" for row in rows) == found
+
+
+def test_a_row_that_fails_costs_the_others_nothing(case):
+    def fail(case):
+        raise MemoryError("out of memory\nallocating")
+
+    there, *_ = benchmark.all_rows()
+    rows = [there, Row("greedy", fail, FLOAT32)]
+    begun, failures = start.start_all(rows, case)
+    assert set(begun) == {FLOAT32}
+    assert failures == {"greedy": "MemoryError: out of memory"}
+    with pytest.raises(MemoryError):
+        start.start_all([Row(FLOAT32, fail, FLOAT32)], case)
+
+
+def test_a_row_that_is_left_out_keeps_no_memory(case):
+    there, *_ = benchmark.all_rows()
+    kept, seen = [], []
+
+    def greedy(case):
+        held = np.zeros(4)
+        kept.append(weakref.ref(held))
+
+        def run(num_steps=1):
+            raise MemoryError(held.size)
+
+        return Step(run)
+
+    def after(case):
+        seen.append(kept[0]())
+        return there.build(case)
+
+    rows = [there, Row("greedy", greedy, FLOAT32), Row("after", after, FLOAT32)]
+    start.start_all(rows, case)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [(0.0123, "0.01230"), (1.39, "1.390"), (99.4, "99.40"), (305000, "305000")],
+)
+def test_a_time_has_four_digits_and_no_exponent(ms, text):
+    assert benchmark.digits(ms) == text
+
+
+@pytest.mark.parametrize("slow_part", ["compiling", "first step"])
+def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(slow_part, monkeypatch):
+    def build(is_slow):
+        def run(num_steps=1):
+            time.sleep(0.3 * (is_slow and slow_part == "first step"))
+            return 1.0
+
+        time.sleep(0.3 * (is_slow and slow_part == "compiling"))
+        return Step(run)
+
+    monkeypatch.setattr(start, "MAX_FIRST_S", 0.2)
+    rows = [
+        Row(FLOAT32, lambda case: build(False), FLOAT32),
+        Row("quick", lambda case: build(False), FLOAT32),
+        Row("sluggish", lambda case: build(True), FLOAT32),
+    ]
+    begun, left_out = start.start_all(rows, None, is_patient=False)
+    assert set(begun) == {FLOAT32, "quick"}
+    assert re.search(r"its first step took \d+ s.*ask for it", left_out["sluggish"])
+    begun, left_out = start.start_all(rows, None, is_patient=True)
+    assert begun["sluggish"].losses == (1.0, 1.0)
+    assert not left_out
+
+
+def test_after_some_minutes_no_further_row_is_begun(case):
+    there, *_ = benchmark.all_rows()
+    rows = [there, Row("late", there.build, FLOAT32)]
+    begun, left_out = start.start_all(rows, case, max_minutes=1e-9)
+    assert set(begun) == {FLOAT32}
+    assert left_out == {"late": "1e-09 minutes had gone by"}
+
+
+@pytest.mark.slow
+def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
+    config = benchmark.Config(
+        works="convnet",
+        rows="mpjax, bfloat16$",
+        batch_size=4,
+        num_rounds=2,
+        output_dir=tmp_path,
+    )
+    (table,) = benchmark.main(config)
+    (file,) = tmp_path.glob("benchmark_convnet_*.json")
+    assert read_json(file) == table
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert [run["name"] for run in table["runs"]] == [FLOAT32, "mpjax, bfloat16"]
+    assert "DeepConvNet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"works": "mpl"}, "must be some of mlp, convnet.*got 'mpl'"),
+        ({"rows": "("}, "no regular expression"),
+        ({"num_rounds": 0}, "num-rounds"),
+        ({"max_minutes": 0.0}, "max-minutes"),
+    ],
+)
+def test_bad_flags_are_told(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        benchmark.Config(**flags)
+
+
+def test_a_pattern_found_nowhere_lists_the_rows():
+    with pytest.raises(ConfigError, match=r"in no row of mlp.*mpjax, float32"):
+        benchmark.choose(benchmark.all_rows(), "mlp", "jaxamp")
