@@ -1,8 +1,8 @@
 """Mixed-precision training for JAX: policies, loss scaling, train steps."""
 
 from mpjax._autocast import (
+    AutocastRecord,
     AutocastReport,
-    OpRecord,
     autocast,
     autocast_report,
     full_precision,
@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "AutocastRecord",
     "AutocastReport",
     "DynamicLossScale",
     "LossScale",
@@ -44,7 +45,6 @@ __all__ = [
     "NoOpLossScale",
     "NonFiniteGuard",
     "NonFiniteTrainingError",
-    "OpRecord",
     "PolicyRules",
     "StaticLossScale",
     "StochasticRoundingState",

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from mpjax._autocast.decide import RESERVED_AUTOCAST, RESERVED_FULL
-from mpjax._autocast.hoist import with_casts_before_loops
 from mpjax._autocast.kinds import choose_kinds
-from mpjax._autocast.residuals import with_fewer_stacks
-from mpjax._autocast.rewrite import Rewriter
+from mpjax._autocast.pipeline import run_pipeline
+from mpjax._autocast.rewrite import Settings
 from mpjax._jaxpr.core import (
+    RESERVED_AUTOCAST,
+    RESERVED_FULL,
     eval_jaxpr,
-    inner_jaxprs,
     map_inner_jaxprs,
     open_jaxpr,
     with_equations,
@@ -28,14 +27,13 @@ from mpjax._jaxpr.flatten import (
     refuse_modules,
     unflatten,
 )
-from mpjax.policy import PolicyLike, PolicyRules, get_policy
+from mpjax.policy import PolicyLike, PolicyRules, resolve
 
 
 def autocast(
     fn: Callable[..., Any],
     policy: PolicyLike | PolicyRules = "mixed_bfloat16",
     *,
-    rules: PolicyRules | None = None,
     low: Collection[str] = (),
     high: Collection[str] = (),
 ) -> Callable[..., Any]:
@@ -68,9 +66,8 @@ def autocast(
     Args:
       fn: any function of pytrees.
       policy: its compute dtype is that of matmuls and convolutions: float16 or
-        bfloat16, or float32 for none at all. Rules are taken too.
-      rules: policies by name scope (`encoder/Dense_0`), where one matches; `policy` is
-        then not asked, and the rules' default holds elsewhere.
+        bfloat16, or float32 for none at all. Or rules, which give the policy by name
+        scope (`encoder/Dense_0`), and their default elsewhere.
       low: names of further primitives to run in half, such as your own.
       high: names of primitives to run in float32, whatever mpjax's table says.
 
@@ -86,8 +83,7 @@ def autocast(
     >>> float(f(jnp.ones((2, 3)), jnp.ones((3, 4))))
     7.96...
     """
-    casting = as_rules(policy, rules)
-    table = choose_kinds(low, high)
+    settings = make_settings(policy, low, high)
 
     def evaluate(spec: Static, arrays: list[Any]):
         flat = FlatFunction(fn, spec)
@@ -95,13 +91,10 @@ def autocast(
         with jax.disable_jit(False):
             # As one jit, whose equations, once rewritten, are not traced again.
             closed = jax.make_jaxpr(jax.jit(flat) if is_traced else flat)(*arrays)
-        rewriter = Rewriter(casting, table)
         if is_traced:
-            rewritten = _rewrite_inside(rewriter, closed)
+            rewritten = _run_inside(closed, settings)
         else:
-            rewritten, _ = rewriter.rewrite(closed)
-        if rewritten is not closed:
-            rewritten = with_casts_before_loops(with_fewer_stacks(rewritten))
+            rewritten = run_pipeline(closed, settings)
         outputs = eval_jaxpr(open_jaxpr(rewritten), closed.consts, *arrays)
         return outputs, flat.out_spec
 
@@ -131,33 +124,35 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     return _jit(evaluate, fn, RESERVED_FULL)
 
 
-def as_rules(
-    policy: PolicyLike | PolicyRules, rules: PolicyRules | None
-) -> PolicyRules:
-    """Returns the rules that `autocast` goes by.
+def make_settings(
+    policy: PolicyLike | PolicyRules, low: Collection[str], high: Collection[str]
+) -> Settings:
+    """Returns the settings that the arguments of `autocast` ask for.
 
     Raises:
-      ValueError: for a policy that computes in float64.
+      TypeError: for a list of primitives that is a string.
+      ValueError: for a policy that computes in float64, or clashing lists.
     """
-    found = rules if rules is not None else policy
-    if not isinstance(found, PolicyRules):
-        found = PolicyRules([], default=get_policy(found))
-    for each in found.policies():
+    rules = resolve(policy)
+    for each in rules.policies():
         if jnp.dtype(each.compute_dtype).itemsize > 4:
             raise ValueError(
                 f"the policy {each} computes in float64, and autocast only lowers "
                 "float32; enable x64 and pass float64 arrays instead."
             )
-    return found
+    return Settings(rules, choose_kinds(low, high))
 
 
-def _rewrite_inside(rewriter: Rewriter, jaxpr: Any) -> Any:
-    """Rewrites what is in the jits of a jaxpr, their inputs and outputs as traced."""
-    old = open_jaxpr(jaxpr).eqns
-    rewrite = lambda inner: rewriter.rewrite(inner)[0]
-    if all(rewrite(x) is x for eqn in old for x in inner_jaxprs(eqn)):
-        return jaxpr
-    eqns = [e.replace(params=map_inner_jaxprs(rewrite, e.params)) for e in old]
+def _run_inside(jaxpr: Any, settings: Settings) -> Any:
+    """Runs every pass on the jits of a jaxpr, whose inputs and outputs stay."""
+    eqns = [
+        eqn.replace(
+            params=map_inner_jaxprs(
+                lambda inner: run_pipeline(inner, settings), eqn.params
+            )
+        )
+        for eqn in open_jaxpr(jaxpr).eqns
+    ]
     return with_equations(jaxpr, eqns=eqns)
 
 

@@ -11,8 +11,14 @@ from typing import Any
 
 import jax
 
-from mpjax._jaxpr import core as _jaxpr
-from mpjax._jaxpr.core import Literal, dtype_of, eval_jaxpr, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.core import (
+    Literal,
+    bind,
+    dtype_of,
+    eval_jaxpr,
+    inner_jaxprs,
+    open_jaxpr,
+)
 
 
 def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
@@ -29,7 +35,7 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
     """
 
     def call(*args):
-        return _jaxpr.bind(eqn, *args)
+        return bind(eqn, *args)
 
     def rewritten(fn):
         """`fn` with its operations rewritten; float0 and static leaves pass by."""
@@ -98,7 +104,7 @@ def trace_elementwise(
 
     def rule(primals, tangents):
         full = [tuple(map(_convert, x, in_dtypes)) for x in (primals, tangents)]
-        out, tangent = jax.jvp(lambda *xs: _jaxpr.bind(eqn, *xs), full[0], full[1])
+        out, tangent = jax.jvp(lambda *xs: bind(eqn, *xs), full[0], full[1])
         return [*map(_convert, out, out_dtypes)], [*map(_convert, tangent, out_dtypes)]
 
     fn = jax.custom_jvp(primal)

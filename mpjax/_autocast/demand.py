@@ -1,4 +1,4 @@
-"""Who wants what: a backward pass over a jaxpr.
+"""What is demanded of each value: a backward analysis of a jaxpr.
 
 Where every consumer of a sum or product wants float32, rounding it to half in between
 only loses bits: the operation itself then runs in float32. And where every consumer of
@@ -9,7 +9,7 @@ lies between, often saved for the backward pass, is half as large.
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from mpjax._autocast.decide import asks_for_sign, is_eligible
+from mpjax._autocast.eligibility import asks_for_sign, is_eligible
 from mpjax._jaxpr.core import (
     Literal,
     inner_jaxprs,
@@ -21,52 +21,53 @@ from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.primitives import Kind, facts_of
 
 
-class Wish(NamedTuple):
-    """What the consumers of a value want.
+class Demand(NamedTuple):
+    """What the consumers of a value demand.
 
     Attributes:
       halves: the half dtypes in which some consumer takes it.
-      full: whether some consumer would rather have float32.
-      exact: whether some consumer must have it as traced: an output, a loop, an
+      wants_float32: whether some consumer would rather have float32.
+      must_keep: whether some consumer must have it as traced: an output, a loop, an
         operation that is not to be touched.
     """
 
     halves: frozenset
-    full: bool
-    exact: bool = False
+    wants_float32: bool
+    must_keep: bool = False
 
     def only_half(self) -> Any:
         """Returns the one half dtype that every consumer wants, or None."""
-        if self.full or len(self.halves) != 1:
+        if self.wants_float32 or len(self.halves) != 1:
             return None
         return next(iter(self.halves))
 
 
-NOTHING = Wish(frozenset(), full=False)
-FULL = Wish(frozenset(), full=True)
-EXACTLY = Wish(frozenset(), full=True, exact=True)
+NO_DEMAND = Demand(frozenset(), wants_float32=False)
+WANTS_FLOAT32 = Demand(frozenset(), wants_float32=True)
+MUST_KEEP = Demand(frozenset(), wants_float32=True, must_keep=True)
 
 
-class Demand:
-    """Finds, per jaxpr, what the consumers of each variable want.
+class DemandAnalysis:
+    """Finds, per jaxpr, what is demanded of each variable.
 
     Args:
       kind_of: the kind of an equation.
-      low_dtype: `(eqn, scope) -> half dtype`, or None if it stays in float32.
+      half_dtype: `(eqn, scope) -> half dtype` of a matmul, or None if it stays in
+        float32.
     """
 
-    def __init__(self, kind_of: Callable, low_dtype: Callable):
+    def __init__(self, kind_of: Callable, half_dtype: Callable):
         self._kind_of = kind_of
-        self._low_dtype = low_dtype
-        self._has_low: dict[int, tuple[Any, bool]] = {}
-        self._known: dict[Any, tuple[Any, dict, tuple[Wish, ...]]] = {}
+        self._half_dtype = half_dtype
+        self._has_matmul: dict[int, tuple[Any, bool]] = {}
+        self._known: dict[Any, tuple[Any, dict, tuple[Demand, ...]]] = {}
 
-    def has_low(self, jaxpr: Any) -> bool:
+    def can_change(self, jaxpr: Any) -> bool:
         """Whether anything inside can become half: a matmul, or a custom derivative."""
-        known = self._has_low.get(id(jaxpr))
+        known = self._has_matmul.get(id(jaxpr))
         if known is None:
-            found = any(self._eqn_has_low(eqn) for eqn in open_jaxpr(jaxpr).eqns)
-            known = self._has_low[id(jaxpr)] = (jaxpr, found)
+            found = any(self._eqn_can_change(eqn) for eqn in open_jaxpr(jaxpr).eqns)
+            known = self._has_matmul[id(jaxpr)] = (jaxpr, found)
         return known[1]
 
     def is_elementwise(self, eqn: Any) -> bool:
@@ -74,115 +75,135 @@ class Demand:
         return (
             self._kind_of(eqn) is Kind.CUSTOM
             and eqn.primitive.name == "custom_jvp_call"
-            and not any(map(self.has_low, inner_jaxprs(eqn)))
+            and not any(map(self.can_change, inner_jaxprs(eqn)))
         )
 
-    def _eqn_has_low(self, eqn: Any) -> bool:
+    def _eqn_can_change(self, eqn: Any) -> bool:
         kind = self._kind_of(eqn)
         if kind is Kind.HALF:
             return True
         if kind in (Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM):
             if eqn.primitive.name == "custom_vjp_call":
                 return True
-            return any(map(self.has_low, inner_jaxprs(eqn)))
+            return any(map(self.can_change, inner_jaxprs(eqn)))
         return False
 
-    def wishes(
-        self, jaxpr: Any, outputs: tuple[Wish, ...], scope: str
-    ) -> tuple[dict, tuple[Wish, ...]]:
-        """Returns what is wanted of each variable.
+    def demands(
+        self, jaxpr: Any, outputs: tuple[Demand, ...], scope: str
+    ) -> tuple[dict, tuple[Demand, ...]]:
+        """Returns what is demanded of each variable.
 
         Args:
           jaxpr: closed or open.
-          outputs: what is wanted of each output outside.
+          outputs: what is demanded of each output outside.
           scope: the name scope of the jaxpr.
 
         Returns:
-          A `Wish` per variable (`NOTHING` where it has none), and one per input.
+          A `Demand` per variable (`NO_DEMAND` where it has none), and one per input.
         """
         cache_key = (id(jaxpr), outputs, scope)
         known = self._known.get(cache_key)
         if known is None:
             body = open_jaxpr(jaxpr)
             found = self._find(body, outputs, scope)
-            per_input = tuple(found.get(v, NOTHING) for v in body.invars)
+            per_input = tuple(found.get(v, NO_DEMAND) for v in body.invars)
             known = self._known[cache_key] = (jaxpr, found, per_input)
         return known[1], known[2]
 
-    def _find(self, body: Any, outputs: tuple[Wish, ...], scope: str) -> dict:
+    def _find(self, body: Any, outputs: tuple[Demand, ...], scope: str) -> dict:
         found: dict = {}
         _add(found, body.outvars, outputs)
         for eqn in reversed(body.eqns):
             _add(found, eqn.invars, self._of_operands(eqn, found, scope))
         return found
 
-    def _of_operands(self, eqn: Any, found: dict, scope: str) -> Iterable[Wish]:
-        """What an equation wants of its operands, given what is wanted of it."""
+    def _of_operands(self, eqn: Any, found: dict, scope: str) -> Iterable[Demand]:
+        """Returns what an equation demands of its operands, given that of its results.
+
+        Args:
+          eqn: the equation.
+          found: demands known so far, of its results among others.
+          scope: the name scope of the jaxpr.
+        """
         kind = self._kind_of(eqn)
         if kind is Kind.OPAQUE and asks_for_sign(eqn):
-            wish = NOTHING
+            demand = NO_DEMAND
         elif kind is Kind.HALF:
-            dtype = self._low_dtype(eqn, scope)
-            wish = FULL if dtype is None else Wish(frozenset((dtype,)), full=False)
-        elif kind is Kind.PROMOTE and is_eligible(eqn):
-            return _of_following(eqn, [found.get(v, NOTHING) for v in eqn.outvars])
-        elif kind in (Kind.CALL, Kind.COND) or self.is_elementwise(eqn):
-            is_call = kind is not Kind.COND
-            wanted = tuple(
-                found.get(v, NOTHING) if is_call else EXACTLY for v in eqn.outvars
+            dtype = self._half_dtype(eqn, scope)
+            demand = (
+                WANTS_FLOAT32
+                if dtype is None
+                else Demand(frozenset((dtype,)), wants_float32=False)
             )
-            inner_scope = join_scope(scope, eqn)
-            skipped = () if is_call else (NOTHING,)
-            per_jaxpr = [
-                (*skipped, *self.wishes(sub, wanted, inner_scope)[1])
-                for sub in inner_jaxprs(eqn)
-            ]
-            if all(len(wishes) == len(eqn.invars) for wishes in per_jaxpr):
-                return [_join(wishes) for wishes in zip(*per_jaxpr, strict=True)]
-            wish = EXACTLY
+        elif kind is Kind.PROMOTE and is_eligible(eqn):
+            results = [found.get(v, NO_DEMAND) for v in eqn.outvars]
+            return _of_promoting(eqn, results)
+        elif kind in (Kind.CALL, Kind.COND) or self.is_elementwise(eqn):
+            return self._of_call(eqn, found, scope)
         elif kind is Kind.LOOP and eqn.primitive.name == "scan":
             return self._of_scan(eqn, scope)
         else:
-            wish = FULL if kind in (Kind.FLOAT32, Kind.PROMOTE) else EXACTLY
-        return [wish] * len(eqn.invars)
+            is_arithmetic = kind in (Kind.FLOAT32, Kind.PROMOTE)
+            demand = WANTS_FLOAT32 if is_arithmetic else MUST_KEEP
+        return [demand] * len(eqn.invars)
 
-    def _of_scan(self, eqn: Any, scope: str) -> list[Wish]:
-        """Half where the body takes a piece of a stack in half alone; else as traced.
+    def _of_call(self, eqn: Any, found: dict, scope: str) -> list[Demand]:
+        """Returns what the jaxprs inside demand; of a conditional's results, all."""
+        is_cond = self._kind_of(eqn) is Kind.COND
+        results = tuple(
+            MUST_KEEP if is_cond else found.get(v, NO_DEMAND) for v in eqn.outvars
+        )
+        inner_scope = join_scope(scope, eqn)
+        index = (NO_DEMAND,) if is_cond else ()
+        per_jaxpr = [
+            (*index, *self.demands(inner, results, inner_scope)[1])
+            for inner in inner_jaxprs(eqn)
+        ]
+        if any(len(demands) != len(eqn.invars) for demands in per_jaxpr):
+            return [MUST_KEEP] * len(eqn.invars)
+        return [_join(demands) for demands in zip(*per_jaxpr, strict=True)]
 
-        A constant is as traced: its gradient, gathered over the steps, would be half.
+    def _of_scan(self, eqn: Any, scope: str) -> list[Demand]:
+        """Returns half where the body takes a piece of a stack only in half.
+
+        Constants and the carry are as traced: the gradient of a constant, accumulated
+        over the steps, would be half.
         """
-        outputs = (EXACTLY,) * len(eqn.outvars)
-        _, wishes = self.wishes(eqn.params["jaxpr"], outputs, join_scope(scope, eqn))
-        consts, carry, xs = Scan(eqn).split_operands(wishes)
-        stacked = [wish if wish.only_half() else EXACTLY for wish in xs]
-        return [EXACTLY] * len(consts + carry) + stacked
+        outputs = (MUST_KEEP,) * len(eqn.outvars)
+        _, demands = self.demands(eqn.params["jaxpr"], outputs, join_scope(scope, eqn))
+        consts, carry, xs = Scan(eqn).split_operands(demands)
+        stacked = [demand if demand.only_half() else MUST_KEEP for demand in xs]
+        return [MUST_KEEP] * len(consts + carry) + stacked
 
 
-def _of_following(eqn: Any, wanted: list[Wish]) -> list[Wish]:
+def _of_promoting(eqn: Any, results: list[Demand]) -> list[Demand]:
     facts = facts_of(eqn)
-    out = _join(wanted)
+    out = _join(results)
     if not facts.is_exact or facts.shrinks:
         # Half will do if the result goes on in half; float32 operands are welcome.
-        out = Wish(out.halves, full=True)
-    wishes = [out] * len(eqn.invars)
+        out = Demand(out.halves, wants_float32=True)
+    demands = [out] * len(eqn.invars)
     if eqn.primitive.name == "select_and_scatter_add":
         # The second operand is only compared: no reason to keep it in float32.
-        wishes[1] = Wish(out.halves, full=False)
-    return wishes
+        demands[1] = Demand(out.halves, wants_float32=False)
+    return demands
 
 
-def _join(wishes: Iterable[Wish]) -> Wish:
-    wishes = set(wishes)
-    if len(wishes) == 1:
-        return wishes.pop()
-    halves = frozenset().union(*(wish.halves for wish in wishes))
-    full = any(wish.full for wish in wishes)
-    return Wish(halves, full, any(wish.exact for wish in wishes))
+def _join(demands: Iterable[Demand]) -> Demand:
+    demands = set(demands)
+    if len(demands) == 1:
+        return demands.pop()
+    return Demand(
+        frozenset().union(*(demand.halves for demand in demands)),
+        any(demand.wants_float32 for demand in demands),
+        any(demand.must_keep for demand in demands),
+    )
 
 
-def _add(found: dict, atoms: Iterable[Any], wishes: Iterable[Wish]) -> None:
-    for atom, wish in zip(atoms, wishes, strict=True):
-        if wish is NOTHING or isinstance(atom, Literal) or not is_float32(atom.aval):
+def _add(found: dict, atoms: Iterable[Any], demands: Iterable[Demand]) -> None:
+    for atom, demand in zip(atoms, demands, strict=True):
+        if demand is NO_DEMAND or isinstance(atom, Literal):
             continue
-        old = found.get(atom)
-        found[atom] = wish if old is None else _join((old, wish))
+        if is_float32(atom.aval):
+            old = found.get(atom)
+            found[atom] = demand if old is None else _join((old, demand))

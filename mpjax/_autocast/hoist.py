@@ -1,8 +1,9 @@
-"""Weights that a scan casts at every step, cast once before it.
+"""Casts of weights hoisted out of the scans that repeat them at every step.
 
-XLA leaves such a cast in the loop. Simply put before it, it would have the gradient of
-the weight gathered in half, step by step, if the loop is differentiated. So the loop
-takes both: the half weight, whose value it uses, and the float32 one, whose derivative.
+XLA leaves such a cast in the loop. Simply put before the loop, it would have the
+gradient of the weight accumulated in half, step by step, if the loop is differentiated.
+So the loop takes both: the half weight for its value, the float32 weight for its
+derivative.
 """
 
 import functools
@@ -10,13 +11,20 @@ from typing import Any
 
 import jax
 
-from mpjax._jaxpr import core as _jaxpr
-from mpjax._jaxpr.core import Literal, Var, dtype_of, is_float32
+from mpjax._jaxpr.core import (
+    Literal,
+    Var,
+    dtype_of,
+    is_float32,
+    may_change_operands,
+    with_equations,
+)
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.passes import map_equations
+from mpjax._tree import is_half
 
 
-def with_casts_before_loops(jaxpr: Any) -> Any:
+def hoist_casts_out_of_scans(jaxpr: Any) -> Any:
     """Returns a jaxpr whose scans do not cast a constant of theirs at every step.
 
     Args:
@@ -25,12 +33,12 @@ def with_casts_before_loops(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return map_equations(_hoisted, jaxpr)
+    return map_equations(_hoist, jaxpr)
 
 
-def _hoisted(eqn: Any) -> list[Any]:
+def _hoist(eqn: Any) -> list[Any]:
     """Returns the casts of a scan's constants, and the scan; any other as it is."""
-    if eqn.primitive.name != "scan" or not _jaxpr.may_change_operands(eqn):
+    if eqn.primitive.name != "scan" or not may_change_operands(eqn):
         return [eqn]
     scan = Scan(eqn)
     consts, carry, xs = scan.split_operands(eqn.invars)
@@ -61,7 +69,7 @@ def _hoisted(eqn: Any) -> list[Any]:
     if not before:
         return [eqn]
     invars = [*inner_consts, *halves.values(), *inner_carry, *inner_xs]
-    jaxpr = _jaxpr.with_equations(scan.jaxpr, invars=invars, eqns=eqns)
+    jaxpr = with_equations(scan.jaxpr, invars=invars, eqns=eqns)
     operands = [*consts, *operands, *carry, *xs]
     num_consts = len(consts) + len(halves)
     return [*before, scan.rebuild(jaxpr, num_consts=num_consts, invars=operands)]
@@ -72,7 +80,7 @@ def _is_cast_to_half(eqn: Any) -> bool:
         eqn.primitive.name == "convert_element_type"
         and not isinstance(eqn.invars[0], Literal)
         and is_float32(eqn.invars[0].aval)
-        and eqn.outvars[0].aval.dtype.itemsize == 2
+        and is_half(eqn.outvars[0].aval)
     )
 
 

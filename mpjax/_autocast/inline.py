@@ -1,8 +1,8 @@
-"""Loops inside jitted functions, brought to where one meets what another saves for it.
+"""Calls of jitted functions inlined, so that a scan meets what another saves for it.
 
 The gradient of a function that calls a jitted one calls two: its forward and its
-backward pass, each with the loops that it has. XLA inlines such calls before all else;
-here it is done to those between which stacks of a scan go.
+backward pass, each with its own scans. XLA inlines such calls before all else; here
+calls are inlined where stacks of a scan go from one to another.
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,25 @@ from typing import Any
 
 import jax
 
-from mpjax._autocast.decide import is_reserved
-from mpjax._jaxpr import core as _jaxpr
-from mpjax._jaxpr.core import Var, is_var, open_jaxpr, renamed
+from mpjax._jaxpr.core import (
+    Var,
+    as_inside,
+    has_effects,
+    is_annotated,
+    is_reserved,
+    is_var,
+    open_jaxpr,
+    renamed,
+    with_equations,
+)
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.passes import map_jaxprs
 
 
-def with_loops_side_by_side(jaxpr: Any) -> Any:
-    """Inlines calls of jitted functions between whose scans stacks are handed on.
+def inline_calls_with_scans(jaxpr: Any) -> Any:
+    """Inlines calls of jitted functions whose scans hand stacks to one another.
 
-    Calls of which more is asked than that (shardings, donation, effects) stay.
+    Calls stay that ask for more than to be computed (shardings, donation, effects).
 
     Args:
       jaxpr: closed or open.
@@ -31,8 +39,8 @@ def with_loops_side_by_side(jaxpr: Any) -> Any:
     return map_jaxprs(_Inliner().inline, jaxpr)
 
 
-def gives_constants(eqn: Any) -> bool:
-    """Whether an equation gives the constants of a call that was inlined."""
+def returns_constants(eqn: Any) -> bool:
+    """Whether an equation returns the constants of a call that was inlined."""
     return (
         eqn.primitive.name == "jit"
         and not eqn.invars
@@ -53,11 +61,11 @@ class _Inliner:
             names: dict[Var, Any] = {}
             eqns = list(_flattened(open_jaxpr(jaxpr).eqns, calls, names))
             outvars = renamed(open_jaxpr(jaxpr).outvars, names)
-            jaxpr = _jaxpr.with_equations(jaxpr, eqns=eqns, outvars=outvars)
+            jaxpr = with_equations(jaxpr, eqns=eqns, outvars=outvars)
         return jaxpr
 
     def _related_calls(self, eqns: Any) -> set[int]:
-        """Returns the places of calls that give stacks to one another, or to scans."""
+        """Returns the indices of calls that hand stacks to one another, or to scans."""
         made_by: dict[Var, int] = {}
         related: set[int] = set()
         for index, eqn in enumerate(eqns):
@@ -73,7 +81,7 @@ class _Inliner:
     def _stacks(self, eqn: Any) -> tuple[list[Any], list[Any]]:
         """Returns the operands that a scan takes apart, and the results it stacks up.
 
-        Of a call, those of the scans inside.
+        For a call, those of the scans inside.
         """
         if _is_scan(eqn):
             scan = Scan(eqn)
@@ -95,11 +103,11 @@ class _Inliner:
         return [eqn.invars[i] for i in ins], [eqn.outvars[i] for i in outs]
 
     def _is_plain(self, call: Any) -> bool:
-        """Whether nothing is asked of a call that inlining it would lose."""
+        """Whether inlining a call loses nothing that it asks for."""
         inside = open_jaxpr(call.params["jaxpr"]).eqns
-        if is_reserved(call) or _jaxpr.is_annotated(call):
+        if is_reserved(call) or is_annotated(call):
             return False
-        if any(map(_jaxpr.has_effects, [call, *inside])):
+        if any(map(has_effects, [call, *inside])):
             return False
         sizes = len(call.invars), len(call.outvars)
         if sizes not in self._usual:
@@ -113,7 +121,7 @@ def _is_scan(eqn: Any) -> bool:
 
 
 def _call_params(num_ins: int, num_outs: int) -> dict[str, Any]:
-    """Returns the parameters of a jitted function of which nothing is asked."""
+    """Returns the parameters of a jitted function that asks for nothing more."""
     with jax.disable_jit(False):
         fn = jax.jit(lambda *_: [0.0] * num_outs)
         (eqn,) = jax.make_jaxpr(fn)(*[0.0] * num_ins).eqns
@@ -122,11 +130,11 @@ def _call_params(num_ins: int, num_outs: int) -> dict[str, Any]:
 
 
 def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[Any]:
-    """Yields equations, and those of some calls in place of these.
+    """Yields equations, with some calls replaced by what is inside them.
 
     Args:
-      eqns: of one jaxpr.
-      calls: the places of the calls.
+      eqns: the equations of one jaxpr.
+      calls: the indices of the calls.
       names: learns what the results of the calls are called.
     """
     constants: dict[int, Var] = {}
@@ -149,19 +157,19 @@ def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[An
             # New variables: the same function can be called twice.
             outvars = [Var(v.aval) for v in each.outvars]
             operands = renamed(each.invars, inside)
-            yield _jaxpr.as_inside(eqn, each).replace(invars=operands, outvars=outvars)
+            yield as_inside(eqn, each).replace(invars=operands, outvars=outvars)
             inside.update(zip(each.outvars, outvars, strict=True))
         names.update(zip(eqn.outvars, renamed(inner.outvars, inside), strict=True))
 
 
 def _call_for_constants(call: Any) -> Any:
-    """Returns a call that gives the constants of another.
+    """Returns a call that returns the constants of another.
 
     A jaxpr that is not closed has no place for them.
     """
     jaxpr = call.params["jaxpr"]
     constvars = open_jaxpr(jaxpr).constvars
-    jaxpr = _jaxpr.with_equations(jaxpr, invars=[], outvars=[*constvars], eqns=[])
+    jaxpr = with_equations(jaxpr, invars=[], outvars=[*constvars], eqns=[])
     params = call.params | _call_params(0, len(constvars)) | {"jaxpr": jaxpr}
     outvars = [Var(v.aval) for v in constvars]
     return call.replace(invars=[], outvars=outvars, params=params, effects=set())

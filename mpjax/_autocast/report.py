@@ -2,18 +2,20 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 
-from mpjax._autocast.api import as_rules
-from mpjax._autocast.decide import RESERVED_FULL, is_emulation, is_reserved
-from mpjax._autocast.kinds import choose_kinds
+from mpjax._autocast.api import make_settings
+from mpjax._autocast.eligibility import is_reduced_precision
+from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Rewriter
 from mpjax._jaxpr.core import (
+    RESERVED_FULL,
     inner_jaxprs,
     is_inexact_aval,
+    is_reserved,
     join_scope,
     walk,
 )
@@ -35,7 +37,7 @@ _NOT_UNDERSTOOD = "not understood: runs as traced"
 
 
 @dataclasses.dataclass(frozen=True)
-class OpRecord:
+class AutocastRecord:
     """One operation of a function, or several that differ in nothing shown here.
 
     Attributes:
@@ -70,7 +72,7 @@ class AutocastReport:
       unused_rules: patterns of rules that matched no matmul.
     """
 
-    records: tuple[OpRecord, ...]
+    records: tuple[AutocastRecord, ...]
     unused_names: tuple[str, ...] = ()
     unused_rules: tuple[str, ...] = ()
 
@@ -81,11 +83,11 @@ class AutocastReport:
             total[record.dtype] += record.flops
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
-    def left_in_float32(self) -> tuple[OpRecord, ...]:
+    def left_in_float32(self) -> tuple[AutocastRecord, ...]:
         """Returns the operations that autocast left in float32, with the reason."""
         return tuple(r for r in self.records if r.reason and r.dtype == "float32")
 
-    def not_understood(self) -> tuple[OpRecord, ...]:
+    def not_understood(self) -> tuple[AutocastRecord, ...]:
         """Returns the primitives that are in none of autocast's tables."""
         return tuple(r for r in self.records if r.reason == _NOT_UNDERSTOOD)
 
@@ -145,16 +147,16 @@ def autocast_report(
     fn: Callable[..., Any],
     policy: PolicyLike | PolicyRules = "mixed_bfloat16",
     *,
-    rules: PolicyRules | None = None,
     low: Collection[str] = (),
     high: Collection[str] = (),
 ) -> Callable[..., AutocastReport]:
-    """Tells what `autocast` does to a function, operation by operation.
+    """Reports what `autocast` does to a function, operation by operation.
+
+    Takes the function and returns a function, as `autocast` does.
 
     Args:
       fn: as in `autocast`; `jax.value_and_grad(loss_fn)` reports both passes.
       policy: as in `autocast`.
-      rules: as in `autocast`.
       low: as in `autocast`.
       high: as in `autocast`.
 
@@ -167,17 +169,18 @@ def autocast_report(
     >>> report(struct, struct).flops_by_dtype()
     {'bfloat16': 268435456, 'float32': 262144}
     """
-    casting = as_rules(policy, rules)
-    table = choose_kinds(low, high)
+    settings = make_settings(policy, low, high)
 
     def report(*args, **kwargs) -> AutocastReport:
         refuse_modules(fn, args, kwargs)
         arrays, spec = flatten((args, kwargs))
         jaxpr = jax.make_jaxpr(FlatFunction(fn, spec))(*arrays)
-        log = _Log(table)
-        Rewriter(casting, table, log).rewrite(jaxpr)
+        log = _Log(settings.kinds)
+        Rewriter(settings, run_pipeline, log).rewrite(jaxpr)
         unused = sorted({*low, *high} - log.seen)
-        return AutocastReport(log.records(), tuple(unused), casting.unused_rules())
+        return AutocastReport(
+            log.records(), tuple(unused), settings.rules.unused_rules()
+        )
 
     return report
 
@@ -185,9 +188,9 @@ def autocast_report(
 class _Log:
     """Collects the decisions of a `Rewriter`."""
 
-    def __init__(self, table: dict[str, Kind]):
+    def __init__(self, kinds: Mapping[str, Kind]):
         self.seen: set[str] = set()
-        self._table = table
+        self._kinds = kinds
         self._counts: dict[tuple, list[int]] = {}
 
     def __call__(self, eqn: Any, scope: str, times: int, dtype: Any, reason: str):
@@ -208,9 +211,9 @@ class _Log:
 
     def _usual_reason(self, eqn: Any) -> str:
         name = eqn.primitive.name
-        if is_emulation(eqn):
+        if is_reduced_precision(eqn):
             return "runs as traced"
-        kind = self._table.get(name)
+        kind = self._kinds.get(name)
         if kind is Kind.FLOAT32:
             return "loses too much, or overflows, in half"
         if kind in (Kind.PROMOTE, Kind.CUSTOM):
@@ -231,9 +234,9 @@ class _Log:
         count[0] += times * count_flops(eqn)
         count[1] += times
 
-    def records(self) -> tuple[OpRecord, ...]:
+    def records(self) -> tuple[AutocastRecord, ...]:
         found = [
-            OpRecord(*row, flops=flops, num_calls=num_calls)
+            AutocastRecord(*row, flops=flops, num_calls=num_calls)
             for row, (flops, num_calls) in self._counts.items()
         ]
         return tuple(sorted(found, key=lambda record: -record.flops))

@@ -1,23 +1,31 @@
-"""What one scan stacks up for another, cut down to what cannot be computed again.
+"""What a forward scan saves for its backward scan, cut down to a minimum.
 
-JAX differentiates a scan into two: the first stacks up, step by step, what the second
-takes. Of a gate `s` that may be `s`, `1 - s` and `s * (1 - s)`, each in an array of its
-own. Outside of loops XLA weighs storing against computing again; it does not look from
-one loop into another. Here the values to stack are a minimum cut: the fewest bytes from
-which arithmetic gives the rest, by the very equations that gave it before. PyTorch's
-partitioner cuts likewise (He and Yu, "Transcending Runtime-Memory Tradeoffs in
-Checkpointing by being Fusion Aware", MLSys 2023).
+JAX differentiates a scan into two: the first stacks up, step by step, the residuals
+that the second takes. Of a gate `s` they may be `s`, `1 - s` and `s * (1 - s)`, each in
+an array of its own. Outside of loops XLA weighs storing against rematerializing; it
+does not look from one loop into another. Here the values to stack are a minimum cut:
+the fewest bytes from which arithmetic gives the rest, by the very equations that gave
+it before. PyTorch's partitioner cuts likewise (He and Yu, "Transcending
+Runtime-Memory Tradeoffs in Checkpointing by being Fusion Aware", MLSys 2023).
 """
 
-import collections
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import csgraph, csr_array
 
-from mpjax._autocast.inline import gives_constants, with_loops_side_by_side
-from mpjax._jaxpr import core as _jaxpr
-from mpjax._jaxpr.core import Var, is_var, open_jaxpr, renamed
+from mpjax._autocast.inline import returns_constants
+from mpjax._jaxpr.core import (
+    Var,
+    count_uses,
+    inner_jaxprs,
+    is_var,
+    may_change_operands,
+    num_bytes,
+    open_jaxpr,
+    renamed,
+    stacked_aval,
+    with_equations,
+)
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.passes import map_jaxprs
 from mpjax._jaxpr.primitives import facts_of
@@ -27,8 +35,8 @@ _LIMIT = 2**30
 _INFINITE = 2**31 - 1
 
 
-def with_fewer_stacks(jaxpr: Any) -> Any:
-    """Returns a jaxpr whose scans stack up less for one another.
+def minimize_residuals(jaxpr: Any) -> Any:
+    """Returns a jaxpr whose scans stack up fewer bytes for one another.
 
     Args:
       jaxpr: closed or open.
@@ -36,12 +44,11 @@ def with_fewer_stacks(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    side_by_side = with_loops_side_by_side(jaxpr)
-    shrunk = map_jaxprs(_shrink, side_by_side)
-    return jaxpr if shrunk is side_by_side else shrunk
+    return map_jaxprs(_minimize, jaxpr)
 
 
-def _shrink(jaxpr: Any) -> Any:
+def _minimize(jaxpr: Any) -> Any:
+    """Minimizes what goes from scan to scan in one jaxpr, not inside it."""
     body = open_jaxpr(jaxpr)
     eqns = list(body.eqns)
     made_by: dict[Var, int] = {}
@@ -49,23 +56,23 @@ def _shrink(jaxpr: Any) -> Any:
         if eqn.primitive.name != "scan":
             continue
         for first in sorted({made_by[x] for x in eqn.invars if _is_in(x, made_by)}):
-            pair = _Pair(eqns[first], eqns[index], _count_uses(eqns, body))
-            replaced = pair.cut(body)
+            uses = count_uses(body.replace(eqns=eqns))
+            replaced = _Pair(eqns[first], eqns[index], uses).cut(body)
             if replaced is not None:
                 eqns[first], eqns[index] = replaced
         made_by |= dict.fromkeys(eqn.outvars, index)
     if all(new is old for new, old in zip(eqns, body.eqns, strict=True)):
         return jaxpr
-    return _jaxpr.with_equations(jaxpr, eqns=eqns)
+    return with_equations(jaxpr, eqns=eqns)
 
 
-class _Scan:
-    """A scan: its operands and results, each beside its variable in the body."""
+class _ScanPairs:
+    """A scan: its operands and results, each paired with its variable in the body."""
 
     def __init__(self, eqn: Any):
         self.eqn = eqn
-        self.body = open_jaxpr(eqn.params["jaxpr"])
         self._scan = Scan(eqn)
+        self.body = self._scan.body
         ins = list(zip(eqn.invars, self.body.invars, strict=True))
         self.consts, self.carry, self.xs = self._scan.split_operands(ins)
         self.outs = list(zip(eqn.outvars, self.body.outvars, strict=True))
@@ -74,18 +81,22 @@ class _Scan:
 
     def with_outs(self, outs: list) -> Any:
         """Returns the equation with other results."""
-        jaxpr = _jaxpr.with_equations(
-            self.eqn.params["jaxpr"], outvars=[var for _, var in outs]
-        )
+        jaxpr = with_equations(self._scan.jaxpr, outvars=[var for _, var in outs])
         return self._scan.rebuild(jaxpr, outvars=[outer for outer, _ in outs])
 
     def with_ins(self, consts: list, xs: list, before: list, names: dict) -> Any:
-        """Returns the equation with other operands, and equations before the rest."""
+        """Returns the equation with other operands, and equations before the rest.
 
+        Args:
+          consts: pairs of a constant and its variable in the body.
+          xs: pairs of a stack and the variable of its piece.
+          before: equations for the beginning of the body.
+          names: what variables of the body are called now.
+        """
         ins = [*consts, *self.carry, *xs]
         eqns = [e.replace(invars=renamed(e.invars, names)) for e in self.body.eqns]
-        jaxpr = _jaxpr.with_equations(
-            self.eqn.params["jaxpr"],
+        jaxpr = with_equations(
+            self._scan.jaxpr,
             invars=[var for _, var in ins],
             outvars=renamed(self.body.outvars, names),
             eqns=before + eqns,
@@ -94,13 +105,13 @@ class _Scan:
         return self._scan.rebuild(jaxpr, num_consts=len(consts), invars=invars)
 
 
-class _Slot(NamedTuple):
+class _Residual(NamedTuple):
     """A value that one scan stacks up and another takes apart.
 
     Attributes:
-      stack: outside of both.
-      made: in the body of the first.
-      taken: in the body of the second.
+      stack: its variable outside of both.
+      made: its variable in the body of the first.
+      taken: its variable in the body of the second.
     """
 
     stack: Var
@@ -113,15 +124,15 @@ class _Pair:
 
     Args:
       first: the equation of the one.
-      second: that of the other.
+      second: the equation of the other.
       uses: how often each variable outside of them is used.
     """
 
     def __init__(self, first: Any, second: Any, uses: dict[Var, int]):
-        self._first, self._second = _Scan(first), _Scan(second)
+        self._first, self._second = _ScanPairs(first), _ScanPairs(second)
         self._uses = uses
         self._length = first.params["length"]
-        # What is in the first body, as it is outside of it.
+        # The variables of the first body by what they are outside of it.
         self._constants = {var: outer for outer, var in self._first.consts}
         stacks = self._first.xs + self._first.ys
         self._stacks = {var: outer for outer, var in stacks if uses[outer]}
@@ -130,44 +141,46 @@ class _Pair:
         """Returns both scans of a jaxpr with fewer bytes between them, or None."""
         first, second = self._first.eqn, self._second.eqn
         if self._length != second.params["length"] or not all(
-            map(_jaxpr.may_change_operands, (first, second))
+            map(may_change_operands, (first, second))
         ):
             return None
         made_of = dict(self._first.ys)
-        between = [
-            _Slot(stack, made_of[stack], taken)
+        residuals = [
+            _Residual(stack, made_of[stack], taken)
             for stack, taken in self._second.xs
             if _is_in(stack, made_of) and self._uses[stack] == 1
         ]
-        targets = [slot.made for slot in between]
+        targets = [residual.made for residual in residuals]
         if not targets:
             return None
-        there = self._there(body, {slot.stack for slot in between})
-        makers = _makers(self._first.body, targets, there)
-        cost = {var: 0 if var in there else self._num_bytes(var) for var in makers}
+        available = self._available(body, {x.stack for x in residuals})
+        producers = _producers(self._first.body, targets, available)
+        cost = {
+            var: 0 if var in available else self._num_bytes(var) for var in producers
+        }
         if not all(isinstance(num, int) for num in cost.values()):
             return None  # A size that is not known yet.
-        kept = _minimum_cut(makers, cost, targets)
+        kept = _minimum_cut(producers, cost, targets)
         if sum(cost[var] for var in kept) >= sum(cost[var] for var in targets):
             return None
-        return self._rebuild([var for var in makers if var in kept], between)
+        return self._rebuild([var for var in producers if var in kept], residuals)
 
-    def _there(self, body: Any, between: set[Var]) -> set[Var]:
-        """Returns what of the first body is in memory but for the stacks between."""
+    def _available(self, body: Any, residual_stacks: set[Var]) -> set[Var]:
+        """Returns what of the first body is in memory even without the residuals."""
         outer = {**self._stacks, **self._constants}
         held = {*body.constvars, *body.invars}
-        held |= {v for eqn in body.eqns if gives_constants(eqn) for v in eqn.outvars}
+        held |= {v for e in body.eqns if returns_constants(e) for v in e.outvars}
         held |= {x for x, _ in self._second.consts + self._second.xs if is_var(x)}
         held |= {y for y, _ in self._first.ys if self._uses[y]}
-        held -= between
+        held -= residual_stacks
         return {v for v, x in outer.items() if not is_var(x) or x in held}
 
     def _num_bytes(self, var: Var) -> int:
         if var in self._constants:
-            return _jaxpr.num_bytes(self._constants[var])
-        return self._length * _jaxpr.num_bytes(var)
+            return num_bytes(self._constants[var])
+        return self._length * num_bytes(var)
 
-    def _rebuild(self, kept: list[Var], between: list[_Slot]) -> tuple[Any, Any]:
+    def _rebuild(self, kept: list[Var], residuals: list[_Residual]) -> tuple[Any, Any]:
         consts, xs = list(self._second.consts), list(self._second.xs)
         outs = list(self._first.outs)
         names: dict[Var, Var] = {}
@@ -177,19 +190,19 @@ class _Pair:
                 continue
             stack = self._stacks.get(var)
             if stack is None:
-                stack = Var(_jaxpr.stacked_aval(var.aval, self._length))
+                stack = Var(stacked_aval(var.aval, self._length))
                 outs.append((stack, var))
             names[var] = _name_of(stack, var, xs)
-        dropped = [slot for slot in between if names.get(slot.made) is not slot.taken]
-        made = [slot.made for slot in dropped]
-        again = _computed_again(self._first.body, made, names)
-        new_names = {slot.taken: names[slot.made] for slot in dropped}
-        gone = {slot.stack for slot in dropped}
+        dropped = [x for x in residuals if names.get(x.made) is not x.taken]
+        targets = [residual.made for residual in dropped]
+        before = _rematerialize(self._first.body, targets, names)
+        new_names = {x.taken: names[x.made] for x in dropped}
+        gone = {residual.stack for residual in dropped}
         outs = [pair for pair in outs if pair[0] not in gone]
         xs = [pair for pair in xs if pair[0] not in gone]
         return (
             self._first.with_outs(outs),
-            self._second.with_ins(consts, xs, again, new_names),
+            self._second.with_ins(consts, xs, before, new_names),
         )
 
 
@@ -206,15 +219,10 @@ def _is_in(atom: Any, found: Any) -> bool:
     return is_var(atom) and atom in found
 
 
-def _count_uses(eqns: list[Any], body: Any) -> dict[Var, int]:
-    atoms = [x for eqn in eqns for x in eqn.invars]
-    return collections.Counter(x for x in (*atoms, *body.outvars) if is_var(x))
+def _producers(body: Any, targets: list[Var], available: set[Var]) -> dict[Var, Any]:
+    """Returns all that targets can be rematerialized from, and the equation of each.
 
-
-def _makers(body: Any, targets: list[Var], there: set[Var]) -> dict[Var, Any]:
-    """Returns all that targets can be computed again from, and the equation of each.
-
-    That is None of a value that cannot be computed again, or is there in any case.
+    The equation is None for a value that cannot be rematerialized, or is available.
     """
     made_by = {v: eqn for eqn in body.eqns for v in eqn.outvars}
     found: dict[Var, Any] = {}
@@ -224,28 +232,31 @@ def _makers(body: Any, targets: list[Var], there: set[Var]) -> dict[Var, Any]:
         if var in found:
             continue
         found[var] = None
-        if var not in there and var in made_by and _is_cheap(made_by[var]):
+        if var not in available and var in made_by and _is_cheap(made_by[var]):
             found[var] = made_by[var]
             todo += filter(is_var, made_by[var].invars)
     return found
 
 
 def _is_cheap(eqn: Any) -> bool:
-    inner = _jaxpr.inner_jaxprs(eqn)
+    inner = inner_jaxprs(eqn)
     if eqn.primitive.name == "jit" and inner:
         return all(map(_is_cheap, open_jaxpr(inner[0]).eqns))
     return facts_of(eqn).is_cheap
 
 
-def _minimum_cut(makers: dict, cost: dict, targets: list[Var]) -> set[Var]:
+def _minimum_cut(producers: dict, cost: dict, targets: list[Var]) -> set[Var]:
     """Returns the variables of least cost that lie on every way to the targets.
 
     Of several such sets it is the one nearest to the targets.
     """
-    place = {var: 2 + 2 * i for i, var in enumerate(makers)}
+    # Imported here: it takes as long as all else in mpjax.
+    from scipy.sparse import csgraph, csr_array
+
+    place = {var: 2 + 2 * i for i, var in enumerate(producers)}
     unit = max(1, -(-sum(cost.values()) // _LIMIT))
     edges = []
-    for var, eqn in makers.items():
+    for var, eqn in producers.items():
         edges.append((place[var], place[var] + 1, -(-cost[var] // unit)))
         if eqn is None:
             edges.append((0, place[var], _INFINITE))
@@ -254,7 +265,7 @@ def _minimum_cut(makers: dict, cost: dict, targets: list[Var]) -> set[Var]:
             edges += [(place[x] + 1, place[var], _INFINITE) for x in sources]
     edges += [(place[var] + 1, 1, _INFINITE) for var in set(targets)]
     start, end, capacity = np.array(edges, np.int32).T
-    size = 2 + 2 * len(makers)
+    size = 2 + 2 * len(producers)
     graph = csr_array((capacity, (start, end)), shape=(size, size))
     left = graph - csgraph.maximum_flow(graph, 0, 1).flow
     left.eliminate_zeros()
@@ -263,7 +274,7 @@ def _minimum_cut(makers: dict, cost: dict, targets: list[Var]) -> set[Var]:
     return {v for v, i in place.items() if i not in after and i + 1 in after}
 
 
-def _computed_again(body: Any, targets: list[Var], names: dict) -> list[Any]:
+def _rematerialize(body: Any, targets: list[Var], names: dict) -> list[Any]:
     """Returns equations that compute targets again; `names` learns their results."""
     needed = {var for var in targets if var not in names}
     chosen = []

@@ -5,6 +5,7 @@ those that mpjax supports is dealt with here. From JAX 0.11 on a `ClosedJaxpr` *
 a `Jaxpr`, so the two are never told apart by `isinstance`.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -216,6 +217,23 @@ def stacked_aval(aval: Any, length: int) -> Any:
     """Returns the type of as many values of a type, stacked along a new first axis."""
     sharding = aval.sharding.update(spec=(None, *aval.sharding.spec))
     return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
+
+
+RESERVED_AUTOCAST = "mpjax_autocast"
+RESERVED_FULL = "mpjax_full_precision"
+
+
+def is_reserved(eqn: Any) -> bool:
+    """Whether an equation is a nested `autocast` or a `full_precision`."""
+    name = eqn.params.get("name")
+    return isinstance(name, str) and name.startswith((RESERVED_AUTOCAST, RESERVED_FULL))
+
+
+def count_uses(jaxpr: Any) -> collections.Counter[Var]:
+    """Returns how often each variable is an operand, or an output of the jaxpr."""
+    body = open_jaxpr(jaxpr)
+    atoms = [x for eqn in body.eqns for x in eqn.invars]
+    return collections.Counter(x for x in (*atoms, *body.outvars) if is_var(x))
 
 
 def is_split(atom: Any) -> bool:

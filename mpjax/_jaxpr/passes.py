@@ -8,13 +8,15 @@ import jax
 from mpjax._jaxpr.core import (
     eval_jaxpr,
     inner_jaxprs,
+    is_reserved,
     map_inner_jaxprs,
     open_jaxpr,
     with_equations,
 )
+from mpjax._jaxpr.primitives import Kind, facts_of
 
 
-def through(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
+def apply_passes(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
     """Returns a function of arrays whose jaxpr goes through passes when it is called.
 
     Under `jax.disable_jit` it is the function itself, which then sees values.
@@ -31,8 +33,8 @@ def through(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
             return fn(*args)
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         jaxpr = closed
-        for each in passes:
-            jaxpr = each(jaxpr)
+        for run in passes:
+            jaxpr = run(jaxpr)
         leaves = eval_jaxpr(open_jaxpr(jaxpr), closed.consts, *jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
@@ -40,11 +42,11 @@ def through(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
 
 
 def map_equations(fn: Callable[[Any], list[Any]], jaxpr: Any) -> Any:
-    """Puts other equations in the place of each, at any depth, the inner ones first.
+    """Replaces each equation by others, at any depth, the inner ones first.
 
     Args:
-      fn: gets an equation and returns those that give its results; itself alone to
-        leave it as it is, and more than one otherwise.
+      fn: gets an equation and returns the equations that compute its results; the very
+        equation alone to leave it as it is.
       jaxpr: closed or open.
 
     Returns:
@@ -53,14 +55,20 @@ def map_equations(fn: Callable[[Any], list[Any]], jaxpr: Any) -> Any:
 
     def convert(jaxpr):
         old = open_jaxpr(jaxpr).eqns
-        eqns = [new for eqn in old for new in fn(eqn)]
-        return jaxpr if len(eqns) == len(old) else with_equations(jaxpr, eqns=eqns)
+        new = [fn(eqn) for eqn in old]
+        if all(len(x) == 1 and x[0] is eqn for x, eqn in zip(new, old, strict=True)):
+            return jaxpr
+        return with_equations(jaxpr, eqns=[eqn for eqns in new for eqn in eqns])
 
     return map_jaxprs(convert, jaxpr)
 
 
 def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
     """Applies `fn` to a jaxpr and to each inside it, those first, and each once.
+
+    Inside are the bodies of calls, conditionals, loops, and functions with derivatives
+    of their own; not those of kernels and of primitives that are not known, nor of
+    `full_precision` and of an inner `autocast`, which has seen to its own.
 
     Args:
       fn: gets a jaxpr, closed or open, and returns one with the same inputs and
@@ -77,15 +85,18 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
             eqns = [inside(eqn) for eqn in open_jaxpr(old).eqns]
             pairs = zip(eqns, open_jaxpr(old).eqns, strict=True)
             is_same = all(new is eqn for new, eqn in pairs)
-            done[id(old)] = (
-                old,
-                fn(old if is_same else with_equations(old, eqns=eqns)),
-            )
+            new = fn(old if is_same else with_equations(old, eqns=eqns))
+            done[id(old)] = (old, new)
         return done[id(old)][1]
 
     def inside(eqn):
+        if facts_of(eqn).kind not in _ENTERED or is_reserved(eqn):
+            return eqn
         if all(convert(inner) is inner for inner in inner_jaxprs(eqn)):
             return eqn
         return eqn.replace(params=map_inner_jaxprs(convert, eqn.params))
 
     return convert(jaxpr)
+
+
+_ENTERED = (Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM)

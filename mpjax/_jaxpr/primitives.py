@@ -2,8 +2,8 @@
 
 Facts are looked up by `primitive.name`. Each primitive stands in one line of the table,
 and one test (tests/jaxpr/test_primitives.py) holds all lines to the installed JAX:
-every name is real, every fact is observed on a traced example, and a primitive that JAX
-adds fails the test until it has a line.
+every name is real, what can be observed of a fact is observed on a traced example, and
+a primitive that JAX adds fails the test until it has a line.
 
 Which precision a primitive runs in under autocast (`Kind`) follows NVIDIA's recipe as
 PyTorch and TensorFlow adopted it: matmuls and convolutions in half, reductions and

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from mpjax._autocast import autocast
-from mpjax._autocast.hoist import with_casts_before_loops
-from mpjax._jaxpr.passes import through
+from mpjax._autocast.hoist import hoist_casts_out_of_scans
+from mpjax._jaxpr.passes import apply_passes
 from mpjax._tree import float0_to_zeros, is_inexact, sum_of_squares, to_full
-from mpjax._xla_cpu.convolutions import with_plain_convolutions
-from mpjax._xla_cpu.hints import apart
+from mpjax._xla_cpu.convolutions import put_channels_last
+from mpjax._xla_cpu.hints import prevent_fusion
 from mpjax.optimizer import scale_loss
 from mpjax.policy import PolicyRules
 
@@ -72,7 +72,7 @@ def scaled_gradients(
             loss_and_aux, has_aux=True, allow_int=True
         )(params, model_state, batch, key)
         floats = [g for g in jax.tree.leaves(grads) if is_inexact(g)]
-        squares = sum_of_squares(apart(floats) if is_apart else floats)
+        squares = sum_of_squares(prevent_fusion(floats) if is_apart else floats)
         grads = jax.tree.map(lambda g: to_full(float0_to_zeros(g)), grads)
         return Gradients(grads, squares, loss, cast_like(new_state, model_state), aux)
 
@@ -97,17 +97,14 @@ def scaled_gradients(
             aux=jax.tree.map(reduce, aux),
         )
 
-    def in_half(fn):
-        return fn if rules is None else autocast(fn, rules)
-
-    if num_microbatches == 1:
-        gradients = in_half(one)
-    else:
+    gradients = one
+    if num_microbatches > 1:
+        # What the loss itself casts is cast once, not for every piece.
+        gradients = apply_passes(several, hoist_casts_out_of_scans, put_channels_last)
         batch = split_batch(batch, num_microbatches)
         key = jax.random.split(key, num_microbatches)
-        # Weights are cast to half once, not for every piece.
-        passes = with_casts_before_loops, with_plain_convolutions
-        gradients = through(in_half(several), *passes)
+    if rules is not None:
+        gradients = autocast(gradients, rules)
     return gradients(state.params, state.model_state, batch, key)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mpjax._struct import replace_leaves
 from mpjax._train.gradients import Gradients
 from mpjax._tree import is_inexact, to_full
-from mpjax._xla_cpu.hints import after
+from mpjax._xla_cpu.hints import order_after
 from mpjax.optimizer import LossScaled, LossScaleState, loss_scale_state, select
 
 
@@ -39,7 +39,7 @@ def apply_gradients(
     params = jax.tree.map(_apply_update, state.params, updates)
     params = select(finite, params, state.params)
     # Of the same value as `finite`: the rest waits for the parameters.
-    keep = functools.partial(select, after(finite, params))
+    keep = functools.partial(select, order_after(finite, params))
     new_state = replace_leaves(
         state,
         step=state.step + jnp.where(finite, 1, 0),

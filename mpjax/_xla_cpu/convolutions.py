@@ -1,22 +1,24 @@
 """The form in which a convolution is written: what XLA:CPU makes of it depends on it.
 
-It has a fast one for images of shape (B, H, W, C) and kernels of shape (H, W, C, D),
-and brings others into that form, such as the gradient of a kernel; but none in a loop,
-where such a gradient then takes many times as long. So they are written in it. On a GPU
-XLA chooses how arrays lie in memory, and transposes around them move nothing
-(tests/cost/test_train_step.py).
+XLA:CPU has a fast form for images of shape (B, H, W, C) and kernels of shape
+(H, W, C, D), and brings others into it, such as the gradient of a kernel; but none in
+a loop, where such a gradient then takes many times as long. So convolutions are written
+in that form. On a GPU XLA chooses how arrays lie in memory, and transposes around them
+move nothing (tests/cost/test_train_step.py).
 """
 
 from typing import Any
 
 import jax
 
-from mpjax._jaxpr import core as _jaxpr
+from mpjax._jaxpr.core import is_split, new_eqn
 from mpjax._jaxpr.passes import map_equations
+from mpjax._tree import is_half
+from mpjax._xla_cpu import switch
 
 
-def with_plain_convolutions(jaxpr: Any) -> Any:
-    """Returns a jaxpr with all its convolutions, at any depth, so written.
+def put_half_channels_last(jaxpr: Any) -> Any:
+    """Writes all convolutions in half precision channels last.
 
     Args:
       jaxpr: closed or open.
@@ -24,47 +26,63 @@ def with_plain_convolutions(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the very object if nothing changed.
     """
-    return map_equations(plain_convolution, jaxpr)
+
+    def convert(eqn):
+        is_in_half = any(is_half(v.aval) for v in eqn.outvars)
+        return channels_last(eqn) if is_in_half else [eqn]
+
+    return map_equations(convert, jaxpr) if switch.is_on else jaxpr
 
 
-def plain_convolution(eqn: Any) -> list[Any]:
-    """Returns equations for a convolution, transposes before and behind it.
+def put_channels_last(jaxpr: Any) -> Any:
+    """Writes all convolutions channels last, whatever their dtype: for loops.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
+    """
+    return map_equations(channels_last, jaxpr) if switch.is_on else jaxpr
+
+
+def channels_last(eqn: Any) -> list[Any]:
+    """Returns equations for a convolution, transposes before and after it.
 
     Args:
       eqn: any equation; left alone if it is no convolution, has that form already, or
-        takes or gives arrays that are split over an explicit mesh.
+        takes or returns arrays that are split over an explicit mesh.
     """
     if eqn.primitive.name != "conv_general_dilated":
         return [eqn]
-    numbers, plain = eqn.params["dimension_numbers"], _plain_numbers(eqn)
+    numbers, wanted_numbers = eqn.params["dimension_numbers"], _channels_last(eqn)
     arrays = (*eqn.invars, *eqn.outvars)
-    if numbers == plain or any(map(_jaxpr.is_split, arrays)):
+    if numbers == wanted_numbers or any(map(is_split, arrays)):
         return [eqn]
     before, operands = [], []
-    for x, spec, wanted in zip(eqn.invars, numbers[:2], plain[:2], strict=True):
+    specs = zip(eqn.invars, numbers[:2], wanted_numbers[:2], strict=True)
+    for x, spec, wanted in specs:
         permutation = _permutation(spec, wanted)
         if permutation is not None:
             params = {"permutation": permutation}
             before.append(
-                _jaxpr.new_eqn(jax.lax.transpose_p, [x], params, like=eqn, varies_as=x)
+                new_eqn(jax.lax.transpose_p, [x], params, like=eqn, varies_as=x)
             )
         operands.append(x if permutation is None else before[-1].outvars[0])
-    params = eqn.params | {"dimension_numbers": plain}
-    permutation = _permutation(plain.out_spec, numbers.out_spec)
+    params = eqn.params | {"dimension_numbers": wanted_numbers}
+    permutation = _permutation(wanted_numbers.out_spec, numbers.out_spec)
     if permutation is None:
         return [*before, eqn.replace(invars=operands, params=params)]
-    conv = _jaxpr.new_eqn(
-        eqn.primitive, operands, params, like=eqn, varies_as=eqn.outvars[0]
-    )
-    behind = eqn.replace(
+    conv = new_eqn(eqn.primitive, operands, params, like=eqn, varies_as=eqn.outvars[0])
+    after = eqn.replace(
         primitive=jax.lax.transpose_p,
         invars=conv.outvars,
         params={"permutation": permutation},
     )
-    return [*before, conv, behind]
+    return [*before, conv, after]
 
 
-def _plain_numbers(conv: Any) -> Any:
+def _channels_last(conv: Any) -> Any:
     axes = range(conv.outvars[0].aval.ndim)
     last = axes[-1]
     image = (0, last, *axes[1:-1])

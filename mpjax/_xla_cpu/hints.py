@@ -1,37 +1,43 @@
 """Hints for XLA:CPU, which change no value; on any other device they are not there.
 
-There a training step waits for memory more than for arithmetic: what is written to
-memory that was not in use before costs several times the same in place.
+A training step on a CPU waits for memory more than for arithmetic: writing to memory
+that was not in use before costs several times as much as writing in place.
 """
 
 from typing import Any
 
 import jax
 
+from mpjax._xla_cpu import switch
 
-def apart(values: list[jax.Array]) -> list[jax.Array]:
-    """Returns the same values; what is computed of them is not merged with the rest.
 
-    A half gradient is cast to float32 for its norm and for the optimizer. Merged into
-    one, that cast is computed and kept for the norm; apart, each is part of what it is
-    for.
+def prevent_fusion(values: list[jax.Array]) -> list[jax.Array]:
+    """Returns the same values; what is computed from them is not fused with the rest.
+
+    A half gradient is cast to float32 for its norm and for the optimizer. Fused into
+    one, the cast is computed and kept for the norm; separate, each cast is part of the
+    computation that needs it.
     """
+    if not switch.is_on:
+        return values
     return jax.lax.platform_dependent(
         values, cpu=jax.lax.optimization_barrier, default=lambda values: values
     )
 
 
-def after(pred: jax.Array, values: Any) -> jax.Array:
+def order_after(pred: jax.Array, values: Any) -> jax.Array:
     """Returns `pred`, but not before `values` are computed.
 
-    New parameters are computed from the old moments, and so are new moments. Which is
-    first is not known to XLA, so it copies the old moments, unless the new ones wait
-    for the parameters; then they take the place of the old.
+    New parameters are computed from the old moments, and so are new moments. XLA does
+    not know which comes first, so it copies the old moments, unless the new ones wait
+    for the parameters; then they are written in place.
 
     Args:
       pred: boolean scalar, on which the new moments depend.
       values: the new parameters, any pytree of arrays.
     """
+    if not switch.is_on:
+        return pred
     return jax.lax.platform_dependent(
         pred,
         values,

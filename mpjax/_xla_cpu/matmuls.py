@@ -1,13 +1,13 @@
-"""The form in which a half matmul is written: what XLA makes of it depends on it.
+"""The form in which a half matmul is written: what XLA:CPU makes of it depends on it.
 
-XLA:CPU (from JAX 0.11 on) runs a bfloat16 matmul in bfloat16 by a library that takes
+From JAX 0.11 on XLA:CPU runs a bfloat16 matmul in bfloat16 by a library that takes
 `(M, K) x (K, N)` and `(M, K) x (N, K)`. It asks for that form before it has simplified
 anything, so it misses most others: a matmul of one contracted axis that stands
 elsewhere, such as the gradient of a weight, it runs in float32; one whose output it
 would transpose it accumulates in bfloat16, five times as slow as in float32. But
 a matmul of two contracted axes, or two free ones, it first brings into the form of the
-library. So matmuls get an axis of one more, which changes nothing of their value, and
-which XLA takes away on every device. What JAX derives from such a matmul has it too.
+library. So matmuls get an axis of length 1 more, which changes nothing of their value,
+and which XLA removes on every device. What JAX derives from such a matmul has it too.
 """
 
 from typing import Any
@@ -15,47 +15,69 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax._jaxpr import core as _jaxpr
-from mpjax._jaxpr.core import dtype_of
-from mpjax._jaxpr.primitives import facts_of
+from mpjax._jaxpr.core import (
+    count_uses,
+    dtype_of,
+    new_eqn,
+    open_jaxpr,
+    unit_axes_eqn,
+    with_equations,
+)
+from mpjax._jaxpr.passes import map_equations, map_jaxprs
+from mpjax._tree import is_half
+from mpjax._xla_cpu import switch
 
 _BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
-def swaps_operands(dot: Any, permutation: tuple[int, ...]) -> bool:
-    """Whether transposing a matmul's output so is to exchange its operands."""
-    if dot.params.get("out_sharding") is not None:
-        return False
-    (lhs_contract, rhs_contract), (batch, _) = dot.params["dimension_numbers"]
-    num_batch = len(batch)
-    num_lhs = len(dot.invars[0].aval.shape) - num_batch - len(lhs_contract)
-    num_rhs = len(dot.invars[1].aval.shape) - num_batch - len(rhs_contract)
-    lhs = range(num_batch, num_batch + num_lhs)
-    rhs = range(num_batch + num_lhs, num_batch + num_lhs + num_rhs)
-    return tuple(permutation) == (*range(num_batch), *rhs, *lhs)
+def swap_transposed_matmuls(jaxpr: Any) -> Any:
+    """Computes each transposed half matmul directly, by exchanging its operands.
+
+    The gradient of `x @ w` for `w` is traced as a transpose of a matmul. XLA folds the
+    two, but not with the cast to half between them: every later pass over the gradient
+    then reads it against its layout.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
+    """
+    return map_jaxprs(_swap, jaxpr) if switch.is_on else jaxpr
+
+
+def add_unit_axes(jaxpr: Any) -> Any:
+    """Writes bfloat16 matmuls in the form that XLA:CPU runs in bfloat16.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      The jaxpr; the very object if nothing changed.
+    """
+    return map_equations(with_unit_axes, jaxpr) if switch.is_on else jaxpr
 
 
 def with_unit_axes(dot: Any) -> list[Any]:
     """Returns equations for a matmul in the form that XLA:CPU runs in bfloat16.
 
-    - `(M, K) x (N, K)` becomes `(1, M, K) x (N, K)`: it is run as it was, and the
+    - `(M, K) x (N, K)` becomes `(1, M, K) x (N, K)`: it runs as before, and the
       gradient of its right operand contracts two axes.
     - `(M, K) x (K, N)` becomes `(1, 1, M, K) x (1, K, N)`, contracting one 1 and K:
-      so too, and XLA does not transpose that gradient.
-    - Any other of which not both operands contract their last axis contracts an axis of
-      1 beside its own: `(K, M) x (K, N)` becomes `(1, K, M) x (1, K, N)`.
+      likewise, and XLA does not transpose that gradient.
+    - Any other in which not both operands contract their last axis contracts an axis of
+      length 1 beside its own: `(K, M) x (K, N)` becomes `(1, K, M) x (1, K, N)`.
 
     The 1 that is not contracted is there only where the left operand has one free axis,
     and no `out_sharding` names those of the output.
 
     Args:
-      dot: a `dot_general` equation; none is changed but in bfloat16 with one contracted
-        axis.
+      dot: an equation; unchanged unless it is a `dot_general` in bfloat16 with one
+        contracted axis.
     """
-    contract, batch = dot.params["dimension_numbers"]
-    is_bfloat16 = {dtype_of(x) for x in (*dot.invars, *dot.outvars)} == {_BFLOAT16}
-    if not is_bfloat16 or len(contract[0]) != 1:
+    if not _has_one_contracted_axis(dot):
         return [dot]
+    contract, batch = dot.params["dimension_numbers"]
     ndims = [len(x.aval.shape) for x in dot.invars]
     is_last = [axis == n - 1 for (axis,), n in zip(contract, ndims, strict=True)]
     contracts_one = not all(is_last)
@@ -69,19 +91,21 @@ def with_unit_axes(dot: Any) -> list[Any]:
     operands: list[Any] = []
     for x, num in zip(dot.invars, num_new, strict=True):
         if num:
-            eqns.append(_jaxpr.unit_axes_eqn(x, num, dot))
+            eqns.append(unit_axes_eqn(x, num, dot))
         operands.append(eqns[-1].outvars[0] if num else x)
+    if not eqns:
+        return [dot]
     # The last of the new axes is the one that is contracted.
     contract = tuple(
-        ((num - 1,) if contracts_one else ()) + _moved(axes, num)
+        ((num - 1,) if contracts_one else ()) + _shifted(axes, num)
         for axes, num in zip(contract, num_new, strict=True)
     )
-    batch = tuple(map(_moved, batch, num_new))
+    batch = tuple(map(_shifted, batch, num_new))
     params = dot.params | {"dimension_numbers": (contract, batch)}
     if not has_free_one:
         return [*eqns, dot.replace(invars=operands, params=params)]
     out = dot.outvars[0]
-    wide = _jaxpr.new_eqn(dot.primitive, operands, params, like=dot, varies_as=out)
+    wide = new_eqn(dot.primitive, operands, params, like=dot, varies_as=out)
     squeezed = {"dimensions": (len(batch[0]),)}
     narrow = dot.replace(
         primitive=jax.lax.squeeze_p, invars=wide.outvars, params=squeezed
@@ -89,14 +113,56 @@ def with_unit_axes(dot: Any) -> list[Any]:
     return [*eqns, wide, narrow]
 
 
-def _moved(axes: tuple[int, ...], num: int) -> tuple[int, ...]:
+def _has_one_contracted_axis(eqn: Any) -> bool:
+    if eqn.primitive.name != "dot_general":
+        return False
+    contract, _ = eqn.params["dimension_numbers"]
+    dtypes = {dtype_of(x) for x in (*eqn.invars, *eqn.outvars)}
+    return dtypes == {_BFLOAT16} and len(contract[0]) == 1
+
+
+def _shifted(axes: tuple[int, ...], num: int) -> tuple[int, ...]:
     return tuple(axis + num for axis in axes)
 
 
-def low_outputs(eqn: Any, dtype: Any) -> list[Any]:
-    """Returns the dtypes that a matmul, or a primitive of the user's, puts out."""
-    if facts_of(eqn).is_matmul:
-        return [dtype]
-    operands = [jax.ShapeDtypeStruct(x.aval.shape, dtype_of(x)) for x in eqn.invars]
-    outputs = jax.eval_shape(lambda *xs: _jaxpr.bind(eqn, *xs), *operands)
-    return [x.dtype for x in outputs]
+def _swap(jaxpr: Any) -> Any:
+    """Swaps the operands of transposed matmuls of one jaxpr, not inside it."""
+    body = open_jaxpr(jaxpr)
+    uses = count_uses(body)
+    eqns: list[Any] = []
+    dots: dict[Any, int] = {}  # The place of each half matmul by its result.
+    for eqn in body.eqns:
+        index = dots.get(eqn.invars[0]) if eqn.primitive.name == "transpose" else None
+        if index is not None and uses[eqn.invars[0]] == 1:
+            swapped = _swapped(eqns[index], eqn)
+            if swapped is not None:
+                eqns[index] = None
+                eqn = swapped
+        if eqn.primitive.name == "dot_general" and is_half(eqn.outvars[0].aval):
+            dots[eqn.outvars[0]] = len(eqns)
+        eqns.append(eqn)
+    if None not in eqns:
+        return jaxpr
+    return with_equations(jaxpr, eqns=[eqn for eqn in eqns if eqn is not None])
+
+
+def _swapped(dot: Any, transpose: Any) -> Any:
+    """Returns a matmul that computes the transpose of another, or None."""
+    if dot.params.get("out_sharding") is not None:
+        return None
+    contract, batch = dot.params["dimension_numbers"]
+    num_batch = len(batch[0])
+    num_free = [
+        len(x.aval.shape) - num_batch - len(axes)
+        for x, axes in zip(dot.invars, contract, strict=True)
+    ]
+    lhs = range(num_batch, num_batch + num_free[0])
+    rhs = range(num_batch + num_free[0], num_batch + sum(num_free))
+    if tuple(transpose.params["permutation"]) != (*range(num_batch), *rhs, *lhs):
+        return None
+    numbers = (contract[::-1], batch[::-1])
+    return dot.replace(
+        invars=dot.invars[::-1],
+        outvars=transpose.outvars,
+        params=dot.params | {"dimension_numbers": numbers},
+    )

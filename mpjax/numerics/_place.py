@@ -2,8 +2,7 @@
 
 from typing import Any, NamedTuple, Self
 
-from mpjax._autocast.decide import is_reserved
-from mpjax._jaxpr.core import join_scope, num_trips
+from mpjax._jaxpr.core import is_reserved, join_scope, num_trips
 from mpjax._report import short_source
 
 

@@ -8,9 +8,8 @@ import pytest
 
 import mpjax
 from experiments.models.small import CASES
-from mpjax._autocast.kinds import choose_kinds
-from mpjax._autocast.rewrite import Rewriter
-from mpjax.policy import resolve
+from mpjax._autocast.api import make_settings
+from mpjax._autocast.pipeline import rewrite_in_half
 
 NUM_ROUNDS = 9
 MAX_ROUNDS = 36
@@ -60,7 +59,7 @@ def test_tracing_takes_at_most_twice_as_long(name):
 def test_the_rewrite_takes_little_of_that():
     """At most 15 % of `make_jaxpr`, for the transformer block and its gradient."""
     case = CASES["transformer_block"]()
-    table = choose_kinds((), ())
+    settings = make_settings("mixed_bfloat16", (), ())
     ratios = []
     for _ in range(NUM_ROUNDS):
         fn = jax.value_and_grad(lambda p, x: case.loss(p, x))
@@ -68,7 +67,7 @@ def test_the_rewrite_takes_little_of_that():
             lambda fn=fn: jax.make_jaxpr(fn)(case.params, case.inputs)
         )
         start = time.thread_time()
-        rewritten, _ = Rewriter(resolve("mixed_bfloat16"), table).rewrite(jaxpr)
+        rewritten = rewrite_in_half(jaxpr, settings)
         ratios.append((time.thread_time() - start) / tracing)
         assert rewritten is not jaxpr
     assert statistics.median(ratios) <= 0.15

@@ -9,13 +9,13 @@ from helpers.tools import assert_same_bits, thinned
 from jax import lax
 
 from mpjax import autocast
-from mpjax._autocast.hoist import with_casts_before_loops
+from mpjax._autocast.hoist import hoist_casts_out_of_scans
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
 from mpjax._jaxpr.loops import Scan
 
 
 def hoisted(closed):
-    new = with_casts_before_loops(closed)
+    new = hoist_casts_out_of_scans(closed)
     check_jaxpr(open_jaxpr(new))
     return new
 
@@ -64,9 +64,9 @@ def test_one_half_weight_serves_all_that_take_it():
 def test_without_a_cast_it_is_the_very_object():
     for fn in (CELLS["gated"], lambda w, x: x @ w[0]):
         closed = jax.make_jaxpr(fn)(W, X)
-        assert with_casts_before_loops(closed) is closed
+        assert hoist_casts_out_of_scans(closed) is closed
     closed = in_half(closed, "mixed_bfloat16")
-    assert with_casts_before_loops(closed) is closed
+    assert hoist_casts_out_of_scans(closed) is closed
 
 
 def long_recurrence(w, x):

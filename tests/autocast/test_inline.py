@@ -25,8 +25,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mpjax import autocast, full_precision
-from mpjax._autocast.inline import gives_constants, with_loops_side_by_side
-from mpjax._autocast.residuals import with_fewer_stacks
+from mpjax._autocast.inline import inline_calls_with_scans, returns_constants
+from mpjax._autocast.residuals import minimize_residuals
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr, walk
 
 POLICIES = ["float32", "mixed_bfloat16"]
@@ -86,6 +86,11 @@ PAIRS = {
 }
 
 
+def cut(closed):
+    """Both passes: calls inlined, then what is handed on cut down."""
+    return minimize_residuals(inline_calls_with_scans(closed))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", PAIRS)
 def test_they_are_cut_as_those_outside(name, policy):
@@ -93,9 +98,9 @@ def test_they_are_cut_as_those_outside(name, policy):
         in_half(jax.make_jaxpr(jax.value_and_grad(fn))(W, X), policy)
         for fn in PAIRS[name]
     )
-    new = with_fewer_stacks(inside)
+    new = cut(inside)
     check_jaxpr(open_jaxpr(new))
-    assert stacked(new) == stacked(with_fewer_stacks(outside))
+    assert stacked(new) == stacked(cut(outside))
     assert_same_bits(evaluate(new, W, X), evaluate(inside, W, X))
 
 
@@ -104,7 +109,7 @@ def test_and_are_less_for_it(name):
     closed = jax.make_jaxpr(jax.grad(PAIRS[name][0]))(W, X)
     alone = jax.make_jaxpr(jax.grad(PAIRS[name][1]))(W, X)
     assert num_stacked_bytes(closed) == num_stacked_bytes(alone)
-    assert num_stacked_bytes(with_fewer_stacks(closed)) < num_stacked_bytes(closed)
+    assert num_stacked_bytes(cut(closed)) < num_stacked_bytes(closed)
 
 
 def test_through_autocast_compiled():
@@ -126,7 +131,7 @@ def test_name_scopes_and_source_lines_survive():
             return jnp.sum(encoder(w, x))
 
     closed = jax.make_jaxpr(jax.grad(loss))(W, X)
-    new = with_fewer_stacks(closed)
+    new = cut(closed)
     assert new is not closed
     lines = [
         [
@@ -182,10 +187,10 @@ def test_a_call_of_which_more_is_asked_stays(name):
     alone = lambda w, x: jnp.sum(KEPT[name](w, x))
     closed = jax.make_jaxpr(jax.grad(alone))(W, X)
     assert num_calls(closed) == 2
-    assert with_fewer_stacks(closed) is closed
+    assert cut(closed) is closed
     beside = lambda w, x: alone(w, jax.jit(sequence)(w, x))
     closed = jax.make_jaxpr(jax.grad(beside))(W, X)
-    new = with_fewer_stacks(closed)
+    new = cut(closed)
     check_jaxpr(open_jaxpr(new))
     # The backward pass of what prints does not print.
     num_left = 1 if name == "effectful" else 2
@@ -203,7 +208,7 @@ def test_a_call_that_hands_no_stack_on_stays():
 
     closed = jax.make_jaxpr(loss)(W, X)
     assert num_calls(closed) >= 3
-    assert with_loops_side_by_side(closed) is closed
+    assert inline_calls_with_scans(closed) is closed
 
 
 def test_a_constant_is_there_once():
@@ -215,8 +220,8 @@ def test_a_constant_is_there_once():
             x = layer(w, x)
         return jnp.sum(x)
 
-    new = with_fewer_stacks(jax.make_jaxpr(jax.grad(loss))(W, X))
-    assert sum(map(gives_constants, open_jaxpr(new).eqns)) == 1
+    new = cut(jax.make_jaxpr(jax.grad(loss))(W, X))
+    assert sum(map(returns_constants, open_jaxpr(new).eqns)) == 1
 
 
 def test_with_a_collective_inside():
@@ -231,7 +236,7 @@ def test_with_a_collective_inside():
     def closed(run):
         loss = lambda w, x: lax.pmean(jnp.sum(run(w, x) ** 2), "data")
         fn = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=both, out_specs=P())
-        return with_fewer_stacks(jax.make_jaxpr(fn)(W, x))
+        return cut(jax.make_jaxpr(fn)(W, x))
 
     x = np.concatenate([X, X[:, :1]], 1)
     inside, outside = closed(jax.jit(synced)), closed(synced)
@@ -247,4 +252,4 @@ def test_what_has_nothing_to_gain_is_the_very_object():
 
     for fn in (jax.jit(sequence), lengths_differ, jax.jit(lambda w, x: x @ w[0])):
         closed = jax.make_jaxpr(fn)(W, X)
-        assert with_fewer_stacks(closed) is closed
+        assert cut(closed) is closed

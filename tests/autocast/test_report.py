@@ -93,7 +93,7 @@ def test_rules_and_what_matched_nothing():
     rules = mpjax.PolicyRules(
         [("head", "float32"), ("haed", "float16")], default="mixed_bfloat16"
     )
-    report = mpjax.autocast_report(softmax_loss, rules=rules, high=["exp", "expp"])(
+    report = mpjax.autocast_report(softmax_loss, rules, high=["exp", "expp"])(
         STRUCT, STRUCT
     )
     (dot,) = records(report, "dot_general")

@@ -32,15 +32,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mpjax import autocast
-from mpjax._autocast.hoist import with_casts_before_loops
-from mpjax._autocast.residuals import with_fewer_stacks
+from mpjax._autocast.hoist import hoist_casts_out_of_scans
+from mpjax._autocast.residuals import minimize_residuals
 from mpjax._jaxpr import loops
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
 from mpjax._jaxpr.loops import Scan
 
 
 def shrunk(closed):
-    new = with_fewer_stacks(closed)
+    new = minimize_residuals(closed)
     check_jaxpr(open_jaxpr(new))
     return new
 
@@ -230,7 +230,7 @@ def test_with_jit_disabled_and_with_references():
     closed = jax.make_jaxpr(grad)(W, X)
     loops._count_params.cache_clear()
     with jax.disable_jit():
-        assert with_fewer_stacks(closed) is not closed
+        assert minimize_residuals(closed) is not closed
 
     def with_reference(w, x):
         total = jax.new_ref(jnp.zeros(x.shape))
@@ -249,7 +249,7 @@ def test_with_jit_disabled_and_with_references():
 
     args = W[0][:, :WIDTH], X
     closed = jax.make_jaxpr(with_reference)(*args)
-    new = with_casts_before_loops(in_half(shrunk(closed), "mixed_bfloat16"))
+    new = hoist_casts_out_of_scans(in_half(shrunk(closed), "mixed_bfloat16"))
     check_jaxpr(open_jaxpr(new))
 
 
@@ -276,7 +276,7 @@ def test_what_has_nothing_to_gain_is_the_very_object():
     w = W[0][:, :WIDTH]
     for fn in (sigmoids, lengths_differ, lambda w, x: x @ w):
         closed = jax.make_jaxpr(fn)(w, X)
-        assert with_fewer_stacks(closed) is closed
+        assert minimize_residuals(closed) is closed
     # float32 all through: nothing to rewrite, and nothing is.
     grad = jax.grad(CELLS["gated"])
     closed = jax.make_jaxpr(autocast(grad, "float32"))(W, X)

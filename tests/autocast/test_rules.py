@@ -363,7 +363,7 @@ def test_errors_of_the_policy():
             autocast(jnp.tanh, policy)
     rules = mpjax.PolicyRules([("head", "float64")], default="mixed_bfloat16")
     with pytest.raises(ValueError, match="float64"):
-        autocast(jnp.tanh, rules=rules)
+        autocast(jnp.tanh, rules)
 
 
 def test_the_float32_policy_is_the_identity():
@@ -389,12 +389,11 @@ def two_halves(x):
 
 def test_bfloat16_and_float16_meet_in_float32():
     rules = mpjax.PolicyRules([("second", "mixed_float16")], default="mixed_bfloat16")
-    for kwargs in ({"policy": rules}, {"rules": rules}):
-        closed = rewrite(two_halves, X, **kwargs)
-        dots = [floats(e) for e in eqns(closed, "dot_general")]
-        assert dots == [{BF16}, {F16}, {BF16}]
-        assert {dtype_of(v) for v in eqns(closed, "add")[-1].invars} == {F32}
-        assert eqns(closed, "add")[-1].outvars[0].aval.dtype == F32
-    kept = mpjax.PolicyRules([("second", "float32")], "mixed_float16")
-    dots = [floats(e) for e in eqns(rewrite(two_halves, X, rules=kept), "dot_general")]
+    closed = rewrite(two_halves, X, policy=rules)
+    dots = [floats(e) for e in eqns(closed, "dot_general")]
+    assert dots == [{BF16}, {F16}, {BF16}]
+    assert {dtype_of(v) for v in eqns(closed, "add")[-1].invars} == {F32}
+    assert eqns(closed, "add")[-1].outvars[0].aval.dtype == F32
+    kept = mpjax.PolicyRules([("second", "float32")], default="mixed_float16")
+    dots = [floats(e) for e in eqns(rewrite(two_halves, X, policy=kept), "dot_general")]
     assert dots == [{F16}, {F32}, {F16}]

@@ -109,8 +109,8 @@ def matmuls_under(rules, library, form):
     fn, params = make()
     loss = lambda p, x: jnp.mean(fn(p, x) ** 2)
     grad = {
-        "outside": mpjax.autocast(jax.grad(loss), rules=rules),
-        "inside": jax.grad(mpjax.autocast(loss, rules=rules)),
+        "outside": mpjax.autocast(jax.grad(loss), rules),
+        "inside": jax.grad(mpjax.autocast(loss, rules)),
     }[form]
     found = matmul_dtypes(jax.make_jaxpr(grad)(params, X))
     per_layer = [

@@ -15,8 +15,8 @@ import mpjax
 from experiments.benchmarks import memory
 from experiments.benchmarks.workloads import WORKS
 from mpjax import cost
-from mpjax._jaxpr.passes import through
-from mpjax._xla_cpu.convolutions import with_plain_convolutions
+from mpjax._jaxpr.passes import apply_passes
+from mpjax._xla_cpu.convolutions import put_channels_last
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -122,7 +122,7 @@ def test_plain_convolutions_cost_nothing(form, dtype):
     grad = jax.grad(loss, (1, 2))
     plain, found = (
         cost.analyze(fn, *args, device="h100")
-        for fn in (through(grad, with_plain_convolutions), grad)
+        for fn in (apply_passes(grad, put_channels_last), grad)
     )
     assert plain.moved_bytes == found.moved_bytes
     assert plain.temporary_bytes == found.temporary_bytes
@@ -137,7 +137,7 @@ def test_microbatches_cast_weights_once(autocast, monkeypatch):
     once = moved_bytes()
     for module in ("mpjax._train.gradients", "mpjax._autocast.api"):
         module = importlib.import_module(module)
-        monkeypatch.setattr(module, "with_casts_before_loops", lambda jaxpr: jaxpr)
+        monkeypatch.setattr(module, "hoist_casts_out_of_scans", lambda jaxpr: jaxpr)
     assert once <= 0.915 * moved_bytes()
 
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn
 
-from mpjax._autocast.kinds import choose_kinds
-from mpjax._autocast.rewrite import Rewriter
+from mpjax._autocast.api import make_settings
+from mpjax._autocast.pipeline import rewrite_in_half
 from mpjax._jaxpr.core import bind, inner_jaxprs, open_jaxpr, walk
 from mpjax._jaxpr.loops import Scan
-from mpjax.policy import resolve
 
 LENGTH, BATCH, WIDTH = 5, 3, 4
 rng = np.random.default_rng(0)
@@ -75,12 +74,10 @@ def num_stacked_bytes(closed):
 
 
 def in_half(closed, policy):
-    table = choose_kinds((), ())
-    return (
-        closed
-        if policy == "float32"
-        else Rewriter(resolve(policy), table).rewrite(closed)[0]
-    )
+    """A jaxpr rewritten by a policy: the first pass of autocast, and no other."""
+    if policy == "float32":
+        return closed
+    return rewrite_in_half(closed, make_settings(policy, (), ()))
 
 
 # --- Loops as people write them; each a loss of weights and a sequence.

@@ -13,8 +13,18 @@ from helpers import primitive_probes as probes
 from helpers.tools import thinned
 
 import mpjax
-from mpjax._jaxpr.core import check_jaxpr, dtype_of, is_inexact_aval, open_jaxpr, walk
-from mpjax._jaxpr.primitives import PRIMITIVES, Kind
+from mpjax._jaxpr.core import (
+    bind,
+    check_jaxpr,
+    dtype_of,
+    eval_jaxpr,
+    inner_jaxprs,
+    is_inexact_aval,
+    open_jaxpr,
+    walk,
+)
+from mpjax._jaxpr.flops import count_flops
+from mpjax._jaxpr.primitives import PRIMITIVES, Flops, Kind
 
 PROBES = (
     probes.LOW
@@ -290,3 +300,155 @@ def test_a_call_is_rewritten_inside(name):
     new, old = mpjax.autocast(lambda x: fn(x @ MEANS))(X), fn(X @ MEANS)
     assert new.dtype == FULL
     np.testing.assert_allclose(new, old, rtol=0.04, atol=0.04)
+
+
+# The other facts, each seen on the equation of a probe.
+
+
+def with_fact(fact):
+    """The installed primitives of which a fact is noted, that a probe traces."""
+    names = {name for name, facts in PRIMITIVES.items() if getattr(facts, fact)}
+    return installed(names & set(PROBES))
+
+
+def equation(name):
+    """The first equation of a primitive in the trace of its probe, at any depth."""
+    eqns = (eqn for eqn, _, _ in walk(jax.make_jaxpr(PROBES[name])(X)))
+    return next(eqn for eqn in eqns if eqn.primitive.name == name)
+
+
+def operands(eqn, value=None):
+    """Numbers for the operands of an equation: all different, or all the same."""
+    found = []
+    for i, x in enumerate(eqn.invars):
+        shape, dtype = x.aval.shape, x.aval.dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            found.append(jnp.zeros(shape, dtype))
+            continue
+        numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape) + 1.5 + 100 * i
+        numbers = numbers if value is None else np.full(shape, value)
+        found.append(jnp.asarray(numbers, dtype))
+    return found
+
+
+def results(eqn, values):
+    return [np.asarray(x) for x in bind(eqn, *values)]
+
+
+def floats(values):
+    return [np.asarray(x) for x in values if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+# Collectives are evaluated inside a shard_map only, and stay as `test_exact_is_exact`
+# has them.
+OF_DEVICES = {"all_gather", "all_gather_invariant", "all_to_all", "pvary"}
+
+
+@pytest.mark.parametrize("name", sorted(set(with_fact("moves_data")) - OF_DEVICES))
+def test_what_moves_data_gives_numbers_of_its_first_operand(name):
+    eqn = equation(name)
+    values = operands(eqn)
+    for out in results(eqn, values):
+        assert out.size
+        assert set(out.ravel().tolist()) <= set(np.asarray(values[0]).ravel().tolist())
+    for out in results(eqn, operands(eqn, 0.3)):
+        np.testing.assert_array_equal(out, np.float32(0.3))
+
+
+def test_views_and_slices_are_kinds_of_moving_data():
+    for facts in PRIMITIVES.values():
+        assert facts.moves_data or not facts.is_view
+        assert facts.is_exact or not (facts.moves_data or facts.shrinks)
+        assert facts.flops is not Flops.PER_OUTPUT or not facts.moves_data
+
+
+@pytest.mark.parametrize("name", with_fact("shrinks"))
+def test_what_shrinks_gives_less_than_it_takes(name):
+    eqn = equation(name)
+    assert max(v.aval.size for v in eqn.outvars) < eqn.invars[0].aval.size
+
+
+@pytest.mark.parametrize("name", with_fact("is_call"))
+def test_a_call_gives_what_is_inside_it(name):
+    eqn = equation(name)
+    jaxpr = inner_jaxprs(eqn)[0]
+    values = operands(eqn)
+    inside = eval_jaxpr(open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), *values)
+    for a, b in zip(results(eqn, values), inside, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", with_fact("reduces_by_jaxpr"))
+def test_what_reduces_by_a_jaxpr_has_one_of_scalars_or_none(name):
+    for jaxpr in inner_jaxprs(equation(name)):
+        assert {v.aval.shape for v in open_jaxpr(jaxpr).invars} == {()}
+
+
+@pytest.mark.parametrize("name", with_fact("is_addition"))
+def test_an_addition_adds_or_subtracts(name):
+    eqn = equation(name)
+    a, b = (np.asarray(x) for x in operands(eqn))
+    (out,) = results(eqn, [a, b])
+    np.testing.assert_array_equal(out, a - b if name == "sub" else a + b)
+
+
+@pytest.mark.parametrize("name", with_fact("sums_axes") + with_fact("accumulates"))
+def test_a_reduction_combines_all_along_its_axes(name):
+    eqn = equation(name)
+    (out,) = results(eqn, operands(eqn))
+    assert (out.size < eqn.invars[0].aval.size) == PRIMITIVES[name].sums_axes
+    ones = operands(eqn, 1.0)
+    (out,) = results(eqn, ones)
+    num = ones[0].size // out.size if PRIMITIVES[name].sums_axes else ones[0].shape[-1]
+    of_ones = {"reduce_prod": 1, "cumprod": 1, "cumlogsumexp": 1 + np.log(num)}
+    np.testing.assert_allclose(out.max(), of_ones.get(name, num), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", with_fact("pole"))
+def test_a_pole_gives_inf_where_all_else_is_one(name):
+    eqn = equation(name)
+    if name == "integer_pow":
+        eqn = eqn.replace(params=eqn.params | {"y": -1})
+    index, value = PRIMITIVES[name].pole
+    values = operands(eqn, 1.0 if name != "pow" else -1.0)
+    assert np.isfinite(floats(results(eqn, values))[0]).all()
+    values[index] = jnp.full_like(values[index], value)
+    assert not np.isfinite(floats(results(eqn, values))[0]).any()
+
+
+@pytest.mark.parametrize("name", with_fact("outside_domain"))
+def test_outside_of_its_domain_a_function_is_nan(name):
+    eqn = equation(name)
+    probed = np.array([-2.5, -1.5, -0.5, 0.25, 0.5, 1.5, 2.5], np.float32)
+    outside = PRIMITIVES[name].outside_domain(probed)
+    assert outside.any()
+    for x, is_outside in zip(probed, outside, strict=True):
+        values = operands(eqn, 0.5)
+        values[0] = jnp.full_like(values[0], x)
+        (out,) = results(eqn, values)
+        assert np.isnan(out).all() == is_outside, x
+
+
+@pytest.mark.parametrize("name", with_fact("float16_limit"))
+def test_float16_overflows_just_beyond_the_limit(name):
+    eqn, limit = equation(name), float(PRIMITIVES[name].float16_limit)
+    if name == "pow":
+        return  # Its limit is that of float16 itself.
+    fn = lambda x: np.asarray(bind(eqn, jnp.full((4, 4), x, jnp.float16))[0])
+    assert np.isfinite(fn(limit - 0.1)).all()
+    assert np.isinf(fn(limit + 1)).all()
+
+
+def test_flops_are_counted_by_the_table():
+    for name, facts in PRIMITIVES.items():
+        if name not in PROBES or facts.is_matmul or not probes.exists(name):
+            continue
+        eqn = equation(name)
+        if not eqn.outvars:
+            continue
+        sizes = {
+            Flops.NONE: 0,
+            Flops.PER_OUTPUT: eqn.outvars[0].aval.size,
+            Flops.PER_INPUT: eqn.invars[0].aval.size if eqn.invars else 0,
+        }
+        assert count_flops(eqn) == sizes[facts.flops], name

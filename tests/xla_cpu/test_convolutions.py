@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import mpjax
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr, walk
-from mpjax._jaxpr.passes import through
-from mpjax._xla_cpu.convolutions import with_plain_convolutions
+from mpjax._jaxpr.passes import apply_passes
+from mpjax._xla_cpu.convolutions import put_channels_last
 
 RNG = np.random.default_rng(0)
 LAST = ("NHWC", "HWIO", "NHWC")
@@ -76,7 +76,7 @@ def forms(closed):
 
 
 def written(fn):
-    return through(fn, with_plain_convolutions)
+    return apply_passes(fn, put_channels_last)
 
 
 def is_plain(numbers):

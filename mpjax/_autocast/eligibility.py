@@ -1,4 +1,4 @@
-"""Decisions about single equations: may it run in half, in which, and why not."""
+"""Decisions about single equations: may it run in half, and why not."""
 
 import enum
 import functools
@@ -16,11 +16,8 @@ from mpjax._jaxpr.core import (
 )
 from mpjax._jaxpr.primitives import facts_of
 
-RESERVED_AUTOCAST = "mpjax_autocast"
-RESERVED_FULL = "mpjax_full_precision"
 
-
-class Fit(enum.Enum):
+class Rounding(enum.Enum):
     """How a constant survives in a narrower format."""
 
     EXACT = "exact"
@@ -29,21 +26,21 @@ class Fit(enum.Enum):
 
 
 @functools.lru_cache(maxsize=4096)
-def fit(value: float, dtype: Any) -> Fit:
+def classify_rounding(value: float, dtype: Any) -> Rounding:
     """Returns how `value` survives a cast to a half dtype.
 
     Out of range is what overflows, and what is below the smallest normal number, where
-    an epsilon loses its bits or becomes zero.
+    an epsilon loses bits or flushes to zero.
     """
     if math.isnan(value) or math.isinf(value):
-        return Fit.EXACT
+        return Rounding.EXACT
     with np.errstate(all="ignore"):
         rounded = float(np.asarray(value, np.float32).astype(dtype))
     if rounded == value:
-        return Fit.EXACT
+        return Rounding.EXACT
     info = jnp.finfo(dtype)
     in_range = float(info.smallest_normal) <= abs(value) <= float(info.max)
-    return Fit.ROUNDS if in_range else Fit.OUT_OF_RANGE
+    return Rounding.ROUNDS if in_range else Rounding.OUT_OF_RANGE
 
 
 def is_eligible(eqn: Any) -> bool:
@@ -61,9 +58,10 @@ def is_eligible(eqn: Any) -> bool:
 
 
 def asks_for_sign(eqn: Any) -> bool:
-    """Whether it compares a number with zero: rounded or not, its sign is the same.
+    """Whether it compares a number with zero: rounding does not change the sign.
 
-    But for what is too small for half: then it asks of the zero that a matmul gets.
+    Except of numbers too small for half: the comparison then sees the zero that
+    a matmul gets.
     """
     return facts_of(eqn).compares_order and any(
         isinstance(x, Literal) and np.ndim(x.val) == 0 and x.val == 0
@@ -71,16 +69,11 @@ def asks_for_sign(eqn: Any) -> bool:
     )
 
 
-def is_reserved(eqn: Any) -> bool:
-    """Whether an equation is a nested `autocast` or a `full_precision`."""
-    name = eqn.params.get("name")
-    return isinstance(name, str) and name.startswith((RESERVED_AUTOCAST, RESERVED_FULL))
-
-
-def is_emulation(eqn: Any) -> bool:
+def is_reduced_precision(eqn: Any) -> bool:
     """Whether it rounds to a narrower format than float32, kept in float32.
 
-    With float32's own width, as JAX has it around what a checkpoint saves, it is none.
+    With float32's own width, which JAX puts around what a checkpoint saves, it does
+    not.
     """
     params = eqn.params
     return eqn.primitive.name == "reduce_precision" and (
@@ -89,7 +82,7 @@ def is_emulation(eqn: Any) -> bool:
 
 
 def params_in_half(eqn: Any, dtype: Any) -> dict[str, Any] | None:
-    """Returns an equation's parameters where they say what a float is; else None."""
+    """Returns an equation's parameters where they name a floating format; else None."""
     if eqn.primitive.name == "convert_element_type":
         return eqn.params | {"new_dtype": dtype, "weak_type": False}
     if eqn.primitive.name == "reduce_precision":
@@ -98,7 +91,7 @@ def params_in_half(eqn: Any, dtype: Any) -> dict[str, Any] | None:
     return None
 
 
-def why_not_low(eqn: Any, ambient_precision: Any) -> str:
+def why_not_half(eqn: Any, ambient_precision: Any) -> str:
     """Returns why a matmul stays in float32, or an empty string."""
     if not is_eligible(eqn):
         dtypes = sorted({str(a.aval.dtype) for a in eqn.invars if hasattr(a, "aval")})
@@ -120,7 +113,7 @@ def asks_for_more(precision: Any) -> bool:
 
 
 def _is_sum(dot: Any) -> bool:
-    """Whether it contracts more than one element; a size not known yet is taken so."""
+    """Whether it contracts more than one element; an unknown size counts as more."""
     (lhs_contract, _), _ = dot.params["dimension_numbers"]
     num = math.prod(dot.invars[0].aval.shape[axis] for axis in lhs_contract)
     return not isinstance(num, int) or num > 1

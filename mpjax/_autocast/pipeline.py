@@ -1,0 +1,54 @@
+"""What `autocast` does to a jaxpr: every pass, in its order.
+
+Each pass takes a jaxpr and returns one with the same inputs and outputs, or the very
+object if it has nothing to do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from mpjax._autocast.hoist import hoist_casts_out_of_scans
+from mpjax._autocast.inline import inline_calls_with_scans
+from mpjax._autocast.residuals import minimize_residuals
+from mpjax._autocast.rewrite import Rewriter, Settings
+from mpjax._xla_cpu.convolutions import put_half_channels_last
+from mpjax._xla_cpu.matmuls import add_unit_axes, swap_transposed_matmuls
+
+
+def rewrite_in_half(jaxpr: Any, settings: Settings, scope: str = "") -> Any:
+    """Finds what is demanded of each value, and rewrites the operations by it."""
+    return Rewriter(settings, run_pipeline).rewrite(jaxpr, scope)
+
+
+PASSES: tuple[Callable[..., Any], ...] = (
+    rewrite_in_half,
+    # A jitted loss hides the forward loop from the backward loop.
+    inline_calls_with_scans,
+    # What a forward loop saves for the backward loop.
+    minimize_residuals,
+    # Weights that a loop casts at every step.
+    hoist_casts_out_of_scans,
+    # The forms that XLA:CPU runs fast, and with float32 sums.
+    swap_transposed_matmuls,
+    add_unit_axes,
+    put_half_channels_last,
+)
+
+
+def run_pipeline(jaxpr: Any, settings: Settings, scope: str = "") -> Any:
+    """Runs every pass.
+
+    Args:
+      jaxpr: closed or open.
+      settings: the rules, and the kinds of primitives.
+      scope: the name scope of the jaxpr.
+
+    Returns:
+      The jaxpr; the very object if there is nothing to make half.
+    """
+    rewritten = rewrite_in_half(jaxpr, settings, scope)
+    if rewritten is jaxpr:
+        return jaxpr
+    for run in PASSES[1:]:
+        rewritten = run(rewritten)
+    return rewritten

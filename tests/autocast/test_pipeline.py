@@ -1,0 +1,114 @@
+"""The passes of autocast, one after the other."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.loops import CELLS, W, X, evaluate
+from helpers.tools import assert_same_bits
+
+import mpjax
+from experiments.models.small import CASES
+from mpjax._autocast.api import make_settings
+from mpjax._autocast.pipeline import PASSES, rewrite_in_half, run_pipeline
+from mpjax._jaxpr.core import check_jaxpr, dtype_of, inner_jaxprs, open_jaxpr, walk
+from mpjax._xla_cpu import switch
+
+SETTINGS = make_settings("mixed_bfloat16", (), ())
+# What changes no value, not even in its last bit, wherever it runs.
+AFTER_THE_REWRITE = [name.__name__ for name in PASSES[1:4]]
+
+
+def traced_gradient(name):
+    case = CASES[name]()
+    return jax.make_jaxpr(jax.value_and_grad(jax.jit(case.loss)))(
+        case.params, case.inputs
+    )
+
+
+def stages(jaxpr):
+    """The jaxpr after each pass, by the name of the pass."""
+    found = {"as traced": jaxpr}
+    for run in PASSES:
+        jaxpr = run(jaxpr, SETTINGS) if run is rewrite_in_half else run(jaxpr)
+        found[run.__name__] = jaxpr
+    return found
+
+
+def types(jaxpr):
+    body = open_jaxpr(jaxpr)
+    return [(v.aval.shape, dtype_of(v)) for v in (*body.invars, *body.outvars)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_pass_leaves_a_sound_jaxpr_of_the_same_type(name):
+    found = stages(traced_gradient(name))
+    for jaxpr in found.values():
+        check_jaxpr(open_jaxpr(jaxpr))
+        assert types(jaxpr) == types(found["as traced"])
+    *_, last = found.values()
+    assert str(run_pipeline(found["as traced"], SETTINGS)) == str(last)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_passes_after_the_rewrite_change_no_bit(name):
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(jax.jit(CELLS[name])))(W, X)
+    found = stages(jaxpr)
+    expected = evaluate(found["rewrite_in_half"], W, X)
+    for each in AFTER_THE_REWRITE:
+        assert_same_bits(evaluate(found[each], W, X), expected)
+
+
+def test_every_pass_has_something_to_do_somewhere():
+    changed = set()
+    for case in ("bigru", "convnet", "transformer", "tied"):
+        found = list(stages(traced_gradient(case)).items())
+        for (_, old), (name, new) in itertools.pairwise(found):
+            changed |= set() if new is old else {name}
+    assert changed == {run.__name__ for run in PASSES}
+
+
+def test_a_second_run_of_a_form_finds_nothing_to_do():
+    *_, last = stages(traced_gradient("convnet")).values()
+    for run in PASSES[3:]:
+        assert run(last) is last
+
+
+def test_with_nothing_to_make_half_no_pass_runs():
+    half = jnp.ones((4, 4), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lambda a, b: (a @ b).T)(half, half)
+    assert run_pipeline(jaxpr, SETTINGS) is jaxpr
+
+
+def test_no_pass_looks_into_full_precision():
+    kept = mpjax.full_precision(lambda x: (x @ x).T)
+
+    def fn(x, h):
+        return x @ x, kept(h)
+
+    x, h = jnp.ones((4, 4)), jnp.ones((4, 4), jnp.bfloat16)
+    old = jax.make_jaxpr(fn)(x, h)
+    new = run_pipeline(old, SETTINGS)
+    assert new is not old
+    inside = [
+        [str(inner) for eqn in open_jaxpr(jaxpr).eqns for inner in inner_jaxprs(eqn)]
+        for jaxpr in (old, new)
+    ]
+    assert inside[0] == inside[1] != []
+
+
+def dots(jaxpr):
+    return [eqn for eqn, _, _ in walk(jaxpr) if eqn.primitive.name == "dot_general"]
+
+
+def test_one_switch_turns_the_forms_of_xla_cpu_off(monkeypatch):
+    jaxpr = traced_gradient("mlp")
+    with_forms = dots(run_pipeline(jaxpr, SETTINGS))
+    assert any(eqn.invars[0].aval.ndim > 2 for eqn in with_forms)
+    monkeypatch.setattr(switch, "is_on", False)
+    without = dots(run_pipeline(jaxpr, SETTINGS))
+    assert len(without) == len(with_forms) > 0
+    assert {dtype_of(eqn.outvars[0]) for eqn in without} == {np.dtype(jnp.bfloat16)}
+    assert all(eqn.invars[0].aval.ndim == 2 for eqn in without)
