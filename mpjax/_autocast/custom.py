@@ -1,9 +1,9 @@
 """Functions with a derivative of their own: both the function and the rule, rewritten.
 
-What JAX keeps of `custom_vjp` and `custom_jvp` in an equation is its own affair. Only
-`bind` is asked of it: the equation evaluates, and differentiates, as JAX would. Around
-that a new `custom_vjp` or `custom_jvp` is made, and traced; its rule is rewritten when
-somebody differentiates.
+What a `custom_vjp` or `custom_jvp` equation holds is private to JAX. Only its `bind` is
+used: it evaluates and differentiates the equation as JAX would. A new `custom_vjp` or
+`custom_jvp` is made around it, and traced; its rule is rewritten when the function is
+differentiated.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
         return bind(eqn, *args)
 
     def rewritten(fn):
-        """`fn` with its operations rewritten; float0 and static leaves pass by."""
+        """`fn` with its operations rewritten; float0 and static leaves pass through."""
 
         def run(*args):
             leaves, treedef = jax.tree.flatten(args)

@@ -1,4 +1,4 @@
-"""What autocast did to a function: FLOPs per dtype, what stayed float32, and why."""
+"""What autocast does to a function: FLOPs per dtype, what stays float32, and why."""
 
 import collections
 import dataclasses

@@ -1,8 +1,8 @@
 """Jaxprs: reading, rebuilding and evaluating them. The only importer of jax.extend.
 
-`jax.extend` promises no compatibility between versions of JAX; what differs between
-those that mpjax supports is dealt with here. From JAX 0.11 on a `ClosedJaxpr` *is*
-a `Jaxpr`, so the two are never told apart by `isinstance`.
+`jax.extend` promises no compatibility between versions of JAX; the differences between
+the versions that mpjax supports are handled here and in `loops`. From JAX 0.11 on
+a `ClosedJaxpr` *is* a `Jaxpr`, so `isinstance` never distinguishes the two.
 """
 
 import collections
@@ -24,8 +24,8 @@ from jax.extend.core import Literal, Var, check_jaxpr
 
 _FLOAT32 = np.dtype(np.float32)
 
-# An operation in a function of JAX itself has the line that calls it, not the line
-# there that calls any function.
+# The source line of an operation is the user's, not the line in `flatten` that calls
+# every function.
 source_info_util.register_exclusion(str(pathlib.Path(__file__).with_name("flatten.py")))
 
 __all__ = ["Eqn", "Literal", "Var", "check_jaxpr", "eval_jaxpr"]
@@ -120,7 +120,7 @@ def new_eqn(
       params: its parameters, hashable.
       like: equation whose source line, name scope and context it takes.
       varies_as: variable; the output varies over the same axes of a `shard_map`, which
-        is more than the primitive's rule knows.
+        the primitive's own rule does not know.
     """
     avals = tuple(x.aval for x in atoms)
     aval = _infer(primitive, avals, tuple(params.items()), like.ctx)
@@ -209,7 +209,7 @@ def num_trips(eqn: Any) -> int:
 
 
 def may_change_operands(eqn: Any) -> bool:
-    """Whether none of its effects is that on an operand with a certain number."""
+    """Whether none of its effects names an operand by its index."""
     return not any(hasattr(effect, "input_index") for effect in eqn.effects)
 
 
@@ -237,29 +237,29 @@ def count_uses(jaxpr: Any) -> collections.Counter[Var]:
 
 
 def is_split(atom: Any) -> bool:
-    """Whether it is sharded over the axes of an explicit mesh."""
+    """Whether an atom is sharded over the axes of an explicit mesh."""
     return any(axis is not None for axis in atom.aval.sharding.spec)
 
 
 def has_effects(eqn: Any) -> bool:
-    """Whether it does more than to compute; that of a collective, an axis, is none."""
+    """Whether an equation does more than compute; a collective's axis does not count."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
 def is_annotated(eqn: Any) -> bool:
-    """Whether its context says where it is to run, or what the compiler is to know."""
+    """Whether its context says where to run it, or gives the compiler metadata."""
     context = eqn.ctx
     names = ("compute_type", "xla_metadata")
     return any(getattr(context, name, None) for name in names)
 
 
 def is_var(atom: Any) -> bool:
-    """Whether it is a variable, not a literal."""
+    """Whether an atom is a variable, not a literal."""
     return not isinstance(atom, Literal)
 
 
 def renamed(atoms: Any, names: dict[Var, Any]) -> list[Any]:
-    """Returns variables and literals, those variables renamed that have a new name."""
+    """Returns variables and literals, where `names` has another name for one, that."""
     return [names.get(x, x) if is_var(x) else x for x in atoms]
 
 
@@ -269,9 +269,9 @@ def dtype_of(atom: Any) -> Any:
 
 
 def num_bytes(atom: Any) -> int:
-    """Returns the bytes of a variable or literal; of a token 0.
+    """Returns the bytes of a variable or literal; 0 for a token.
 
-    Where a dimension is symbolic, it is no `int`.
+    Where a dimension is symbolic, the result is no `int`.
     """
     dtype = dtype_of(atom)
     return math.prod(atom.aval.shape) * getattr(dtype, "itemsize", 0) if dtype else 0
@@ -281,7 +281,7 @@ _TRANSFORM = re.compile(r"\b(?:jvp|transpose|vmap|checkpoint|rematted_computatio
 
 
 def join_scope(scope: str, eqn: Any) -> str:
-    """Returns the name scope of an equation inside `scope`, free of transforms.
+    """Returns the name scope of an equation inside `scope`, without transforms.
 
     JAX names the backward pass of `encoder` `transpose(jvp(encoder))`; here both are
     `encoder`.

@@ -1,4 +1,4 @@
-"""Any function as one of a list of arrays, as `jax.jit` sees it.
+"""Any function as a function of a list of arrays, as `jax.jit` sees it.
 
 Leaves that are not arrays (strings, activation functions in a module) are static: part
 of the function, not of its arguments.
@@ -15,9 +15,9 @@ import numpy as np
 
 @jax.tree_util.register_pytree_node_class
 class Static:
-    """A value that is part of a tree's structure; compared by value where it can be.
+    """A value that is part of a tree's structure; compared by value where possible.
 
-    What can change in place is compared as it was, so that a change is noticed.
+    A value that can change in place is compared as it was, so that a change is noticed.
     """
 
     def __init__(self, value: Any):

@@ -17,7 +17,7 @@ from mpjax.policy import PolicyRules
 
 
 class Gradients(NamedTuple):
-    """What one pass over a batch gives.
+    """Gradients, loss and other results of one pass over a batch.
 
     Attributes:
       scaled: like params; gradients of the scaled loss, float32 at least, zero for
@@ -46,8 +46,8 @@ def scaled_gradients(
       state: the `TrainState`.
       batch: arrays whose first axis counts examples.
       key: PRNG key of this step.
-      num_microbatches: in how many pieces. Gradients and loss are means over them, as
-        are floating aux; integer aux are added up. The model state passes through.
+      num_microbatches: number of pieces. Gradients, loss and floating aux are means
+        over them, integer aux sums. The model state passes from piece to piece.
       rules: policies for autocast, or None for none.
 
     Raises:
@@ -64,15 +64,15 @@ def scaled_gradients(
         loss = to_full(jnp.asarray(loss))
         return scale_loss(loss, state.opt_state), (loss, model_state, aux)
 
-    # What a CPU keeps of a float16 gradient is float32 already.
-    is_apart = rules is not None and rules.default.compute_dtype != jnp.float16
+    # A CPU keeps a float16 gradient in float32 anyway.
+    is_unfused = rules is not None and rules.default.compute_dtype != jnp.float16
 
     def one(params, model_state, batch, key) -> Gradients:
         grads, (loss, new_state, aux) = jax.grad(
             loss_and_aux, has_aux=True, allow_int=True
         )(params, model_state, batch, key)
         floats = [g for g in jax.tree.leaves(grads) if is_inexact(g)]
-        squares = sum_of_squares(prevent_fusion(floats) if is_apart else floats)
+        squares = sum_of_squares(prevent_fusion(floats) if is_unfused else floats)
         grads = jax.tree.map(lambda g: to_full(float0_to_zeros(g)), grads)
         return Gradients(grads, squares, loss, cast_like(new_state, model_state), aux)
 
@@ -109,7 +109,7 @@ def scaled_gradients(
 
 
 def checkpointed(loss_fn: Callable[..., Any], policy: Any) -> Callable[..., Any]:
-    """Wraps a loss so that its backward pass computes anew what `policy` does not save.
+    """Wraps a loss so that its backward pass rematerializes what `policy` drops.
 
     Args:
       loss_fn: any function.
