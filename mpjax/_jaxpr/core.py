@@ -242,7 +242,7 @@ def is_split(atom: Any) -> bool:
 
 
 def has_effects(eqn: Any) -> bool:
-    """Whether an equation does more than compute; a collective's axis does not count."""
+    """Whether an equation does more than compute; a collective has no such effect."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
