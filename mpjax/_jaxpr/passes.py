@@ -1,5 +1,6 @@
 """Passes over jaxprs: one jaxpr in, one with the same inputs and outputs out."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ def apply_passes(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Calla
 
     config: Any = jax.config
 
+    @functools.wraps(fn, updated=())
     def call(*args):
         if config.jax_disable_jit:
             return fn(*args)
