@@ -5,6 +5,7 @@ those that mpjax supports is dealt with here. From JAX 0.11 on a `ClosedJaxpr` *
 a `Jaxpr`, so the two are never told apart by `isinstance`.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -238,6 +239,13 @@ def is_annotated(eqn: Any) -> bool:
 def is_var(atom: Any) -> bool:
     """Whether it is a variable, not a literal."""
     return not isinstance(atom, Literal)
+
+
+def count_uses(jaxpr: Any) -> collections.Counter[Var]:
+    """Returns how often equations read each variable, or the jaxpr returns it."""
+    body = open_jaxpr(jaxpr)
+    atoms = [x for eqn in body.eqns for x in eqn.invars] + list(body.outvars)
+    return collections.Counter(x for x in atoms if is_var(x))
 
 
 def renamed(atoms: Any, names: dict[Var, Any]) -> list[Any]:

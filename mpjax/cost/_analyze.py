@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
+from mpjax._jaxpr.primitives import MATMULS
 from mpjax._report import plain_table, print_report, rich_group, rich_table, shares
 from mpjax.cost._compile import compile_for, peak_bytes
 from mpjax.cost._devices import Device, get_device
 from mpjax.cost._hlo import moved_bytes
 from mpjax.numerics import precision_report
-from mpjax.numerics._tap import MATMULS
 
 
 @dataclasses.dataclass(frozen=True)
