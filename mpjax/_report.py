@@ -72,3 +72,8 @@ def shares(counts: Mapping[str, int], unit: str) -> list[str]:
 def short_source(eqn: Any) -> str:
     """Returns the user's source line of an equation, without the directory."""
     return source_line(eqn).rpartition("/")[2].replace(".<locals>", "")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, cut to 200 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
