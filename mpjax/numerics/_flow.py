@@ -121,6 +121,8 @@ class Flow:
         name = eqn.primitive.name
         inside = context.inside(eqn)
         if not holds_operations(eqn):
+            if facts_of(eqn).moves_data and len(eqn.outvars) == len(values) > 1:
+                return values  # As of a barrier.
             return [self._rule(eqn, values, context)] * len(eqn.outvars)
         if name == "scan":
             scan = Scan(eqn)

@@ -26,6 +26,7 @@ from mpjax.numerics._findings import (
 )
 from mpjax.numerics._flow import AbstractValue, Flow, Site, site_of
 
+# Functions of JAX by which users cast.
 _CASTS = ("astype", "convert_element_type", "asarray", "array")
 _WIDE = frozenset((np.dtype(np.float64), np.dtype(np.complex128)))
 # Sums of no more terms than this lose no more than other operations do.
@@ -47,10 +48,8 @@ def find(jaxpr: Any) -> tuple[list[Finding], list[AbstractValue]]:
         for v in open_jaxpr(jaxpr).invars
     ]
     outputs = lint.flow.run(jaxpr, inputs, EqnContext())
-    lint.escaped_leaks |= {v.leak for v in outputs}
-    return [
-        x for x in lint.found if x.kind != LEAK or x.source in lint.escaped_leaks
-    ], outputs
+    escaped = lint.escaped_leaks | {v.leak for v in outputs}
+    return [x for x in lint.found if x.kind != LEAK or x.source in escaped], outputs
 
 
 class _Lint:
@@ -58,8 +57,9 @@ class _Lint:
 
     Attributes:
       found: all findings, and every leak.
-      escaped_leaks: source lines of the leaks that reach a matmul, an output or more
-        half-precision values. Only these are findings; a leak that is cast back is not.
+      escaped_leaks: source lines of the leaks that reach a matmul, or more values in
+        half. These, and the leaks that reach an output, are findings; a leak that is
+        cast back is not.
     """
 
     def __init__(self, jaxpr: Any):
@@ -193,7 +193,7 @@ class _Lint:
             dtype=aval.dtype,
         )
 
-    # Float32 where half was meant.
+    # Float32 where half was intended.
 
     def _check_operands(
         self,

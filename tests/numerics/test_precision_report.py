@@ -122,6 +122,7 @@ def test_each_line_of_a_cached_jit_is_its_own():
         (healthy.explicit_float32, (X, W)),
         (healthy.rounded_where_it_is_read_twice, (X, W)),
         (healthy.rounded_for_the_other_part, (X, W)),
+        (healthy.behind_a_barrier, (X, W)),
         (healthy.unique_scatter, (X, W)),
         (lambda x: (jnp.cumsum(x), x @ x, x // 2), (INDEX,)),
         (lambda: None, ()),
