@@ -1,16 +1,17 @@
-"""What reports share: their lines of numbers, and tables, plain or by rich."""
+"""Parts that reports share: lines of numbers, and tables, plain or through rich."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mpjax._jaxpr.core import source_line
+import jax.numpy as jnp
 
-_HALF = ("bfloat16", "float16")
+from mpjax._jaxpr.core import source_line
+from mpjax._tree import is_half
 
 
 def print_report(report: Any) -> None:
-    """Prints by rich on a terminal where that is installed, else plain."""
+    """Prints through rich on a terminal if rich is installed, else as plain text."""
     try:
         from rich.console import Console
     except ImportError:
@@ -23,7 +24,7 @@ def print_report(report: Any) -> None:
 
 
 def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table as text, its header underlined."""
+    """Returns a table as text, with its header underlined."""
     cells = [columns, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [
@@ -35,7 +36,7 @@ def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def rich_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
-    """Returns a table for rich, with half-precision dtypes in green, others yellow."""
+    """Returns a table for rich, half-precision dtypes in green and others in yellow."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -43,15 +44,16 @@ def rich_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
     for row in rows:
         cells = [escape(cell) for cell in row]
         if "dtype" in columns:
-            place = columns.index("dtype")
-            colour = "green" if row[place] in _HALF else "yellow"
-            cells[place] = f"[{colour}]{cells[place]}[/]"
+            index = columns.index("dtype")
+            dtype = getattr(jnp, row[index], None)  # None for a dtype of keys.
+            colour = "green" if is_half(dtype) else "yellow"
+            cells[index] = f"[{colour}]{cells[index]}[/]"
         table.add_row(*cells)
     return table
 
 
 def rich_group(*parts: Any) -> Any:
-    """Returns text and tables one below the other, for rich."""
+    """Returns texts and tables, one below the other, for rich."""
     from rich.console import Group
     from rich.text import Text
 
@@ -59,7 +61,7 @@ def rich_group(*parts: Any) -> Any:
 
 
 def shares(counts: Mapping[str, int], unit: str) -> list[str]:
-    """Returns millions and percentages, `bfloat16 268 MFLOP (99.9 %)`."""
+    """Returns each count in millions and percent: `bfloat16 268 MFLOP (99.9 %)`."""
     total = sum(counts.values()) or 1
     return [
         f"{name} {count / 1e6:.3g} {unit} ({100 * count / total:.1f} %)"
@@ -68,5 +70,10 @@ def shares(counts: Mapping[str, int], unit: str) -> list[str]:
 
 
 def short_source(eqn: Any) -> str:
-    """Returns the user's source line of an equation, without the folder."""
+    """Returns the user's source line of an equation, without the directory."""
     return source_line(eqn).rpartition("/")[2].replace(".<locals>", "")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, cut to 200 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -21,13 +22,18 @@ def is_inexact(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
+def is_floating(x: Any) -> bool:
+    """Whether an array, an abstract value or a dtype is real and floating."""
+    dtype = _dtype_of(x)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
 def is_half(x: Any) -> bool:
-    """Whether a leaf is a floating array narrower than float32."""
-    return (
-        hasattr(x, "dtype")
-        and jnp.issubdtype(x.dtype, jnp.floating)
-        and jnp.finfo(x.dtype).bits < 32
-    )
+    """Whether an array, an abstract value or a dtype is narrower than float32.
+
+    float16, bfloat16 and the float8 formats are; integers and tokens are not.
+    """
+    return is_floating(x) and jnp.finfo(_dtype_of(x)).bits < 32
 
 
 def to_full(x: Any) -> Any:
@@ -50,3 +56,7 @@ def sum_of_squares(tree: Any) -> jax.Array:
             x = to_full(jnp.asarray(x))
             total += jnp.sum((x * x.conj()).real)
     return total
+
+
+def _dtype_of(x: Any) -> Any:
+    return x if isinstance(x, (type, np.dtype)) else getattr(x, "dtype", None)

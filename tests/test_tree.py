@@ -1,11 +1,39 @@
-"""Sums over all gradients, against float64."""
+"""What leaves are; sums over all gradients, against float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax._tree import sum_of_squares
+from mpjax._tree import is_floating, is_half, sum_of_squares
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "floating", "half"),
+    [
+        (jnp.float16, True, True),
+        (jnp.bfloat16, True, True),
+        (jnp.float8_e4m3fn, True, True),
+        (np.float32, True, False),
+        (np.float64, True, False),
+        (np.complex64, False, False),
+        (np.int8, False, False),
+        (np.bool_, False, False),
+        (jax.dtypes.float0, False, False),
+    ],
+)
+def test_half_and_floating_of_dtypes_arrays_and_abstract_values(dtype, floating, half):
+    array = np.zeros(2, dtype)
+    for x in (dtype, np.dtype(dtype), array, jax.ShapeDtypeStruct((2,), dtype)):
+        assert (is_floating(x), is_half(x)) == (floating, half)
+
+
+@pytest.mark.parametrize("x", [None, 1.0, 2, "text", KEY, KEY.dtype], ids=str)
+def test_what_has_no_real_dtype_is_neither(x):
+    assert not is_floating(x)
+    assert not is_half(x)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])

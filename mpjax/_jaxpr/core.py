@@ -258,6 +258,13 @@ def is_var(atom: Any) -> bool:
     return not isinstance(atom, Literal)
 
 
+def count_uses(jaxpr: Any) -> collections.Counter[Var]:
+    """Returns how often equations read each variable, or the jaxpr returns it."""
+    body = open_jaxpr(jaxpr)
+    atoms = [x for eqn in body.eqns for x in eqn.invars] + list(body.outvars)
+    return collections.Counter(x for x in atoms if is_var(x))
+
+
 def renamed(atoms: Any, names: dict[Var, Any]) -> list[Any]:
     """Returns variables and literals, where `names` has another name for one, that."""
     return [names.get(x, x) if is_var(x) else x for x in atoms]

@@ -79,7 +79,8 @@ class Facts:
       shrinks: whether it is exact with a result smaller than its operand, so that a
         cast belongs after it.
       moves_data: whether its results hold numbers of its first operand, unchanged, and
-        no others: a constant array stays constant.
+        no others: a constant array stays constant. (With as many results as operands,
+        as `optimization_barrier` has, each result those of its own operand.)
       is_view: whether XLA does it without touching memory.
       is_slice: whether it reads of its first operand only as much as it returns.
       is_cheap: whether it is arithmetic or takes a piece: cheaper to rematerialize than

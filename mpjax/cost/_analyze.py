@@ -1,4 +1,4 @@
-"""What one call of a function costs: memory, arithmetic, traffic, time at best."""
+"""What one call of a function costs: memory, arithmetic, traffic, roofline time."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
+from mpjax._jaxpr.primitives import MATMULS
 from mpjax._report import plain_table, print_report, rich_group, rich_table, shares
 from mpjax.cost._compile import compile_for, peak_bytes
 from mpjax.cost._devices import Device, get_device
 from mpjax.cost._hlo import moved_bytes
 from mpjax.numerics import precision_report
-from mpjax.numerics._tap import MATMULS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +19,21 @@ class CostReport:
     """What one call costs; `print(report)`, `report.print()`, `report.to_dict()`.
 
     Attributes:
-      device: its name.
-      argument_bytes: of all arguments.
-      output_bytes: of all results.
-      alias_bytes: of results that take the place of donated arguments.
-      temporary_bytes: what XLA needs beside arguments and results.
-      peak_bytes: what must fit at once: arguments, results not in their place,
-        temporaries.
-      moved_bytes: read from and written to memory; see `analyze`.
-      matmul_flops: of matmuls and convolutions, by dtype of their operands.
-      other_flops: of all else, by dtype.
-      compute_s: time of the arithmetic at the device's peak; None if not known.
-      memory_s: time to move the bytes at the device's bandwidth; None if not known.
-      memory_bytes: of the device; None if not known.
-      float32_matmul_precision: by which float32 matmuls count as TF32 or not.
+      device: name of the device.
+      argument_bytes: size of all arguments.
+      output_bytes: size of all results.
+      alias_bytes: size of the results that reuse the memory of donated arguments.
+      temporary_bytes: memory that XLA needs beside arguments and results.
+      peak_bytes: memory needed at once: arguments, results that do not reuse an
+        argument's memory, and temporaries.
+      moved_bytes: bytes read from and written to memory; see `analyze`.
+      matmul_flops: FLOPs of matmuls and convolutions, by dtype of their operands.
+      other_flops: FLOPs of all other operations, by dtype.
+      compute_s: seconds for the arithmetic at the device's peak; None if unknown.
+      memory_s: seconds to move the bytes at the device's bandwidth; None if unknown.
+      memory_bytes: memory of the device; None if unknown.
+      float32_matmul_precision: the setting that decides whether float32 matmuls count
+        as TF32.
     """
 
     device: str
@@ -56,14 +57,14 @@ class CostReport:
 
     @property
     def roofline_s(self) -> float | None:
-        """The larger of `compute_s` and `memory_s`: no faster than that."""
+        """The larger of `compute_s` and `memory_s`, a lower bound; None if unknown."""
         if self.compute_s is None or self.memory_s is None:
             return None
         return max(self.compute_s, self.memory_s)
 
     @property
     def bound(self) -> str | None:
-        """Which of the two it is: "compute" or "memory"."""
+        """What bounds the roofline time: "compute" or "memory"; None if unknown."""
         if self.compute_s is None or self.memory_s is None:
             return None
         return "compute" if self.compute_s >= self.memory_s else "memory"
@@ -76,7 +77,7 @@ class CostReport:
         }
 
     def print(self) -> None:
-        """Prints it: by rich on a terminal where that is installed, else plain."""
+        """Prints the report, through rich on a terminal if rich is installed."""
         print_report(self)
 
     def __rich__(self) -> Any:
@@ -96,7 +97,7 @@ class CostReport:
         rows = {
             "arguments": self.argument_bytes,
             "results": self.output_bytes,
-            "results in the arguments' place": self.alias_bytes,
+            "results in donated arguments": self.alias_bytes,
             "temporaries": self.temporary_bytes,
             "peak": self.peak_bytes,
             "moved": self.moved_bytes,
@@ -105,9 +106,9 @@ class CostReport:
 
     def _end(self) -> str:
         if self.roofline_s is None:
-            return "no time at best: the peaks of this device are not known"
+            return "no roofline time: the peaks of this device are not known"
         return (
-            f"at best {1e3 * self.roofline_s:.3g} ms, bound by {self.bound} "
+            f"roofline time {1e3 * self.roofline_s:.3g} ms, bound by {self.bound} "
             f"(arithmetic {1e3 * (self.compute_s or 0):.3g} ms, memory "
             f"{1e3 * (self.memory_s or 0):.3g} ms; float32 matmul precision "
             f"{self.float32_matmul_precision})"
@@ -119,24 +120,33 @@ def analyze(
 ) -> CostReport:
     """Tells what one call of a function costs, without running it.
 
-    The function is compiled, for a GPU that need not be there: that takes JAX's CUDA
-    plugin (`pip install "jax[cuda13]"`), and `JAX_PLATFORMS=cpu` where there is no GPU.
+    It takes the function with its arguments, `analyze(step, state, batch)`, and returns
+    the report.
 
-    FLOPs are counted in the function as traced (as `precision_report` does: loops by
-    their length, a `while` once). Bytes moved are counted in the compiled code: each
-    kernel reads its operands and writes its results. Time at best is a roofline
-    (Williams, Waterman, Patterson 2009): all arithmetic at the peak of its dtype,
-    matmuls on matrix units, all traffic at full bandwidth, the one behind the other.
+    The function is compiled, also for a GPU you don't have: that needs JAX's CUDA
+    plugin (`pip install "jax[cuda13]"`) and, on a machine without a GPU,
+    `JAX_PLATFORMS=cpu`.
+
+    FLOPs are counted in the function as traced (as `precision_report` does: a scan
+    times its length, a `while` once). Bytes moved are counted in the compiled code:
+    each kernel reads its operands and writes its results. The time is a roofline
+    (Williams, Waterman, Patterson 2009): the larger of all arithmetic at the peak of
+    its dtype, with matmuls on matrix units, and all traffic at full bandwidth.
 
     Args:
       step: any function, jitted or not; donated arguments count once.
-      args: its arguments, or `jax.ShapeDtypeStruct` in their place.
-      device: "v100", "a100", "h100", "h200", "b200", a `Device`, or None for the one
-        that is here.
+      *args: its arguments; arrays, `jax.ShapeDtypeStruct` or numbers.
+      device: "v100", "a100", "h100", "h200", "b200", a `Device`, or None for JAX's
+        default device.
+
+    Returns:
+      A `CostReport`; times are in seconds, sizes in bytes.
 
     Raises:
-      ValueError: for a name that is not known.
-      RuntimeError: if code for that GPU cannot be made here; it says what to do.
+      ValueError: for an unknown name of a device.
+      MissingPluginError: if the CUDA plugin is not installed or does not start; it says
+        what to do.
+      RuntimeError: if XLA cannot compile the function for that GPU.
     """
     target = get_device(device)
     compiled = compile_for(target, step, *args)
@@ -174,7 +184,7 @@ def analyze(
 
 
 def float32_matmul_precision() -> str:
-    """Returns `jax_default_matmul_precision`; "default" where none is set."""
+    """Returns the setting `jax_default_matmul_precision`; "default" if unset."""
     config: Any = jax.config
     return config.jax_default_matmul_precision or "default"
 

@@ -1,17 +1,18 @@
-"""One training step in several precisions: what each needs, and the batch that fits."""
+"""One training step under several policies: costs, and the largest batch that fits."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mpjax._report import plain_table, print_report, rich_group, rich_table
+from mpjax._tree import is_half
 from mpjax.cost._analyze import CostReport, analyze
 from mpjax.cost._compile import compile_for, peak_bytes
 from mpjax.cost._devices import Device, get_device
 
-_HALF = ("bfloat16", "float16")
 _COLUMNS = (
     "policy",
     "arguments, MB",
@@ -20,7 +21,7 @@ _COLUMNS = (
     "to first",
     "matmuls in half",
     "moved, MB",
-    "at best, ms",
+    "roofline, ms",
     "bound by",
     "largest batch",
 )
@@ -31,11 +32,11 @@ class PolicyCosts:
     """Costs by policy; `print(costs)`, `costs.print()`, `costs.to_dict()`.
 
     Attributes:
-      device: its name.
-      batch_size: at which costs were taken.
+      device: name of the device.
+      batch_size: batch size of the reports.
       reports: a `CostReport` per policy.
-      largest_batch: examples that fit, per policy; None where the device's memory is
-        not known.
+      largest_batch: number of examples that fit, per policy; None if the device's
+        memory is unknown.
       memory_fraction: the share of the device's memory that counts as usable.
     """
 
@@ -46,7 +47,7 @@ class PolicyCosts:
     memory_fraction: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain values, ready for JSON."""
+        """Returns the costs as plain values, ready for JSON."""
         return {
             "device": self.device,
             "batch_size": self.batch_size,
@@ -58,7 +59,7 @@ class PolicyCosts:
         }
 
     def print(self) -> None:
-        """Prints it: by rich on a terminal where that is installed, else plain."""
+        """Prints the table, through rich on a terminal if rich is installed."""
         print_report(self)
 
     def __rich__(self) -> Any:
@@ -97,23 +98,29 @@ def compare(
     device: str | Device | None = None,
     memory_fraction: float = 0.75,
 ) -> PolicyCosts:
-    """Tells what a training step costs in each of several policies.
+    """Tells what a training step costs under each of several policies.
 
-    Nothing is run; see `analyze`. The largest batch is found by compiling at growing
-    batch sizes: memory is close to affine in the batch.
+    It takes a function that makes the step and its arguments, because a policy may
+    change both, and returns the costs. Nothing is run; see `analyze`. The largest batch
+    is found by compiling at growing batch sizes, since memory is close to affine in the
+    batch size.
 
     Args:
       make: `make(policy) -> (step, *args)`; the last argument is the batch, whose
-        leaves have the examples along axis 0. Abstract arguments will do.
-      policies: names for `make`.
+        leaves have the examples along axis 0. Arguments may be `jax.ShapeDtypeStruct`.
+      policies: names to call `make` with.
       device: as for `analyze`.
-      memory_fraction: the share of the device's memory that may be used; JAX takes
+      memory_fraction: the share of the device's memory that may be used; JAX reserves
         0.75 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+
+    Returns:
+      A `PolicyCosts`.
 
     Raises:
       ValueError: without policies, for a batch whose leaves differ in their first axis,
-        a memory_fraction outside of (0, 1], or an unknown device.
-      RuntimeError: as `analyze`.
+        for a memory_fraction outside of (0, 1], or for an unknown device.
+      MissingPluginError: as for `analyze`.
+      RuntimeError: as for `analyze`.
 
     >>> import jax.numpy as jnp, optax
     >>> import mpjax
@@ -157,7 +164,9 @@ def compare(
 
 def half_share(report: CostReport) -> float:
     """Returns the share of a step's matmul FLOPs that are in half precision."""
-    half = sum(report.matmul_flops.get(dtype, 0) for dtype in _HALF)
+    half = sum(
+        n for dtype, n in report.matmul_flops.items() if is_half(jnp.dtype(dtype))
+    )
     return half / max(sum(report.matmul_flops.values()), 1)
 
 
@@ -165,7 +174,7 @@ def size_of(batch: Any) -> int:
     """Returns the length of the first axis of all leaves of a batch.
 
     Raises:
-      ValueError: if they differ, or there is none.
+      ValueError: if they differ, or there are no leaves.
     """
     sizes = {x.shape[0] if x.shape else None for x in jax.tree.leaves(batch)}
     if len(sizes) != 1 or None in sizes:
@@ -177,7 +186,7 @@ def size_of(batch: Any) -> int:
 
 
 def resized(batch: Any, batch_size: int) -> Any:
-    """Returns a batch's shapes and dtypes with another number of examples."""
+    """Returns the shapes and dtypes of a batch with another number of examples."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch
     )

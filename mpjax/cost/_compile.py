@@ -1,4 +1,4 @@
-"""Compiling a function for the device that is here, or for a GPU that is not."""
+"""Compiling a function for a device of this machine, or for a GPU you don't have."""
 
 import functools
 import importlib.util
@@ -7,49 +7,59 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from mpjax._report import first_line
 from mpjax.cost._devices import Device
 
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
+class MissingPluginError(RuntimeError):
+    """JAX's CUDA plugin, which compiles for a GPU, is not installed or does not start.
+
+    The message says what to do.
+    """
+
+
 def compile_for(device: Device, step: Any, *args: Any) -> Any:
-    """Compiles without running.
+    """Compiles a function without running it.
 
     Args:
-      device: where `target` is None, JAX's default device, else the GPU so described.
-      step: a function, jitted or not; what jit was told (donation) counts.
-      args: its arguments; arrays, `jax.ShapeDtypeStruct` or numbers.
+      device: the GPU that `device.target` describes, or JAX's default device if that is
+        None.
+      step: a function, jitted or not; donation and other settings of jit are kept.
+      *args: its arguments; arrays, `jax.ShapeDtypeStruct` or numbers.
 
     Returns:
       A `jax.stages.Compiled`.
 
     Raises:
-      RuntimeError: if code for that GPU cannot be made here; it says what to do.
+      MissingPluginError: if the CUDA plugin is not installed or does not start.
+      RuntimeError: if XLA cannot compile the function for that GPU.
     """
     jitted = step if hasattr(step, "lower") else jax.jit(step)
     if device.target is None:
         return jitted.lower(*args).compile()
     sharding = jax.sharding.SingleDeviceSharding(_gpu(device))
 
-    def place(x):
+    def to_struct(x):
         if hasattr(x, "shape") and hasattr(x, "dtype"):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         return x
 
-    lowered = jitted.lower(*jax.tree.map(place, args))
-    # Choosing kernels by timing them needs the GPU.
+    lowered = jitted.lower(*jax.tree.map(to_struct, args))
+    # Autotuning would time kernels on the GPU.
     options: Any = {"xla_gpu_autotune_level": 0}
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
-            f"XLA cannot compile for {device.name} with this CUDA: {_first_line(error)}"
+            f"XLA cannot compile for {device.name} with this CUDA: {first_line(error)}"
             f"{_hint(device)}"
         ) from error
 
 
 def peak_bytes(compiled: Any) -> int:
-    """Returns what must fit at once: arguments, other results, temporaries."""
+    """Returns the bytes needed at once: arguments, temporaries and other results."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes
@@ -61,16 +71,16 @@ def peak_bytes(compiled: Any) -> int:
 
 def _gpu(device: Device) -> Any:
     if not any(map(importlib.util.find_spec, _PLUGINS)):
-        raise RuntimeError(
+        raise MissingPluginError(
             f"compiling for {device.name} needs JAX's CUDA plugin, though no GPU: "
             'pip install "jax[cuda13]"'
         )
     try:
         return _topology(target_config(device)).devices[0]
-    except (NotImplementedError, jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise RuntimeError(
-            f"JAX's CUDA plugin did not start ({_first_line(error)}). Where there is "
-            "no GPU, set JAX_PLATFORMS=cpu before JAX computes anything: "
+    except RuntimeError as error:
+        raise MissingPluginError(
+            f"JAX's CUDA plugin did not start ({first_line(error)}). On a machine "
+            "without a GPU, set JAX_PLATFORMS=cpu before JAX computes anything: "
             'jax.config.update("jax_platforms", "cpu").'
         ) from error
 
@@ -108,10 +118,6 @@ def _fields(values: dict[str, Any]) -> str:
         else f"{name}: {value}"
         for name, value in values.items()
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _hint(device: Device) -> str:

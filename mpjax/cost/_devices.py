@@ -1,4 +1,4 @@
-"""Devices: what they hold, how fast they are, and what XLA must know to compile."""
+"""Devices: their memory and peaks, and the description that XLA compiles for."""
 
 import dataclasses
 import functools
@@ -13,17 +13,17 @@ _FOLDER = resources.files("mpjax.cost") / "devices"
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device, as the data files in `mpjax/cost/devices` have it, or as you say.
+    """A device, from a data file in `mpjax/cost/devices` or of your own numbers.
 
     Attributes:
-      name: for people.
-      memory_bytes: of the device, or None if not known.
-      bandwidth_bytes_per_s: of its memory, or None.
-      peak_flops_per_s: by dtype; `tf32` and the half formats on matrix units, dense;
-        `float8` likewise. `float32` and `float64` without matrix units.
-      target: fields of XLA's GpuDeviceInfoProto, by which code is compiled for it; None
-        for the device that is here.
-      device_kind: what JAX calls it.
+      name: name in reports.
+      memory_bytes: memory of the device; None if unknown.
+      bandwidth_bytes_per_s: bandwidth of its memory; None if unknown.
+      peak_flops_per_s: FLOP/s by dtype: `tf32`, `float16`, `bfloat16` and `float8` on
+        matrix units, without sparsity; `float32` and `float64` on vector units.
+      target: fields of XLA's GpuDeviceInfoProto to compile for; None for a device of
+        this machine.
+      device_kind: JAX's name for it, `jax.Device.device_kind`.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Device:
     device_kind: str = ""
 
     def matmul_flops_per_s(self, dtype: str, float32_matmul_precision: str) -> Any:
-        """Returns the peak of matmuls in a dtype, None if not known.
+        """Returns the peak FLOP/s of matmuls in a dtype; None if unknown.
 
         Args:
-          dtype: of the operands. One that the device's matrix units do not take runs at
-            the peak of float32.
-          float32_matmul_precision: as `jax_default_matmul_precision`; float32 matmuls
-            run in TF32, where the device has it, unless it is "highest" or "float32".
+          dtype: dtype of the operands. A dtype that the device's matrix units do not
+            take runs at the peak of float32.
+          float32_matmul_precision: as `jax_default_matmul_precision`. Unless it is
+            "highest" or "float32", float32 matmuls run in TF32 on a device that has it.
         """
         peak = self.peak_flops_per_s
         if dtype.startswith("float8"):
@@ -53,12 +53,12 @@ class Device:
         return peak.get(dtype) or peak.get("float32")
 
     def vector_flops_per_s(self, dtype: str) -> Any:
-        """Returns the peak of all but matmuls in a dtype, None if not known."""
+        """Returns the peak FLOP/s of other operations in a dtype; None if unknown."""
         return self.peak_flops_per_s.get("float64" if dtype == "float64" else "float32")
 
 
 def device_names() -> list[str]:
-    """Returns the names of the devices with a data file."""
+    """Returns the names of the devices that have a data file."""
     return sorted(
         path.name.removesuffix(".toml")
         for path in _FOLDER.iterdir()
@@ -69,11 +69,11 @@ def device_names() -> list[str]:
 def get_device(device: str | Device | None) -> Device:
     """Returns a device by name, such as "h100"; None is JAX's default device.
 
-    Of a present device that has no data file, such as a CPU, memory, bandwidth and
-    peaks are not known.
+    The memory, bandwidth and peaks of a device without a data file, such as a CPU, are
+    None.
 
     Raises:
-      ValueError: if there is no such name; it lists those there are.
+      ValueError: if the name is unknown; the message lists the known names.
     """
     if isinstance(device, Device):
         return device

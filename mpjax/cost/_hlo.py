@@ -1,7 +1,7 @@
 """Bytes that compiled code moves, read from its HLO.
 
-XLA's own count is not to be had for a GPU that is not there, and counts the matmuls
-that it gives to a library as nothing.
+XLA's own count is unavailable for a GPU you don't have, and counts a matmul that runs
+in a library as nothing.
 """
 
 import math
@@ -20,7 +20,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _BITS = re.compile(r"\d+")
 
-# Names for what is somewhere already, or the first half of what is done later.
+# Operations that move nothing: new names for existing memory, and the first half of
+# asynchronous operations.
 _FREE = frozenset(
     [
         "parameter",
@@ -58,26 +59,28 @@ class Instruction(NamedTuple):
 def moved_bytes(text: str) -> int:
     """Returns the bytes that a compiled module reads and writes.
 
-    Every kernel reads its operands and writes its results, once each: what is fused
-    moves nothing in between, and nothing stays in a cache from one kernel to the next.
-    Of an operand that a kernel only slices or gathers from, what is taken counts; of
-    one that it updates in place, what is written. Loops count as often as XLA knows
-    that they run, else once; of a conditional's branches the one that moves most.
+    Every kernel reads its operands and writes its results, once each: inside a fusion
+    nothing moves, and nothing stays in a cache from one kernel to the next. If a kernel
+    only slices an operand or gathers from it, the bytes taken count; if it updates an
+    operand in place, the bytes written count. A loop counts times its trip count if XLA
+    knows it, else once; a conditional counts the branch that moves most.
 
     Args:
       text: `compiled.as_text()`.
     """
     computations, entry = _parse(text)
-    return _of_computation(computations, entry)
+    return _computation_bytes(computations, entry)
 
 
-def _of_computation(computations: dict, name: str) -> int:
+def _computation_bytes(computations: dict, name: str) -> int:
     body = computations[name]
     sizes = {i.name: i.num_bytes for i in body}
-    return sum(_of_instruction(computations, i, sizes) for i in body)
+    return sum(_instruction_bytes(computations, i, sizes) for i in body)
 
 
-def _of_instruction(computations: dict, i: Instruction, sizes: dict[str, int]) -> int:
+def _instruction_bytes(
+    computations: dict, i: Instruction, sizes: dict[str, int]
+) -> int:
     if i.op in _FREE:
         return 0
     called = [name for name in _CALLED.findall(i.rest) if name in computations]
@@ -85,7 +88,7 @@ def _of_instruction(computations: dict, i: Instruction, sizes: dict[str, int]) -
         trips = _TRIPS.search(i.rest)
         body = re.search(r"body=%?([\w.\-]+)", i.rest)
         times = int(trips[1]) if trips else 1
-        return times * _of_computation(computations, body[1]) if body else 0
+        return times * _computation_bytes(computations, body[1]) if body else 0
     if i.op == "conditional":
         branches = _BRANCHES.search(i.rest)
         names = (
@@ -93,11 +96,11 @@ def _of_instruction(computations: dict, i: Instruction, sizes: dict[str, int]) -
             if branches
             else called
         )
-        return max((_of_computation(computations, n) for n in names), default=0)
+        return max((_computation_bytes(computations, n) for n in names), default=0)
     if i.op == "call" and called:
-        return _of_computation(computations, called[0])
+        return _computation_bytes(computations, called[0])
     if i.op in ("fusion", "fusion-start") and called:
-        return _of_fusion(computations[called[0]], i, sizes)
+        return _fusion_bytes(computations[called[0]], i, sizes)
     reads = [sizes.get(name, 0) for name in i.operands]
     if i.op in _SLICES:
         return 2 * i.num_bytes + sum(reads[1:])
@@ -106,24 +109,24 @@ def _of_instruction(computations: dict, i: Instruction, sizes: dict[str, int]) -
     return i.num_bytes + sum(reads)
 
 
-def _of_fusion(inside: list[Instruction], fusion: Instruction, sizes: dict) -> int:
+def _fusion_bytes(inside: list[Instruction], fusion: Instruction, sizes: dict) -> int:
     inner = {i.name: i for i in inside}
 
     def source(name: str) -> str:
-        """Looks through views."""
+        """Returns the name of the array that a view is of."""
         while name in inner and inner[name].op == "bitcast":
             name = inner[name].operands[0]
         return name
 
-    takers: dict[str, list[tuple[Instruction, int]]] = {}
+    readers: dict[str, list[tuple[Instruction, int]]] = {}
     for i in inside:
-        for place, name in enumerate(i.operands if i.op != "bitcast" else ()):
-            takers.setdefault(source(name), []).append((i, place))
+        for index, name in enumerate(i.operands if i.op != "bitcast" else ()):
+            readers.setdefault(source(name), []).append((i, index))
     moved = 0
     for i in inside:
         if i.op == "parameter":
             operand = fusion.operands[int(i.rest.partition(")")[0])]
-            moved += _read(takers.get(i.name, []), sizes.get(operand, 0))
+            moved += _bytes_read(readers.get(i.name, []), sizes.get(operand, 0))
     root = next(i for i in inside if i.is_root)
     for name in root.operands if root.op == "tuple" else (root.name,):
         result = inner[source(name)]
@@ -133,13 +136,13 @@ def _of_fusion(inside: list[Instruction], fusion: Instruction, sizes: dict) -> i
     return moved
 
 
-def _read(takers: list[tuple[Instruction, int]], num_bytes: int) -> int:
-    """Returns what of an array of `num_bytes` a kernel's instructions read."""
+def _bytes_read(readers: list[tuple[Instruction, int]], num_bytes: int) -> int:
+    """Returns how many of an array's `num_bytes` a kernel's instructions read."""
     parts = 0
-    for i, place in takers:
-        if place == 0 and i.op in _SLICES:
+    for i, index in readers:
+        if index == 0 and i.op in _SLICES:
             parts += i.num_bytes
-        elif place != 0 or i.op != "dynamic-update-slice":
+        elif index != 0 or i.op != "dynamic-update-slice":
             return num_bytes
     return parts
 
@@ -164,12 +167,12 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _arguments(rest: str) -> str:
-    """Returns what stands between the parentheses that the text begins within."""
+    """Returns the text up to the parenthesis that closes the one already open."""
     depth = 1
-    for place, char in enumerate(rest):
+    for index, char in enumerate(rest):
         depth += (char == "(") - (char == ")")
         if depth == 0:
-            return rest[:place]
+            return rest[:index]
     return rest
 
 

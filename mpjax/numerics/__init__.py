@@ -1,4 +1,4 @@
-"""See why half precision works or fails."""
+"""Shows why half precision works or fails: histograms, probes, Inf and NaN, reports."""
 
 from mpjax.numerics._causes import NonFinite
 from mpjax.numerics._findings import Finding
@@ -17,7 +17,11 @@ from mpjax.numerics._histogram import (
 from mpjax.numerics._histogram_loss_scale import HistogramLossScale
 from mpjax.numerics._nonfinite import find_nonfinite
 from mpjax.numerics._probe import OpHistograms, Probe, probe
-from mpjax.numerics._report import OpRecord, PrecisionReport, precision_report
+from mpjax.numerics._report import (
+    PrecisionRecord,
+    PrecisionReport,
+    precision_report,
+)
 from mpjax.numerics._tap import tap
 
 __all__ = [
@@ -28,7 +32,7 @@ __all__ = [
     "LossScaleAdvice",
     "NonFinite",
     "OpHistograms",
-    "OpRecord",
+    "PrecisionRecord",
     "PrecisionReport",
     "Probe",
     "RepresentableFraction",

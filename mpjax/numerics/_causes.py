@@ -1,4 +1,4 @@
-"""Why an operation gave Inf or NaN: its record, and the rules that tell."""
+"""Why an operation gave Inf or NaN: the record, and the rules that find the cause."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._jaxpr import core as _jaxpr
+from mpjax._jaxpr.primitives import facts_of
+from mpjax._tree import is_floating, is_half, is_inexact
 
 HALF_OVERFLOW = "overflow of half precision"
 OVERFLOW = "overflow"
@@ -21,41 +23,24 @@ UNKNOWN = "unknown"
 _REMEDIES = {
     HALF_OVERFLOW: "It is finite in float32: lower the loss scale if this is the "
     "backward pass, run the operation in float32, or use bfloat16.",
-    OVERFLOW: "Subtract the maximum before exponentials, or clip what goes in.",
-    DIVISION_BY_ZERO: "Make the denominator at least an epsilon that its dtype holds, "
-    "or choose a safe one by jnp.where before dividing, not after.",
+    OVERFLOW: "Subtract the maximum before exponentials, or clip the operand.",
+    DIVISION_BY_ZERO: "Keep the denominator above an epsilon that its dtype can hold, "
+    "or choose a safe denominator by jnp.where before the division, not after it.",
     LOG_OF_ZERO: "Work with log_softmax or log_sigmoid, or add an epsilon that the "
-    "dtype holds inside the logarithm.",
-    OUT_OF_DOMAIN: "Clip what goes in, or choose a safe value by jnp.where before the "
-    "function, not after.",
-    NAN_OF_INF: "An Inf met another, or a zero: mask by a large finite number instead "
-    "of Inf, and leave no row masked whole.",
-    INPUT: "Look at the data, or at the step that made the parameters.",
+    "dtype can hold inside the logarithm.",
+    OUT_OF_DOMAIN: "Clip the operand, or choose a safe operand by jnp.where before the "
+    "function, not after it.",
+    NAN_OF_INF: "An Inf met another Inf, or a zero: mask with a large finite number "
+    "instead of Inf, and mask no row entirely.",
+    INPUT: "Look at the data, or at the step that computed the parameters.",
     CONSTANT: "The function returns a constant that is not finite.",
     UNKNOWN: "",
-}
-
-# Primitives that have a pole at zero: the position of the operand that makes it.
-_POLES = {"div": 1, "rsqrt": 0, "log": 0, "log2": 0, "log1p": 0, "pow": 0, "rem": 1}
-_LOGS = ("log", "log2", "log1p")
-_DOMAINS = {
-    "log": lambda x: x < 0,
-    "log2": lambda x: x < 0,
-    "log1p": lambda x: x < -1,
-    "sqrt": lambda x: x < 0,
-    "rsqrt": lambda x: x < 0,
-    "asin": lambda x: np.abs(x) > 1,
-    "acos": lambda x: np.abs(x) > 1,
-    "acosh": lambda x: x < 1,
-    "atanh": lambda x: np.abs(x) > 1,
-    "erf_inv": lambda x: np.abs(x) > 1,
-    "pow": lambda x: x < 0,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class NonFinite:
-    """The first operation that gave Inf or NaN of what reached an output.
+    """The first operation whose Inf or NaN reached an output.
 
     Attributes:
       cause: "overflow of half precision" (finite in float32), "overflow", "division by
@@ -65,15 +50,17 @@ class NonFinite:
       primitive: name of the operation; empty for an input or constant.
       scope: its name scope.
       source: the user's source line, `model.py:12:4 (loss_fn)`.
-      is_backward: whether it is of the backward pass. JAX takes some derivatives in
-        the forward pass already: 1 / (2 sqrt(x)) is a `div` at the line of the root.
-      dtype: of what it gave.
-      shape: of what it gave.
-      num_nan: how many NaN it gave.
-      num_inf: how many Inf.
-      index: where the first of them is.
-      largest_input: the largest finite magnitude among its inputs; None without any.
-      iterations: the iteration of each loop around it, the outermost first.
+      is_backward: whether it belongs to the backward pass. JAX computes some
+        derivatives in the forward pass already: 1 / (2 sqrt(x)) is a `div` at the line
+        of the square root.
+      dtype: of its output.
+      shape: of its output.
+      num_nan: number of NaN in its output.
+      num_inf: number of Inf in its output.
+      index: index of the first NaN or Inf.
+      largest_input: the largest finite magnitude among its inputs; None if there is
+        none.
+      iterations: the iteration of each surrounding loop, the outermost first.
       leaf: path of the argument, `args[0]['w']`, if the cause is an input.
     """
 
@@ -115,7 +102,7 @@ class NonFinite:
 
 
 def count(x: Any) -> tuple[int, int, tuple[int, ...]]:
-    """Returns how many NaN and Inf an array has, and the index of the first."""
+    """Returns `(num_nan, num_inf, index)` of an array: the counts, and the first."""
     flat = np.asarray(x)
     if flat.dtype.kind != "c":
         flat = flat.astype(np.promote_types(np.float32, _numpy_dtype(flat)))
@@ -129,7 +116,7 @@ def largest_finite(values: list[Any]) -> float | None:
     """Returns the largest finite magnitude among floating arrays."""
     found = []
     for x in values:
-        if jnp.issubdtype(x.dtype, jnp.floating) and x.size:
+        if is_floating(x) and x.size:
             magnitude = np.abs(np.asarray(x).astype(np.float64))
             finite = magnitude[np.isfinite(magnitude)]
             found += [float(finite.max())] if finite.size else []
@@ -141,45 +128,39 @@ def find_cause(eqn: Any, values: list[Any], outputs: list[Any]) -> str:
 
     Args:
       eqn: the equation.
-      values: its inputs, none of which is to blame.
-      outputs: what it gave.
+      values: its inputs; Inf among them comes from constants only.
+      outputs: its outputs.
     """
+    facts = facts_of(eqn)
     num_nan = sum(count(x)[0] for x in outputs if is_inexact(x))
-    name = eqn.primitive.name
     operand = _operand(eqn, values)
-    leaves = _DOMAINS.get(name) if operand is not None and num_nan else None
-    if leaves is not None and np.any(leaves(operand)):
+    out_of_domain = facts.outside_domain if operand is not None and num_nan else None
+    if out_of_domain is not None and np.any(out_of_domain(operand)):
         return OUT_OF_DOMAIN
     if any(not np.isfinite(_wide(x)).all() for x in values if is_inexact(x)):
         return NAN_OF_INF if num_nan else UNKNOWN
-    at_pole = operand is not None and np.any(operand == (-1 if name == "log1p" else 0))
-    if at_pole:
-        return LOG_OF_ZERO if name in _LOGS else DIVISION_BY_ZERO
-    if _is_half(outputs) and _is_finite_in_float32(eqn, values):
+    if operand is not None and facts.pole and np.any(operand == facts.pole[1]):
+        return LOG_OF_ZERO if facts.is_logarithm else DIVISION_BY_ZERO
+    if any(map(is_half, outputs)) and _is_finite_in_float32(eqn, values):
         return HALF_OVERFLOW
     return UNKNOWN if num_nan else OVERFLOW
 
 
-def is_inexact(x: Any) -> bool:
-    """Whether a value is an array of floating or complex numbers."""
-    return jnp.issubdtype(getattr(x, "dtype", np.bool_), jnp.inexact)
-
-
 def _operand(eqn: Any, values: list[Any]) -> Any:
-    """The operand that makes a pole or leaves the domain, as float64."""
-    name = eqn.primitive.name
-    position = 0 if name == "integer_pow" else _POLES.get(name, 0)
-    if name == "integer_pow" and eqn.params["y"] >= 0:
+    """Returns the operand that may be at a pole or out of the domain, as float64."""
+    facts = facts_of(eqn)
+    if facts.pole is None and facts.outside_domain is None:
         return None
-    if name not in (*_POLES, *_DOMAINS, "integer_pow"):
+    if eqn.primitive.name == "integer_pow" and eqn.params["y"] >= 0:
         return None
-    return _wide(values[position]) if is_inexact(values[position]) else None
+    value = values[facts.pole[0] if facts.pole else 0]
+    return _wide(value) if is_inexact(value) else None
 
 
 def _is_finite_in_float32(eqn: Any, values: list[Any]) -> bool:
     if eqn.primitive.name == "convert_element_type":
         return True  # Its input is finite.
-    widened = [x.astype(jnp.float32) if _is_half([x]) else x for x in values]
+    widened = [x.astype(jnp.float32) if is_half(x) else x for x in values]
     params = dict(eqn.params)
     if params.get("preferred_element_type") is not None:
         params["preferred_element_type"] = np.dtype(np.float32)
@@ -188,13 +169,6 @@ def _is_finite_in_float32(eqn: Any, values: list[Any]) -> bool:
     except Exception:  # A primitive that takes these dtypes only.
         return False
     return all(np.isfinite(_wide(x)).all() for x in outputs if is_inexact(x))
-
-
-def _is_half(values: list[Any]) -> bool:
-    return any(
-        jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
-        for x in values
-    )
 
 
 def _wide(x: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a precision report finds fault with: the record of a place, and the kinds."""
+"""Findings of a precision report: their kinds, the record, messages and remedies."""
 
 import collections
 import dataclasses
@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from mpjax._jaxpr.primitives import facts_of
 
 HALF_ACCUMULATION = "accumulation in half"
 HALF_FUNCTION = "sensitive function in half"
@@ -15,31 +17,23 @@ FLOAT64 = "float64"
 RETRACE = "retrace"
 ROUND_TRIP = "cast there and back"
 
-# Where float16 overflows: exp(11.1) is 66171.
-_LARGEST_ARGUMENT = {
-    "exp": "11",
-    "expm1": "11",
-    "exp2": "16",
-    "sinh": "11",
-    "cosh": "11",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A place where a function's precision is not what it should be.
+    """An operation whose precision is not what it should be.
 
     Attributes:
       kind: "accumulation in half", "sensitive function in half", "leak to float32",
         "matmul in float32", "float64", "retrace" or "cast there and back".
       primitive: name of the operation.
-      dtype: of its result; of a matmul, in which it computes.
+      dtype: of its result; for a matmul the dtype in which it computes.
       scope: its name scope.
       source: the user's source line, `model.py:12:4 (loss_fn)`.
       message: what is wrong.
       remedy: what to do about it.
-      num_calls: how often it runs; a `while` body and each branch of a `cond` once.
-      flops: of all calls together, for a matmul.
+      num_calls: how often it runs; a `while` body and each branch of a `cond` count
+        once.
+      flops: of all calls together, for a matmul; else 0.
     """
 
     kind: str
@@ -63,9 +57,9 @@ class Finding:
 
 
 def merge(findings: list[Finding]) -> tuple[Finding, ...]:
-    """Returns the findings, those alike as one.
+    """Returns the findings, with similar ones merged into one.
 
-    Those with most FLOPs come first, then in the order of the program.
+    The findings with the most FLOPs come first, the others in program order.
     """
     alike: dict[Any, list[Finding]] = collections.defaultdict(list)
     for x in findings:
@@ -84,42 +78,43 @@ def merge(findings: list[Finding]) -> tuple[Finding, ...]:
 
 
 def _likeness(x: Finding) -> Any:
-    if x.kind == FLOAT32_MATMUL:  # So are those of its backward pass.
+    if x.kind == FLOAT32_MATMUL:  # Merges the matmuls of its backward pass with it.
         return x.kind, x.primitive, x.scope, x.source
-    if x.kind == FLOAT64:  # What a line does with it follows from the first.
+    if x.kind == FLOAT64:  # The first operation of a line explains the others.
         return x.kind, x.scope, tuple(x.source.split(":")[:2])
     return dataclasses.replace(x, num_calls=0, flops=0)
 
 
-def when_it_stalls(dtype: Any) -> str:
-    """Returns what becomes of a long sum in half."""
+def stall_message(dtype: Any) -> str:
+    """Returns when a long sum in half stops growing."""
     ratio = 2 ** (jnp.finfo(dtype).nmant + 1)
     return f"where a sum stalls once it is {ratio} times its terms"
 
 
-def reduction_remedy(name: str) -> str:
-    """Returns how to accumulate otherwise, by the name of the primitive."""
+def rounding_message(eqn: Any) -> str:
+    """Returns what a sensitive function in half loses."""
+    dtype = eqn.outvars[0].aval.dtype
+    limit = facts_of(eqn).float16_limit
+    if dtype == np.float16 and limit:
+        return f"overflows in float16 beyond {limit}"
+    digits = 3 if dtype == np.float16 else 2
+    return f"is rounded to {digits} digits in {dtype}, and so is its operand"
+
+
+def accumulation_remedy(eqn: Any) -> str:
+    """Returns how to accumulate in float32 instead."""
+    name = eqn.primitive.name
     if name == "scatter-add":
         return (
             "Scatter into float32 and cast the result, or pass unique_indices=True if "
             "no index repeats."
         )
-    if name in ("reduce_sum", "reduce"):
+    if name == "reduce_sum":
         return (
-            "Use jnp.sum, which accumulates in float32, or cast to float32 before; for "
-            "the gradient of a broadcast (a bias), keep the parameter in float32, or "
-            "differentiate under mpjax.autocast."
+            "Use jnp.sum, which accumulates in float32, or cast to float32 before it; "
+            "for the gradient of a broadcast (a bias), keep the parameter in float32, "
+            "or differentiate under mpjax.autocast."
         )
-    if name in ("cumsum", "cumprod"):
+    if facts_of(eqn).accumulates and hasattr(jnp, name):
         return f"Accumulate in float32, jnp.{name}(x, dtype=jnp.float32), cast after."
     return "Accumulate in float32, x.astype(jnp.float32), and cast after."
-
-
-def what_it_loses(name: str, dtype: Any) -> str:
-    """Returns why a function is better not taken in half."""
-    if dtype == np.float16 and name in _LARGEST_ARGUMENT:
-        return f"overflows in float16 beyond {_LARGEST_ARGUMENT[name]}"
-    if dtype == np.float16 and name == "pow":
-        return "overflows in float16 beyond 65504"
-    digits = 3 if dtype == np.float16 else 2
-    return f"is rounded to {digits} digits in {dtype}, and so is what goes in"

@@ -1,42 +1,20 @@
-"""Where the values of a jaxpr come from: what the findings of a report rest upon.
+"""Abstract interpretation of jaxprs: what the findings of a report rest upon.
 
-A jaxpr is run on descriptions of values in place of values, into jit, scan, while, cond
-and functions with derivatives of their own. Loops are run until nothing changes, then
-once more, to be looked at.
+A jaxpr is run on abstract values, through jit, scan, while, cond and functions with
+derivatives of their own. A loop is run until nothing changes, then once more for the
+rules to look at.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jax.core import Tracer
 
-from mpjax._jaxpr.core import Literal, inner_jaxprs, open_jaxpr
-from mpjax._jaxpr.loops import Scan
-from mpjax.numerics._place import Place
-
-# Ops whose parameter is a jaxpr of scalars, by which they reduce: no calls.
-_REDUCERS = ("reduce", "scatter", "select_and")
-
-# The result holds the operand's numbers, none changed.
-MOVEMENT = frozenset(
-    (
-        "broadcast_in_dim",
-        "copy",
-        "name",
-        "optimization_barrier",
-        "pvary",
-        "reshape",
-        "reshard",
-        "rev",
-        "sharding_constraint",
-        "slice",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    )
-)
+from mpjax._jaxpr.core import Literal, count_uses, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.loops import Scan, While
+from mpjax._jaxpr.primitives import facts_of
+from mpjax.numerics._eqn_context import EqnContext
 
 
 class Site(NamedTuple):
@@ -54,19 +32,22 @@ class Site(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Value:
+class AbstractValue:
     """What is known of a value.
 
     Attributes:
-      is_constant: whether it is made of no floating argument, and of nothing in half:
-        of constants, integers and random numbers.
-      site: where it was computed, casts and movement aside; None for an argument.
-      cast: the equation that cast it, if nothing but movement came after that.
+      is_constant: whether it is made of no floating argument and of nothing in half,
+        only of constants, integers and random numbers.
+      site: where it was computed, before any casts and data movement; None for an
+        argument.
+      cast: the equation that cast it, if only data movement came after the cast.
       is_used_once: whether the result of that cast has no second use.
-      leak: source line at which it became float32 unasked.
+      leak: source line at which it became float32 by promotion.
       is_float64: whether it is float64 because of an argument, or reported already.
-      carried: the iteration's own carried value that it is, or was cast from.
-      accumulated: the carried value that it is plus something independent of it.
+      carried: the loop's carried value, as `(loop, index)`, that it is or was cast
+        from.
+      accumulated: `(carried, site)` if it is a carried value plus something
+        independent of it.
       depends_on: the carried values that it is made of.
     """
 
@@ -80,9 +61,9 @@ class Value:
     accumulated: Any = None
     depends_on: frozenset = frozenset()
 
-    def join(self, other: "Value") -> "Value":
-        """Returns what is known of a value that is either of two."""
-        return Value(
+    def join(self, other: "AbstractValue") -> "AbstractValue":
+        """Returns what is known of a value that is one of the two."""
+        return AbstractValue(
             is_constant=self.is_constant and other.is_constant,
             site=self.site or other.site,
             leak=self.leak or other.leak,
@@ -92,88 +73,111 @@ class Value:
 
 
 class Flow:
-    """Runs a jaxpr on descriptions of values.
+    """Runs a jaxpr on abstract values.
 
     Args:
-      rule: `(eqn, values, place) -> value` gives what each output of an operation is.
-      on_carry: `(eqn, place, value, index, trips)` is called with each value that
-        a loop carries, at the end of an iteration. Its `accumulated` is
-        `((loop, index), site)`, made by `rule`.
+      rule: `(eqn, values, context) -> value` returns the outputs of an operation, all
+        of which have the same abstract value.
+      on_carry: `(eqn, context, value, token, trips)` is called with each carried value
+        at the end of an iteration. The token is `(loop, index)`; `value.accumulated` is
+        `(token, site)`, made by `rule`. `trips` is None for a `while`.
     """
 
-    def __init__(self, rule: Callable[..., Value], on_carry: Callable[..., None]):
+    def __init__(
+        self, rule: Callable[..., AbstractValue], on_carry: Callable[..., None]
+    ):
         self.is_muted = False
         self._rule = rule
         self._on_carry = on_carry
 
-    def run(self, jaxpr: Any, values: Sequence[Value], place: Place) -> list[Value]:
-        """Returns what is known of the outputs."""
+    def run(
+        self, jaxpr: Any, values: Sequence[AbstractValue], context: EqnContext
+    ) -> list[AbstractValue]:
+        """Returns the abstract values of the outputs."""
         body = open_jaxpr(jaxpr)
-        uses = _count_uses(body)
+        uses = count_uses(body)
         env = {}
         for var, value in zip(body.invars, values, strict=True):
             env[var] = _in_use(value, uses[var])
         consts = getattr(jaxpr, "consts", ())
         for var, const in zip(body.constvars, consts, strict=False):
-            # What an outer transformation traces is no constant.
-            env[var] = Value(is_constant=not isinstance(const, Tracer))
-        read = lambda x: Value() if isinstance(x, Literal) else env.get(x, Value())
+            # A tracer of an outer transformation is no constant.
+            env[var] = AbstractValue(is_constant=not isinstance(const, Tracer))
+
+        def read(atom):
+            constant = AbstractValue()
+            return constant if isinstance(atom, Literal) else env.get(atom, constant)
+
         for eqn in body.eqns:
-            inner = place.enter(eqn)
-            outputs = self._equation(eqn, [read(x) for x in eqn.invars], inner)
+            operands = [read(x) for x in eqn.invars]
+            outputs = self._equation(eqn, operands, context.enter(eqn))
             for var, value in zip(eqn.outvars, outputs, strict=True):
                 env[var] = _in_use(value, uses[var])
         return [read(x) for x in body.outvars]
 
-    def _equation(self, eqn: Any, values: list[Value], place: Place) -> list[Value]:
+    def _equation(
+        self, eqn: Any, values: list[AbstractValue], context: EqnContext
+    ) -> list[AbstractValue]:
         name = eqn.primitive.name
-        inside = place.inside(eqn)
-        if not is_call(eqn):
-            return [self._rule(eqn, values, place)] * len(eqn.outvars)
+        inside = context.inside(eqn)
+        if not holds_operations(eqn):
+            if facts_of(eqn).moves_data and len(eqn.outvars) == len(values) > 1:
+                return values  # As of a barrier.
+            return [self._rule(eqn, values, context)] * len(eqn.outvars)
         if name == "scan":
             scan = Scan(eqn)
             consts, carry, xs = scan.split_operands(values)
             return self._loop(eqn, scan.jaxpr, consts, carry, xs, scan.length, inside)
         if name == "while":
-            num_cond = eqn.params["cond_nconsts"]
-            cond, body, carry = _cut(values, num_cond, eqn.params["body_nconsts"])
+            loop = While(eqn)
+            parts = loop.split_operands(values)
             outputs = self._loop(
-                eqn, eqn.params["body_jaxpr"], body, carry, [], None, inside
+                eqn, loop.body, parts.body_consts, parts.carry, [], None, inside
             )
-            self.run(eqn.params["cond_jaxpr"], [*cond, *outputs], inside)
+            self.run(loop.cond, [*parts.cond_consts, *outputs], inside)
             return outputs
         if name == "cond":
-            runs = [self.run(x, values[1:], inside) for x in eqn.params["branches"]]
-            outputs = runs[0]
-            for other in runs[1:]:
+            outputs, *others = [
+                self.run(x, values[1:], inside) for x in eqn.params["branches"]
+            ]
+            for other in others:
                 outputs = [a.join(b) for a, b in zip(outputs, other, strict=True)]
             return outputs
+        return self._call(eqn, values, context)
+
+    def _call(
+        self, eqn: Any, values: list[AbstractValue], context: EqnContext
+    ) -> list[AbstractValue]:
+        inside = context.inside(eqn)
         bodies = inner_jaxprs(eqn)
         body = open_jaxpr(bodies[0])
         if len(bodies) == 1 and len(body.invars) == len(values):
             outputs = self.run(bodies[0], values, inside)
             if len(outputs) == len(eqn.outvars):
                 return outputs
-        else:  # A solver or kernel: what goes in where is not known.
+        else:  # In a solver or kernel: which operand goes where is not known.
             for x in bodies:
-                given = [Value(is_constant=False) for _ in open_jaxpr(x).invars]
-                self.run(x, given, inside)
-        return [Value(is_constant=False, site=_site(eqn, place))] * len(eqn.outvars)
+                unknown = [
+                    AbstractValue(is_constant=False) for _ in open_jaxpr(x).invars
+                ]
+                self.run(x, unknown, inside)
+        output = AbstractValue(is_constant=False, site=site_of(eqn, context))
+        return [output] * len(eqn.outvars)
 
     def _loop(
         self,
         eqn: Any,
         body: Any,
-        consts: list[Value],
-        carry: list[Value],
-        xs: list[Value],
+        consts: list[AbstractValue],
+        carry: list[AbstractValue],
+        xs: list[AbstractValue],
         trips: int | None,
-        place: Place,
-    ) -> list[Value]:
+        context: EqnContext,
+    ) -> list[AbstractValue]:
         was_muted, self.is_muted = self.is_muted, True
         carry = [x.join(x) for x in carry]
         while True:
-            outputs = self.run(body, [*consts, *carry, *xs], place)
+            outputs = self.run(body, [*consts, *carry, *xs], context)
             joined = [a.join(b) for a, b in zip(carry, outputs, strict=False)]
             if [_settled(x) for x in joined] == [_settled(x) for x in carry]:
                 break
@@ -184,9 +188,9 @@ class Flow:
             dataclasses.replace(x, carried=t, depends_on=x.depends_on | {t})
             for x, t in zip(carry, tokens, strict=True)
         ]
-        outputs = self.run(body, [*consts, *marked, *xs], place)
-        for i in range(len(carry)):
-            self._on_carry(eqn, place, outputs[i], tokens[i], trips)
+        outputs = self.run(body, [*consts, *marked, *xs], context)
+        for output, token in zip(outputs, tokens, strict=False):
+            self._on_carry(eqn, context, output, token, trips)
         own = frozenset(tokens)
         return [
             dataclasses.replace(x.join(x), depends_on=x.depends_on - own)
@@ -194,32 +198,21 @@ class Flow:
         ]
 
 
-def is_call(eqn: Any) -> bool:
-    """Whether an equation only runs what is inside it."""
-    return bool(inner_jaxprs(eqn)) and not eqn.primitive.name.startswith(_REDUCERS)
+def holds_operations(eqn: Any) -> bool:
+    """Whether an equation is a call, branch or loop, not an operation itself."""
+    return bool(inner_jaxprs(eqn)) and not facts_of(eqn).reduces_by_jaxpr
 
 
-def _count_uses(body: Any) -> dict[Any, int]:
-    atoms = [x for eqn in body.eqns for x in eqn.invars] + list(body.outvars)
-    return collections.Counter(x for x in atoms if not isinstance(x, Literal))
+def site_of(eqn: Any, context: EqnContext) -> Site:
+    """Returns where an equation is."""
+    return Site(eqn.primitive.name, context.scope, context.source)
 
 
-def _in_use(value: Value, num_uses: int) -> Value:
+def _in_use(value: AbstractValue, num_uses: int) -> AbstractValue:
     once = value.is_used_once and num_uses == 1
     return dataclasses.replace(value, is_used_once=once)
 
 
-def _site(eqn: Any, place: Place) -> Site:
-    return Site(eqn.primitive.name, place.scope, place.source)
-
-
-def _settled(value: Value) -> tuple:
+def _settled(value: AbstractValue) -> tuple:
+    """Returns the facts by which an iteration may still change the next one."""
     return value.is_constant, bool(value.leak), value.is_float64, value.depends_on
-
-
-def _cut(values: list[Any], *sizes: int) -> list[list[Any]]:
-    parts = []
-    for size in sizes:
-        parts.append(values[:size])
-        values = values[size:]
-    return [*parts, values]

@@ -21,10 +21,10 @@ class _Format(NamedTuple):
 
     Attributes:
       num_fraction_bits: stored bits of the fraction.
-      min_exponent: of the smallest normal number.
-      max_exponent: of the largest number.
-      overflow_class: class of fraction (`ExponentHistogram`) from which on a number of
-        the largest exponent rounds beyond the largest number.
+      min_exponent: exponent of the smallest normal number.
+      max_exponent: exponent of the largest number.
+      overflow_class: lowest class of fractions (`ExponentHistogram`) in which a number
+        of the largest exponent rounds to more than the largest number.
     """
 
     num_fraction_bits: int
@@ -47,11 +47,11 @@ FORMATS = {
 
 
 class RepresentableFraction(NamedTuple):
-    """What becomes of finite numbers other than zero when cast; the four add up to 1.
+    """What a cast makes of finite nonzero numbers; the four shares add up to 1.
 
     Attributes:
       zero: share that rounds to zero.
-      subnormal: share below the smallest normal number that does not: it loses bits.
+      subnormal: share that becomes subnormal, and loses bits.
       normal: share that keeps the format's full precision.
       overflow: share that rounds to Inf (NaN in float8_e4m3fn).
     """
@@ -63,12 +63,12 @@ class RepresentableFraction(NamedTuple):
 
 
 class LossAtScale(NamedTuple):
-    """What a format loses of scaled numbers, in shares of those other than zero.
+    """What a format loses of scaled numbers, in shares of the nonzero ones.
 
     Attributes:
       loss_scale: power of two.
       zero: share that rounds to zero.
-      subnormal: share that loses bits as a subnormal number.
+      subnormal: share that becomes subnormal, and loses bits.
       overflow: share that rounds to Inf or NaN.
     """
 
@@ -84,8 +84,8 @@ class LossScaleAdvice:
 
     Attributes:
       loss_scale: a power of two.
-      reason: a sentence.
-      table: what is lost at every scale that was considered, the smallest first.
+      reason: one sentence.
+      table: the loss at every scale considered, the smallest scale first.
     """
 
     loss_scale: float
@@ -108,23 +108,24 @@ def representable_fraction(
 ) -> RepresentableFraction:
     """Returns what a format keeps of the numbers in a histogram.
 
-    As exact as casting the numbers, rounded to nearest even, with a float8's overflow
-    not saturated. Numbers outside of the histogram's range are taken as of the next
-    exponent: 2**(lo - 1) and 2**(hi + 1). Subnormals count as kept; some devices flush
-    them to zero.
+    The shares are exactly those of casting the numbers with rounding to nearest even,
+    where float8 overflows instead of saturating. Numbers outside the histogram's range
+    count as the next power of two, 2**(lo - 1) or 2**(hi + 1). Subnormals count as
+    kept, though some devices flush them to zero.
 
     Args:
       histogram: from `exponent_histogram`.
       dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2.
-      loss_scale: power of two that the numbers are multiplied by before the cast;
-        a number or a traced scalar.
+      loss_scale: power of two that multiplies the numbers before the cast; a number or
+        a traced scalar.
 
     Returns:
-      Shares of the finite numbers other than zero, all 0 if there are none. NumPy
-      float64 where the histogram is known, float32 under jit.
+      Shares of the finite nonzero numbers, all 0 if there are none: NumPy float64, or
+      float32 under jit.
 
     Raises:
-      ValueError: for another dtype, or a scale that is known and no power of two.
+      ValueError: for another dtype, or a loss scale that is not a power of two (a
+        traced one is not checked).
 
     >>> from mpjax.numerics import exponent_histogram
     >>> h = exponent_histogram(jnp.array([2.0**-26, 2.0**-20, 1.0, 65536.0]))
@@ -148,14 +149,16 @@ def recommend_loss_scale(
     headroom: int = 1,
     max_loss_scale: float = 2.0**24,
 ) -> LossScaleAdvice:
-    """Advises the power of two from 1 on at which a format loses least of a histogram.
+    """Advises the power of two, at least 1, at which a format loses least.
 
-    Of the scales at which nothing overflows, and the largest number stays `headroom`
-    powers of two below the top, the one at which the fewest numbers become zero; of
-    those, the fewest subnormal; of those, the smallest.
+    A scale qualifies if nothing overflows, and the largest number stays `headroom`
+    powers of two below the format's largest exponent. Among the scales that qualify,
+    the advice is the one at which the fewest numbers become zero, then the fewest
+    become subnormal; then the smallest scale.
 
     Args:
-      histogram: of unscaled gradients, of activations too where they can be had.
+      histogram: exponents of unscaled gradients; include those of activations if they
+        are available.
       dtype: as in `representable_fraction`.
       headroom: powers of two kept free above the largest number seen, for larger ones
         to come.
@@ -165,15 +168,15 @@ def recommend_loss_scale(
       A `LossScaleAdvice`.
 
     Raises:
-      TypeError: under jit; there is nobody there to read a reason.
+      TypeError: under jit, where there are no numbers to give a reason for.
       ValueError: for another dtype, a negative headroom or a maximum below 1.
     """
     fmt = format_of(dtype)
     name = jnp.dtype(dtype).name
     if not _is_known(histogram):
         raise TypeError(
-            "recommend_loss_scale gives a sentence, so it needs numbers: return the "
-            "histogram from the jitted function and call it outside."
+            "recommend_loss_scale explains itself, so it needs numbers: return the "
+            "histogram from the jitted function, and call it outside of jit."
         )
     if headroom < 0 or not 1 <= max_loss_scale < math.inf:
         raise ValueError(
@@ -206,17 +209,17 @@ def best_shift_limit(histogram: ExponentHistogram, fmt: _Format, headroom: int) 
 
     Args:
       histogram: known or traced.
-      fmt: of `FORMATS`.
+      fmt: one of `FORMATS`.
       headroom: powers of two to keep free.
 
     Returns:
-      An int32 scalar; large if there is no number to overflow.
+      An int32 scalar; very large if no number could overflow.
     """
     xp: Any = np if _is_known(histogram) else jnp
     counts = xp.asarray(histogram.class_counts)
     exponents = xp.asarray(histogram.exponents)[:, None]
     overflows = np.arange(NUM_CLASSES) >= fmt.overflow_class
-    # A number that rounds up counts as of the next exponent.
+    # A number that rounds up counts with the next exponent.
     reached = xp.where(counts > 0, exponents + overflows, -(10**6)).max()
     reached = xp.where(histogram.above > 0, histogram.hi + 1, reached)
     reached = xp.where(
@@ -228,11 +231,11 @@ def best_shift_limit(histogram: ExponentHistogram, fmt: _Format, headroom: int) 
 def _count_lost(
     histogram: ExponentHistogram, fmt: _Format, shift: Any, xp: Any
 ) -> tuple[Any, Any, Any]:
-    """Counts the numbers that become zero, subnormal, and infinite."""
+    """Counts the numbers that become zero, subnormal and infinite."""
     counts = xp.asarray(histogram.class_counts)
     moved = xp.asarray(histogram.exponents)[:, None] + shift
     classes = np.arange(NUM_CLASSES)
-    # Half of the smallest subnormal is a tie, and rounds to zero.
+    # Half of the smallest subnormal number is a tie, which rounds to zero.
     half = fmt.smallest_exponent - 1
     zero = (moved < half) | ((moved == half) & (classes == 0))
     subnormal = (moved < fmt.min_exponent) & ~zero
@@ -265,24 +268,24 @@ def _reason(histogram, name, table, best, fits) -> str:
     here, unscaled = table[best], table[0]
     if here.overflow:
         return (
-            f"{here.overflow:.3%} of the numbers other than zero overflow {name} "
-            f"without any scale, so none helps: use bfloat16 or float32{ignored}."
+            f"{here.overflow:.3%} of the nonzero numbers overflow {name} without any "
+            f"loss scale, and no loss scale helps: use bfloat16 or float32{ignored}."
         )
     if best == 0:
         if unscaled.zero or unscaled.subnormal:
             return (
                 f"No scale that leaves the largest number room in {name} loses less "
-                f"than none: {unscaled.zero:.3%} of the numbers other than zero become "
+                f"than a scale of 1: {unscaled.zero:.3%} of the nonzero numbers become "
                 f"zero, and {unscaled.subnormal:.3%} lose bits{ignored}."
             )
-        return f"{name} holds every number in full without a scale{ignored}."
+        return f"{name} holds every number in full without a loss scale{ignored}."
     parts = [
         f"2^{best} lowers the share that becomes zero in {name} from "
         f"{unscaled.zero:.3%} to {here.zero:.3%}, and the share that loses bits from "
         f"{unscaled.subnormal:.3%} to {here.subnormal:.3%}"
     ]
     if best == max(fits) and (here.zero or here.subnormal) and best + 1 < len(table):
-        parts.append("; a larger one leaves the largest number no headroom")
+        parts.append("; a larger scale leaves the largest number no headroom")
     return "".join(parts) + f"{ignored}."
 
 
@@ -306,8 +309,8 @@ def _log2(loss_scale: Any) -> Any:
     fraction, exponent = math.frexp(float(loss_scale))
     if fraction != 0.5:
         raise ValueError(
-            f"loss_scale={loss_scale} must be a power of two: others round every "
-            "number, and histograms of exponents cannot tell how."
+            f"loss_scale={loss_scale} must be a power of two: any other scale rounds "
+            "every number, and a histogram of exponents cannot tell how."
         )
     return exponent - 1
 

@@ -1,7 +1,7 @@
 """Histograms of exponents: which powers of two a tree of numbers spans.
 
-Exponents are read out of the bits with integers, so that nothing is rounded, and no
-subnormal number is flushed to zero on the way.
+Exponents are read from the bits in integer arithmetic, so no number is rounded, and no
+subnormal number is flushed to zero.
 """
 
 from typing import Any, Self
@@ -13,11 +13,11 @@ from jax import lax
 
 from mpjax._struct import pytree_dataclass
 
-# A number is 2**exponent * (1 + fraction). Where a fraction lies among these edges
-# decides whether it rounds to zero, or beyond the largest number, in each of `FORMATS`
-# (_formats.py): a fraction of zero; above 0.8125; from 0.875; 1 - 2**-8; 1 - 2**-11 on.
+# A number is 2**exponent * (1 + fraction). The class of its fraction decides whether it
+# rounds to zero, or beyond the largest number, in each of `FORMATS` (_formats.py). The
+# classes: 0; up to 0.8125; below 0.875; below 1 - 2**-8; below 1 - 2**-11; below 1.
 NUM_CLASSES = 6
-# The counts are made in so many rows, so that threads seldom add to the same one.
+# Counts are made in this many rows, so that threads seldom add to the same element.
 _NUM_ROWS = 32
 _MAX_SIZE = 2**31 - 1
 
@@ -26,19 +26,20 @@ _MAX_SIZE = 2**31 - 1
 class ExponentHistogram:
     """How many numbers have each exponent; signs are ignored.
 
-    A number of exponent e lies in [2**e, 2**(e + 1)). Histograms of the same range add
-    up: `a + b`. All counts are int32; under `vmap` they have leading axes.
+    The magnitude of a number with exponent e lies in [2**e, 2**(e + 1)). Histograms of
+    the same range can be added: `a + b`. All counts are int32 arrays; under `vmap` they
+    have leading axes.
 
     Attributes:
-      class_counts: (hi - lo + 1, 6); numbers per exponent and class of fraction, by
-        which rounding to half is told exactly.
-      zeros: scalar.
-      below: scalar; numbers other than zero of an exponent below `lo`.
-      above: scalar; finite numbers of an exponent above `hi`.
-      infs: scalar.
-      nans: scalar.
-      lo: smallest exponent told apart.
-      hi: largest exponent told apart.
+      class_counts: (hi - lo + 1, 6); numbers per exponent and class of fraction. The
+        classes make the rounding to half exact.
+      zeros: scalar; number of zeros.
+      below: scalar; nonzero numbers whose exponent is below `lo`.
+      above: scalar; finite numbers whose exponent is above `hi`.
+      infs: scalar; number of Inf.
+      nans: scalar; number of NaN.
+      lo: smallest exponent with a bin of its own.
+      hi: largest exponent with a bin of its own.
     """
 
     class_counts: Any
@@ -57,21 +58,21 @@ class ExponentHistogram:
 
     @property
     def exponents(self) -> np.ndarray:
-        """(hi - lo + 1,); the exponents that `counts` is of."""
+        """(hi - lo + 1,) integers; the exponents of `counts`."""
         return np.arange(self.lo, self.hi + 1)
 
     @property
     def num_nonzero(self) -> Any:
-        """How many numbers are finite and not zero."""
+        """Number of finite nonzero numbers."""
         return self.counts.sum(-1) + self.below + self.above
 
     @property
     def num_values(self) -> Any:
-        """How many numbers there are."""
+        """Number of numbers, with zeros, Inf and NaN."""
         return self.num_nonzero + self.zeros + self.infs + self.nans
 
     def __add__(self, other: Self) -> Self:
-        """Returns the histogram of both.
+        """Returns the histogram of the numbers of both.
 
         Raises:
           ValueError: if the ranges differ.
@@ -81,7 +82,7 @@ class ExponentHistogram:
         if (self.lo, self.hi) != (other.lo, other.hi):
             raise ValueError(
                 f"histograms of exponents {self.lo} to {self.hi} and {other.lo} to "
-                f"{other.hi} do not add up; make both with the same lo= and hi=."
+                f"{other.hi} cannot be added; make both with the same lo= and hi=."
             )
         return jax.tree.map(lambda a, b: a + b, self, other)
 
@@ -117,16 +118,16 @@ def exponent_histogram(
 ) -> Any:
     """Counts the exponents of all numbers in a tree, exactly.
 
-    Works under jit, vmap, scan and shard_map. What figures 2b and 3 of "Mixed Precision
-    Training" are drawn of.
+    Works under jit, vmap, scan and shard_map. Figures 2b and 3 of "Mixed Precision
+    Training" (arXiv:1710.03740) show such histograms.
 
     Args:
       tree: floating arrays of any shape, float64 to float8: gradients, activations.
-      lo: smallest exponent told apart; what is smaller counts as `below`.
-      hi: largest exponent told apart; what is larger counts as `above`.
+      lo: smallest exponent with a bin of its own; smaller numbers count as `below`.
+      hi: largest exponent with a bin of its own; larger numbers count as `above`.
       per_leaf: return a tree of histograms, one per leaf, instead of their sum.
-      axis_name: axes of the surrounding `shard_map` or `pmap` to sum over. Not for the
-        leaves that are whole on every device.
+      axis_name: axes of the surrounding `shard_map` or `pmap` to sum over. Leave it out
+        for leaves that every device holds whole.
 
     Returns:
       An `ExponentHistogram`, or a tree of them.
@@ -150,8 +151,8 @@ def exponent_histogram(
     size = sum(x.size for x in arrays)
     if size > _MAX_SIZE:
         raise ValueError(
-            f"{size} numbers are more than int32 counts; give the tree in parts, and "
-            "add the counts up as Python integers."
+            f"{size} numbers are more than int32 can count; pass the tree in parts, "
+            "and add up the counts as Python integers."
         )
     found = [_count(x, lo, hi) for x in arrays]
     if axis_name is not None:
@@ -162,7 +163,7 @@ def exponent_histogram(
 
 
 def empty_histogram(lo: int = -60, hi: int = 16) -> ExponentHistogram:
-    """Returns the histogram of no numbers: where sums over steps begin."""
+    """Returns the histogram of no numbers, the start of a sum over steps."""
     _check_range(lo, hi)
     zero = jnp.zeros((), jnp.int32)
     counts = jnp.zeros((hi - lo + 1, NUM_CLASSES), jnp.int32)
@@ -170,15 +171,16 @@ def empty_histogram(lo: int = -60, hi: int = 16) -> ExponentHistogram:
 
 
 def decompose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits numbers other than zero into exponent and fraction, by their bits.
+    """Splits nonzero numbers into exponent and fraction, by their bits.
 
     Args:
       x: floating array of at least 16 bits.
 
     Returns:
-      `(exponents, fractions)` of the shape of `x`: floor(log2(|x|)) as int32, one more
-      than the largest for Inf and NaN; and the bits of |x| / 2**exponent - 1, the
-      first the most significant, as unsigned integers of 32 bits (64 for float64).
+      `(exponents, fractions)`, both of the shape of `x`: floor(log2(|x|)) as int32, for
+      Inf and NaN one more than the largest exponent; and the bits of
+      |x| / 2**exponent - 1, aligned to the most significant bit, as uint32 (uint64 for
+      float64).
     """
     info = jnp.finfo(x.dtype)
     width = max(info.bits, 32)
@@ -193,7 +195,7 @@ def decompose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         int(info.minexp) - info.nmant + (width - 1) - leading.astype(jnp.int32),
         biased.astype(jnp.int32) + (int(info.minexp) - 1),
     )
-    # Shifting by the whole width gives zero in XLA.
+    # In XLA a shift by the whole width is zero.
     shift = jnp.where(is_subnormal, leading + 1, unsigned.type(width - info.nmant))
     return exponents, lax.shift_left(mantissa, shift.astype(unsigned))
 

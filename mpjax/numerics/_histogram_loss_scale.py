@@ -2,8 +2,8 @@
 
 "Mixed Precision Training", section 3.2: where gradient statistics are available, choose
 "a factor so that its product with the maximum absolute gradient value is below 65,504".
-Its other way, which `DynamicLossScale` goes, learns of a scale that is too large by
-overflows, and of one that is too small by waiting.
+`DynamicLossScale` follows the paper's other way: overflows show that a scale is too
+large, and a time without overflows that it may be too small.
 """
 
 import math
@@ -25,6 +25,7 @@ from mpjax._settings import (
     set_field,
 )
 from mpjax._struct import pytree_dataclass, replace_leaves
+from mpjax._tree import is_floating
 from mpjax.numerics._formats import best_shift_limit, format_of
 from mpjax.numerics._histogram import (
     ExponentHistogram,
@@ -46,15 +47,16 @@ from mpjax.numerics._histogram import (
     )
 )
 class HistogramLossScale:
-    """A loss scale that samples the gradients and picks what loses least of them.
+    """A loss scale that samples the gradients and picks the scale that loses least.
 
     On the first clean step, and on every `interval`-th after it, `observe` takes the
     histogram of the scaled gradients' exponents, and picks the largest power of two
-    that leaves the largest of them `headroom` powers of two below the top of `dtype`.
-    None that leaves as much room loses less: a larger scale loses only by overflow.
-    What a smaller one would lose as well the sample cannot tell, because gradients that
-    the backward pass has lost are zero in it. If nothing but zeros is in it, they count
-    as just below the smallest subnormal, so that the scale rises.
+    that leaves the largest gradient `headroom` powers of two below the largest exponent
+    of `dtype`. No other scale with as much headroom loses less: a larger scale loses
+    only by overflow. Whether a smaller scale would lose as little, the sample cannot
+    tell, because gradients that underflowed in the backward pass are zero in it. If the
+    sample contains only zeros, they count as just below the smallest subnormal number,
+    so that the scale rises.
 
     On an overflow the scale backs off at once, and the next clean step is sampled.
     `adjust` is this state machine::
@@ -68,35 +70,36 @@ class HistogramLossScale:
             num_finite_steps = 0
             loss_scale = ceiling = max(loss_scale * backoff_factor, min_loss_scale)
 
-    The histogram does not see everything. The gradients of activations inside of the
-    backward pass, and that of the loss where it is computed in half, may overflow
-    before those of the parameters do; and gradients grow between samples. `headroom` is
-    for that, and where it does not suffice the ceiling: after an overflow, a scale that
-    large is tried again after `growth_interval` clean steps, so that in the long run
-    overflows are no more frequent than with a `DynamicLossScale`.
+    The histogram does not see everything. Inside the backward pass, the gradients of
+    activations, and of a loss that is computed in half, may overflow before the
+    gradients of the parameters do; and gradients grow between samples. `headroom`
+    allows for both. Where it does not suffice, the ceiling holds: a scale that
+    overflowed is tried again only after `growth_interval` clean steps, so that in the
+    long run overflows are no more frequent than with a `DynamicLossScale`.
 
-    The scale is always a power of two. `with_loss_scale` calls `observe`; without that
-    the scale only backs off and recovers.
+    The scale is always a power of two. `with_loss_scale` calls `observe`; if nothing
+    calls it, the scale only backs off and recovers.
 
     Attributes:
       loss_scale: float32 scalar; the current scale.
       interval: clean steps from one sample to the next.
       headroom: powers of two kept free above the largest gradient sampled. In six runs
-        of four small networks, 1000 to 1500 steps each, 3 was the smallest with which
-        overflows were rare (up to 0.5 a run; with 2, up to 1.7). The maximum of the
-        last four samples with a headroom of 2 did about the same, so one is kept.
-      dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2: what the backward pass
-        computes in; the gradients themselves may be float32.
+        of four small networks, 1000 to 1500 steps each, 3 was the smallest headroom
+        with which overflows were rare (up to 0.5 per run; with 2, up to 1.7). The
+        maximum of the last four samples with a headroom of 2 did about as well, so only
+        one sample is kept.
+      dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2: the dtype in which the
+        backward pass computes; the gradients themselves may be float32.
       backoff_factor: in (0, 1).
       growth_interval: clean steps in a row before the ceiling rises.
       min_loss_scale: lower limit.
       max_loss_scale: upper limit, at most 2**126.
-      picked: float32 scalar; what the newest sample asks for.
-      ceiling: float32 scalar; what overflows leave to pick from.
+      picked: float32 scalar; the scale that the newest sample asks for.
+      ceiling: float32 scalar; the largest scale that overflows allow.
       num_finite_steps: int32 scalar; clean steps since the last overflow.
 
     Raises:
-      ValueError: if a setting is out of its range, or a scale or factor is no power of
+      ValueError: if a setting is out of range, or a scale or factor is not a power of
         two.
 
     >>> scale = HistogramLossScale(2.0**10)
@@ -122,7 +125,7 @@ class HistogramLossScale:
         for name in ("interval", "growth_interval"):
             require(self, name, "a whole number of at least 1", is_count)
         require(self, "headroom", "a whole number of at least 0", _is_headroom)
-        format_of(self.dtype)  # or an error that lists the formats
+        format_of(self.dtype)  # Raises an error that lists the formats.
         set_field(self, "dtype", jnp.dtype(self.dtype).name)
         require(self, "backoff_factor", "between 0 and 1", lambda x: 0 < x < 1)
         require(self, "min_loss_scale", "positive", lambda x: 0 < x < math.inf)
@@ -147,11 +150,11 @@ class HistogramLossScale:
         set_field(self, "num_finite_steps", int_array(self.num_finite_steps))
 
     def scale(self, tree: Any) -> Any:
-        """Multiplies the inexact leaves, in float32 at least."""
+        """Multiplies the inexact leaves by the scale, in at least float32."""
         return multiply(tree, self.loss_scale)
 
     def unscale(self, tree: Any) -> Any:
-        """Divides the inexact leaves, in float32 at least."""
+        """Divides the inexact leaves by the scale, in at least float32."""
         return multiply(tree, 1 / self.loss_scale)
 
     def observe(
@@ -160,18 +163,18 @@ class HistogramLossScale:
         *,
         axis_name: str | tuple[str, ...] | None = None,
     ) -> Self:
-        """Samples the gradients if it is time to; `adjust` then takes what it picks.
+        """Samples the gradients if a sample is due; `adjust` then uses the result.
 
         Args:
-          scaled_grads: gradients of the loss that was scaled by `loss_scale`, before
-            they are unscaled. Leaves that are not floating are left out.
-          axis_name: mesh axes of the surrounding `shard_map`, all of whose devices take
-            the smallest scale that one of them picks.
+          scaled_grads: gradients of the loss times `loss_scale`, before they are
+            unscaled. Leaves that are not floating are left out.
+          axis_name: mesh axes of the surrounding `shard_map`; all devices along them
+            take the smallest scale that one of them picks.
 
         Returns:
-          The loss scale, with another `picked`.
+          The loss scale, with a new `picked` if a sample was due.
         """
-        leaves = [x for x in jax.tree.leaves(scaled_grads) if _is_floating(x)]
+        leaves = [x for x in jax.tree.leaves(scaled_grads) if is_floating(x)]
         if not leaves:
             return self
 
@@ -187,7 +190,7 @@ class HistogramLossScale:
         """Returns the loss scale for the next step.
 
         Args:
-          grads_finite: boolean scalar; whether this step's gradients were all finite.
+          grads_finite: boolean scalar; whether all gradients of this step were finite.
         """
         num_finite_steps = jnp.where(grads_finite, self.num_finite_steps + 1, 0)
         rises = num_finite_steps % self.growth_interval == 0
@@ -206,21 +209,21 @@ class HistogramLossScale:
         )
 
     def _pick(self, leaves: list[Any]) -> jax.Array:
-        """Returns the scale that the gradients have room for, as float32."""
+        """Returns the largest scale with enough headroom, a float32 scalar."""
         shift = best_shift_limit(
             _occupied(leaves, self.dtype), format_of(self.dtype), self.headroom
         )
         lowest, highest = _log2(self.min_loss_scale), _log2(self.max_loss_scale)
         exponent = decompose(jnp.asarray(self.loss_scale))[0] + shift
-        # A table, because exp2 rounds.
+        # Read from a table, because exp2 rounds.
         scales = np.ldexp(1.0, np.arange(lowest, highest + 1)).astype(np.float32)
         return jnp.asarray(scales)[jnp.clip(exponent, lowest, highest) - lowest]
 
 
 def _occupied(leaves: list[Any], dtype: str) -> ExponentHistogram:
-    """Returns a histogram of ones where there are numbers, over the format's range.
+    """Returns a histogram over the format's range with 1 in place of nonzero counts.
 
-    Counts of many billions of parameters would not fit int32. Zeros are among `below`.
+    Counts of many billions of parameters would not fit int32. Zeros count as `below`.
     """
     fmt = format_of(dtype)
     lo, hi = fmt.smallest_exponent - 1, fmt.max_exponent
@@ -230,10 +233,6 @@ def _occupied(leaves: list[Any], dtype: str) -> ExponentHistogram:
             total += jax.tree.map(jnp.sign, exponent_histogram(leaf, lo=lo, hi=hi))
     total = replace_leaves(total, below=total.below + total.zeros)
     return jax.tree.map(jnp.sign, total)
-
-
-def _is_floating(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _is_headroom(x: Any) -> bool:

@@ -7,13 +7,11 @@ import numpy as np
 
 from mpjax._jaxpr.core import dtype_of, is_inexact_aval, open_jaxpr
 from mpjax._jaxpr.flops import count_flops
+from mpjax._jaxpr.primitives import facts_of
 from mpjax._report import short_source
-from mpjax.numerics._accumulation import (
-    accumulated,
-    accumulates_in_half,
-    is_half,
-    num_terms,
-)
+from mpjax._tree import is_half
+from mpjax.numerics._accumulation import accumulated, accumulates_in_half, num_terms
+from mpjax.numerics._eqn_context import EqnContext
 from mpjax.numerics._findings import (
     FLOAT32_MATMUL,
     FLOAT64,
@@ -22,65 +20,51 @@ from mpjax.numerics._findings import (
     LEAK,
     ROUND_TRIP,
     Finding,
-    reduction_remedy,
-    what_it_loses,
-    when_it_stalls,
+    accumulation_remedy,
+    rounding_message,
+    stall_message,
 )
-from mpjax.numerics._flow import MOVEMENT, Flow, Site, Value
-from mpjax.numerics._place import Place
-from mpjax.numerics._tap import MATMULS
+from mpjax.numerics._flow import AbstractValue, Flow, Site, site_of
 
-_SENSITIVE = frozenset(
-    (
-        "cosh",
-        "digamma",
-        "exp",
-        "exp2",
-        "expm1",
-        "lgamma",
-        "log",
-        "log1p",
-        "log2",
-        "pow",
-        "sinh",
-    )
-)
+# Functions of JAX by which users cast.
 _CASTS = ("astype", "convert_element_type", "asarray", "array")
 _WIDE = frozenset((np.dtype(np.float64), np.dtype(np.complex128)))
-# Sums of no more terms lose no more than other operations do.
-_FEW = 8
+# Sums of no more terms than this lose no more than other operations do.
+_FEW_TERMS = 8
 _MATMUL_REMEDY = (
-    "Cast the float32 operand to half before the matmul (what made it, if that is "
-    "shared); accumulation is in float32 all the same."
+    "Cast the float32 operand to half before the matmul (or where it is computed, if "
+    "other matmuls read it); accumulation is in float32 all the same."
 )
 
 
-def find(jaxpr: Any) -> tuple[list[Finding], list[Value]]:
-    """Returns the findings in a jaxpr, and what is known of its outputs."""
+def find(jaxpr: Any) -> tuple[list[Finding], list[AbstractValue]]:
+    """Returns the findings in a jaxpr, and the abstract values of its outputs."""
     lint = _Lint(jaxpr)
     inputs = [
-        Value(
+        AbstractValue(
             is_constant=not is_inexact_aval(v.aval),
             is_float64=_is_float64(v),
         )
         for v in open_jaxpr(jaxpr).invars
     ]
-    outputs = lint.flow.run(jaxpr, inputs, Place())
-    lint.spread |= {v.leak for v in outputs}
-    return [x for x in lint.found if x.kind != LEAK or x.source in lint.spread], outputs
+    outputs = lint.flow.run(jaxpr, inputs, EqnContext())
+    escaped = lint.escaped_leaks | {v.leak for v in outputs}
+    return [x for x in lint.found if x.kind != LEAK or x.source in escaped], outputs
 
 
 class _Lint:
     """The rules.
 
     Attributes:
-      found: all findings. A leak that is cast back is none.
-      spread: the leaks that are not.
+      found: all findings, and every leak.
+      escaped_leaks: source lines of the leaks that reach a matmul, or more values in
+        half. These, and the leaks that reach an output, are findings; a leak that is
+        cast back is not.
     """
 
     def __init__(self, jaxpr: Any):
         self.found: list[Finding] = []
-        self.spread: set[str] = set()
+        self.escaped_leaks: set[str] = set()
         self.flow = Flow(self._rule, self._check_carry)
         self._wants_float64 = any(map(_is_float64, open_jaxpr(jaxpr).invars))
 
@@ -88,7 +72,7 @@ class _Lint:
         self,
         kind: str,
         eqn: Any,
-        place: Place,
+        context: EqnContext,
         message: str,
         remedy: str,
         *,
@@ -98,7 +82,7 @@ class _Lint:
     ) -> None:
         if self.flow.is_muted:
             return
-        site = site or _site(eqn, place)
+        site = site or site_of(eqn, context)
         self.found.append(
             Finding(
                 kind,
@@ -108,161 +92,179 @@ class _Lint:
                 site.source,
                 message,
                 remedy,
-                num_calls=place.times,
-                flops=flops * place.times,
+                num_calls=context.times,
+                flops=flops * context.times,
             )
         )
 
-    def _rule(self, eqn: Any, values: list[Value], place: Place) -> Value:
-        name = eqn.primitive.name
-        is_in_half = any(is_half(dtype_of(x)) for x in (*eqn.invars, *eqn.outvars))
-        out = Value(
+    def _rule(
+        self, eqn: Any, values: list[AbstractValue], context: EqnContext
+    ) -> AbstractValue:
+        is_in_half = any(is_half(x.aval) for x in (*eqn.invars, *eqn.outvars))
+        out = AbstractValue(
             is_constant=all(v.is_constant for v in values) and not is_in_half,
-            site=_site(eqn, place),
-            # A product with a cotangent does not make that leak.
-            leak="" if place.is_backward else _leak(values),
+            site=site_of(eqn, context),
+            # A product with a cotangent does not pass the leak on.
+            leak="" if context.is_backward else _leak(values),
             depends_on=frozenset().union(*(v.depends_on for v in values)),
         )
         if not eqn.outvars or not is_inexact_aval(eqn.outvars[0].aval):
             return dataclasses.replace(out, leak="")
-        if name == "convert_element_type":
-            out = self._check_cast(eqn, values[0], place, out)
-        elif name in MOVEMENT and values:
-            out = dataclasses.replace(values[0], is_constant=out.is_constant)
+        if eqn.primitive.name == "convert_element_type":
+            out = self._check_cast(eqn, values[0], context, out)
+        elif facts_of(eqn).moves_data and values:
+            first = values[0]
+            # Each result of a split has uses of its own.
+            once = first.is_used_once and len(eqn.outvars) == 1
+            out = dataclasses.replace(
+                first, is_constant=out.is_constant, is_used_once=once
+            )
         else:
-            out = self._check_operands(eqn, values, place, out)
+            out = self._check_operands(eqn, values, context, out)
             out = dataclasses.replace(out, accumulated=accumulated(eqn, values, out))
-        self._check_half(eqn, place)
+        self._check_half(eqn, context)
         if dtype_of(eqn.outvars[0]) != np.float32:
             out = dataclasses.replace(out, leak="")
-        return self._check_float64(eqn, values, place, out)
+        return self._check_float64(eqn, values, context, out)
 
     # Accumulation and functions in half.
 
-    def _check_half(self, eqn: Any, place: Place) -> None:
-        name = eqn.primitive.name
+    def _check_half(self, eqn: Any, context: EqnContext) -> None:
         dtype = dtype_of(eqn.outvars[0])
-        if name in MATMULS and accumulates_in_half(eqn):
+        if facts_of(eqn).is_matmul and accumulates_in_half(eqn):
             self._add(
                 HALF_ACCUMULATION,
                 eqn,
-                place,
-                f"precision={eqn.params['precision']} adds up in half",
+                context,
+                f"precision={eqn.params['precision']} accumulates in half",
                 "Ask for an algorithm that accumulates in float32, such as "
-                "BF16_BF16_F32, or for none.",
+                "BF16_BF16_F32, or leave precision out.",
                 flops=count_flops(eqn),
             )
         if not is_half(dtype):
             return
         terms = num_terms(eqn)
-        if terms > _FEW:
+        if terms > _FEW_TERMS:
             self._add(
                 HALF_ACCUMULATION,
                 eqn,
-                place,
+                context,
                 f"{terms} numbers are added up (or multiplied) in {dtype}, "
-                + when_it_stalls(dtype),
-                reduction_remedy(name),
+                + stall_message(dtype),
+                accumulation_remedy(eqn),
             )
-        if name in _SENSITIVE:
+        if facts_of(eqn).is_sensitive:
             self._add(
                 HALF_FUNCTION,
                 eqn,
-                place,
-                what_it_loses(name, dtype),
-                "Cast to float32 before it, x.astype(jnp.float32), and back after.",
+                context,
+                rounding_message(eqn),
+                "Cast to float32 before it, x.astype(jnp.float32), and back after it.",
             )
 
     def _check_carry(
-        self, eqn: Any, place: Place, value: Value, token: Any, trips: int | None
+        self,
+        eqn: Any,
+        context: EqnContext,
+        value: AbstractValue,
+        token: Any,
+        trips: int | None,
     ) -> None:
         aval = eqn.outvars[token[1]].aval
         if value.accumulated is None or value.accumulated[0] != token:
             return
-        if not is_half(aval.dtype) or (trips is not None and trips <= _FEW):
+        if not is_half(aval.dtype) or (trips is not None and trips <= _FEW_TERMS):
             return
-        often = f"{trips} iterations" if trips else "a while loop"
+        loop = f"{trips} iterations" if trips else "a while loop"
         remedy = "Begin with zeros in float32, and cast the total after the loop."
-        if place.is_backward:
+        if context.is_backward:
             remedy = (
-                "It is the gradient of what the loop holds constant (weights): keep "
-                "that in float32 and cast it inside, as mpjax.autocast does."
+                "It is the gradient of a loop constant (weights): keep the constant in "
+                "float32 and cast it inside the loop, as mpjax.autocast does."
             )
         self._add(
             HALF_ACCUMULATION,
             eqn,
-            place,
-            f"a {aval.dtype} total is carried over {often}, "
-            + when_it_stalls(aval.dtype),
+            context,
+            f"a {aval.dtype} total is carried over {loop}, "
+            + stall_message(aval.dtype),
             remedy,
             site=value.accumulated[1],
             dtype=aval.dtype,
         )
 
-    # Float32 where half was meant.
+    # Float32 where half was intended.
 
     def _check_operands(
-        self, eqn: Any, values: list[Value], place: Place, out: Value
-    ) -> Value:
+        self,
+        eqn: Any,
+        values: list[AbstractValue],
+        context: EqnContext,
+        out: AbstractValue,
+    ) -> AbstractValue:
         operands = [
             (x, v)
             for x, v in zip(eqn.invars, values, strict=True)
             if is_inexact_aval(x.aval)
         ]
         dtypes = {dtype_of(x) for x, _ in operands}
-        if eqn.primitive.name in MATMULS:
-            return self._check_matmul(eqn, dtypes, _leak(values), place, out)
+        if facts_of(eqn).is_matmul:
+            return self._check_matmul(eqn, dtypes, _leak(values), context, out)
         promoted = [v for _, v in operands if _is_promoted(v, eqn)]
         others = [v for _, v in operands if not _is_promoted(v, eqn)]
-        if place.is_rewritten or dtypes != {np.dtype(np.float32)} or not promoted:
+        if context.is_rewritten or dtypes != {np.dtype(np.float32)} or not promoted:
             return out
         halves = {str(dtype_of(v.cast.invars[0])) for v in promoted}
         met_constant = others and all(v.is_constant for v in others)
         if not met_constant and (others or len(halves) == 1):
-            self.spread.add(_leak(others))
+            self.escaped_leaks.add(_leak(others))
             return out
         half = " and ".join(sorted(halves))
         if others:
-            message = f"{half} met float32 made of no floating argument (a constant, "
-            message += "integers, random numbers): this and what follows is float32"
+            message = f"{half} met float32 that depends on no floating argument (a "
+            message += "constant, integers, random numbers)"
             remedy = (
-                "Give the constant the dtype of what it meets (jnp.asarray(c, x.dtype),"
-                " dtype=x.dtype where jnp or jax.nn makes it), or make it a Python "
-                "number; if float32 is meant, say so by x.astype(jnp.float32)."
+                "Give the constant the other operand's dtype (jnp.asarray(c, x.dtype), "
+                "or dtype=x.dtype in the call of jnp or jax.nn that makes it), or make "
+                "it a Python number; where float32 is intended, write "
+                "x.astype(jnp.float32)."
             )
         else:
-            message = f"{half} met: this and what follows is float32"
+            message = f"{half} met"
             remedy = "Cast one to the other's dtype, x.astype(y.dtype)."
-        self._add(LEAK, eqn, place, message, remedy)
-        return dataclasses.replace(out, leak=out.leak or place.source)
+        message += ": the result, and all that follows from it, is float32"
+        self._add(LEAK, eqn, context, message, remedy)
+        return dataclasses.replace(out, leak=out.leak or context.source)
 
     def _check_matmul(
-        self, eqn: Any, dtypes: set, leak: str, place: Place, out: Value
-    ) -> Value:
-        self.spread.add(leak)
+        self, eqn: Any, dtypes: set, leak: str, context: EqnContext, out: AbstractValue
+    ) -> AbstractValue:
+        self.escaped_leaks.add(leak)
         operands = {dtype_of(x) for x in eqn.invars[:2]}
         is_mixed = len(operands) > 1 and any(map(is_half, operands))
         if is_mixed:
             names = " x ".join(str(dtype_of(x)) for x in eqn.invars[:2])
-            message = f"operands are {names}, so both are computed with in float32"
+            message = f"operands are {names}, so the matmul is computed in float32"
             message += f"; one is float32 since {leak}" if leak else ""
-        elif leak and not place.is_rewritten and dtypes == {np.dtype(np.float32)}:
+        elif leak and not context.is_rewritten and dtypes == {np.dtype(np.float32)}:
             message = f"an operand is float32 since {leak}"
         else:
             return out
         flops = count_flops(eqn)
-        remedy = f"Mend what is at {leak}." if leak else _MATMUL_REMEDY
-        if place.is_backward and is_mixed:
-            remedy += " In a backward pass it may come of preferred_element_type: "
-            remedy += "leave that out, and cast the output."
+        remedy = f"Remove the leak at {leak}." if leak else _MATMUL_REMEDY
+        if context.is_backward and is_mixed:
+            remedy += " In a backward pass, preferred_element_type may be the reason: "
+            remedy += "leave it out, and cast the output."
         self._add(
-            FLOAT32_MATMUL, eqn, place, message, remedy, flops=flops, dtype="float32"
+            FLOAT32_MATMUL, eqn, context, message, remedy, flops=flops, dtype="float32"
         )
-        return dataclasses.replace(out, leak=leak or place.source)
+        return dataclasses.replace(out, leak=leak or context.source)
 
     # Casts.
 
-    def _check_cast(self, eqn: Any, value: Value, place: Place, out: Value) -> Value:
+    def _check_cast(
+        self, eqn: Any, value: AbstractValue, context: EqnContext, out: AbstractValue
+    ) -> AbstractValue:
         first = value.cast
         out = dataclasses.replace(
             out,
@@ -272,8 +274,8 @@ class _Lint:
             carried=value.carried,
             accumulated=value.accumulated,
         )
-        # In a backward pass they are JAX's, and those of a rewrite are autocast's.
-        if first is None or place.is_backward or place.is_rewritten:
+        # Casts of a backward pass are JAX's own, casts of a rewrite autocast's.
+        if first is None or context.is_backward or context.is_rewritten:
             return out
         if not _is_explicit(eqn):
             return out
@@ -290,17 +292,21 @@ class _Lint:
         elif before == np.float32 and is_half(between) and value.is_used_once:
             message = f"float32 to {between} and back only rounds"
             remedy = (
-                f"Drop the cast to {between}, or ask what makes it for float32: "
+                f"Drop the cast to {between}, or compute the value in float32: "
                 "jnp.mean(x, dtype=jnp.float32)."
             )
         else:
             return out
-        self._add(ROUND_TRIP, eqn, place, message, remedy)
+        self._add(ROUND_TRIP, eqn, context, message, remedy)
         return out
 
     def _check_float64(
-        self, eqn: Any, values: list[Value], place: Place, out: Value
-    ) -> Value:
+        self,
+        eqn: Any,
+        values: list[AbstractValue],
+        context: EqnContext,
+        out: AbstractValue,
+    ) -> AbstractValue:
         wide = [v for v in eqn.outvars if dtype_of(v) in _WIDE]
         if not wide:
             return dataclasses.replace(out, is_float64=False)
@@ -310,27 +316,24 @@ class _Lint:
             self._add(
                 FLOAT64,
                 eqn,
-                place,
+                context,
                 f"gives {dtype_of(wide[0])}, though no argument is float64",
                 "Give the dtype: np.float32(x) for a NumPy number, dtype=jnp.float32 "
-                "for what jnp makes or averages; NumPy's own default is float64.",
+                "in calls of jnp that make or average arrays; NumPy's own default is "
+                "float64.",
             )
         return dataclasses.replace(out, is_float64=True)
 
 
-def _site(eqn: Any, place: Place) -> Site:
-    return Site(eqn.primitive.name, place.scope, place.source)
-
-
 def _is_explicit(cast: Any) -> bool:
-    """Whether the user's code casts, not a function of JAX's, such as jnp.sum."""
+    """Whether the user's code casts, not a function of JAX such as jnp.sum."""
     traceback = cast.source_info.traceback
     if traceback is None or not short_source(cast):
         return False
     return any(frame.function_name in _CASTS for frame in traceback.frames)
 
 
-def _leak(values: list[Value]) -> str:
+def _leak(values: list[AbstractValue]) -> str:
     return next((v.leak for v in values if v.leak), "")
 
 
@@ -339,11 +342,12 @@ def _is_float64(var: Any) -> bool:
     return dtype_of(var) in _WIDE and not getattr(var.aval, "weak_type", False)
 
 
-def _is_promoted(value: Value, consumer: Any) -> bool:
-    """Whether a half value became float32 only because of the op that it goes to.
+def _is_promoted(value: AbstractValue, consumer: Any) -> bool:
+    """Whether a half value became float32 only because `consumer` promotes it.
 
-    JAX leaves two traces. Where an operation is a jit that is inlined (`x * y`), cast
-    and operation have one traceback. Else the cast is made by `promote_dtypes`.
+    JAX leaves two traces of a promotion. Where the operation is a jit that is inlined
+    (`x * y`), cast and operation share one traceback; elsewhere `promote_dtypes` makes
+    the cast.
     """
     cast = value.cast
     if cast is None or not is_half(dtype_of(cast.invars[0])):

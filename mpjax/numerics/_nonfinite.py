@@ -1,7 +1,7 @@
 """Finds the operation that made the first Inf or NaN, by evaluating a jaxpr."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,50 +9,43 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from mpjax._jaxpr import core as _jaxpr
-from mpjax._jaxpr.core import Literal, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.core import Literal, inner_jaxprs, is_var, open_jaxpr
 from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
-from mpjax._jaxpr.loops import Scan
+from mpjax._jaxpr.loops import Scan, While
+from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._tree import is_inexact
 from mpjax.numerics import _causes
-from mpjax.numerics._causes import NonFinite, is_inexact
-from mpjax.numerics._place import Place
-
-_CALLS = frozenset(
-    (
-        "jit",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "eval_jaxpr",
-        "remat2",
-    )
-)
+from mpjax.numerics._causes import NonFinite
+from mpjax.numerics._eqn_context import EqnContext
 
 
 def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
     """Finds which operation made the Inf or NaN that a function returns.
 
-    The function is traced, and evaluated operation by operation wherever the output of
-    a whole is not finite: into jit, remat, scan (which iteration), while, cond and
-    functions with derivatives of their own; not into shard_map. What is masked again
-    (`jnp.where`, an exponential of -Inf) is not to blame, nor is a constant Inf, as of
-    a mask; the operation that makes NaN of it is.
+    It takes the function and returns a function: `find_nonfinite(fn)(*args)`.
 
-    Give it the function that went wrong: `jax.value_and_grad(loss_fn)` for the backward
-    pass too, `autocast(jax.value_and_grad(loss_fn))` in half precision, or a train
-    step. Compiled code may keep float32 between operations on half; here each
-    operation rounds.
+    The function is traced. Where the outputs of a call or loop are not all finite, its
+    operations are evaluated one by one: inside jit, remat, scan (iteration by
+    iteration), while, cond and functions with derivatives of their own, but not inside
+    shard_map. An operation is not to blame if its Inf or NaN is masked later (by
+    `jnp.where`, or an exponential of -Inf). Neither is a constant Inf, such as that of
+    an attention mask, to blame; the operation that makes NaN of it is.
+
+    Give it the function that went wrong: `jax.value_and_grad(loss_fn)` to include the
+    backward pass, `autocast(jax.value_and_grad(loss_fn))` for half precision, or a
+    whole train step. Compiled code may keep float32 between operations on half; here
+    each operation rounds.
 
     Args:
       fn: any function of pytrees that JAX can trace. Side effects such as
         `jax.debug.print` may happen more than once.
 
     Returns:
-      A function that takes the arguments of `fn` and returns a `NonFinite`, or None if
-      every output of `fn` is finite. Donated arguments stay usable.
+      A function with the arguments of `fn` that returns a `NonFinite`, or None if every
+      output of `fn` is finite. Donated arguments stay usable.
 
     Raises:
-      TypeError: when called under jit, or with an NNX module.
+      TypeError: when the returned function is called under jit, or with an NNX module.
 
     >>> def loss(w):
     ...     return jnp.sum(jnp.log(w) * 2.0)
@@ -66,8 +59,8 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
         arrays, spec = flatten((args, kwargs))
         if any(isinstance(x, Tracer) for x in arrays):
             raise TypeError(
-                "find_nonfinite looks at numbers, and under jit there are none: call "
-                "it outside, find_nonfinite(fn)(*args)."
+                "find_nonfinite needs numbers, and under jit there are none: call "
+                "find_nonfinite(fn)(*args) outside of jit."
             )
         with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
             closed = jax.make_jaxpr(FlatFunction(fn, spec))(*arrays)
@@ -77,10 +70,10 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
                 return None
             paths = _paths(args, kwargs)
             inputs = [
-                Value(x, _input_origin(x, path))
+                TrackedArray(x, _input_origin(x, path))
                 for x, path in zip(values, paths, strict=True)
             ]
-            found = _Interpreter().run(closed, inputs, Place())
+            found = _Interpreter().run(closed, inputs, EqnContext())
         origins = [x.origin for x in found if x.origin is not None]
         return min(origins, key=lambda origin: origin.order).record
 
@@ -88,12 +81,12 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
 
 
 class Origin(NamedTuple):
-    """Where the Inf or NaN of a value is from.
+    """Where the Inf or NaN of an array comes from.
 
     Attributes:
-      order: which came first.
-      record: what is said of it.
-      is_constant: whether it is a constant Inf, which is nobody's fault.
+      order: sorts origins; the smallest came first.
+      record: what the user is told.
+      is_constant: whether it is a constant, which alone is not to blame.
     """
 
     order: tuple[int, int]
@@ -101,23 +94,26 @@ class Origin(NamedTuple):
     is_constant: bool
 
 
-class Value(NamedTuple):
-    """An array, and the origin of what is not finite in it, None if all is."""
+class TrackedArray(NamedTuple):
+    """An array, and the origin of its Inf and NaN; None if it is finite."""
 
     array: Any
     origin: Origin | None
 
 
 class _Interpreter:
-    """Evaluates equations one by one, and follows what is not finite."""
+    """Evaluates equations one by one, and tracks where Inf and NaN come from."""
 
     def __init__(self):
-        self.num_evaluated = 0
+        self.num_blamed = 0
 
-    def run(self, jaxpr: Any, inputs: Sequence[Value], place: Place) -> list[Value]:
+    def run(
+        self, jaxpr: Any, inputs: Sequence[TrackedArray], context: EqnContext
+    ) -> list[TrackedArray]:
         body = open_jaxpr(jaxpr)
         consts = [
-            Value(x, self._constant_origin(x)) for x in getattr(jaxpr, "consts", ())
+            TrackedArray(x, self._constant_origin(x))
+            for x in getattr(jaxpr, "consts", ())
         ]
         env = dict(
             zip((*body.constvars, *body.invars), (*consts, *inputs), strict=True)
@@ -126,7 +122,7 @@ class _Interpreter:
         def read(atom):
             if isinstance(atom, Literal):
                 array = jnp.asarray(atom.val, dtype=_jaxpr.dtype_of(atom))
-                return Value(array, self._constant_origin(array))
+                return TrackedArray(array, self._constant_origin(array))
             return env[atom]
 
         last_uses = {
@@ -135,78 +131,72 @@ class _Interpreter:
         kept = set(_variables(body.outvars))
         for i, eqn in enumerate(body.eqns):
             operands = [read(x) for x in eqn.invars]
-            outputs = self._equation(eqn, operands, place.enter(eqn))
+            outputs = self._equation(eqn, operands, context.enter(eqn))
             env.update(zip(eqn.outvars, outputs, strict=True))
             for v in {*_variables(eqn.invars), *eqn.outvars} - kept:
                 if last_uses.get(v, i) <= i:
                     env.pop(v, None)
         return [read(x) for x in body.outvars]
 
-    def _equation(self, eqn: Any, operands: list[Value], place: Place) -> list[Value]:
-        name = eqn.primitive.name
+    def _equation(
+        self, eqn: Any, operands: list[TrackedArray], context: EqnContext
+    ) -> list[TrackedArray]:
+        facts = facts_of(eqn)
         arrays = [x.array for x in operands]
-        if name in _CALLS:
+        if facts.is_call:
             (jaxpr, *_) = inner_jaxprs(eqn)
-            return self._call(jaxpr, operands, place)
-        if name == "cond":
+            return self._call(jaxpr, operands, context)
+        if facts.kind is Kind.COND:
             branch = eqn.params["branches"][int(arrays[0])]
-            return self._call(branch, operands[1:], place)
-        if name in ("scan", "while"):
-            outputs = _jaxpr.bind(eqn, *arrays)
-            if not any(map(_is_bad, outputs)):
-                return [Value(x, None) for x in outputs]
-            loop = self._scan if name == "scan" else self._while
-            return loop(eqn, operands, place)
+            return self._call(branch, operands[1:], context)
         outputs = _jaxpr.bind(eqn, *arrays)
-        self.num_evaluated += 1
         if not any(map(_is_bad, outputs)):
-            return [Value(x, None) for x in outputs]
-        origin = self._blame(eqn, operands, outputs, place)
-        return [Value(x, origin if _is_bad(x) else None) for x in outputs]
+            return [TrackedArray(x, None) for x in outputs]
+        if facts.kind is Kind.LOOP:
+            loop = self._scan if eqn.primitive.name == "scan" else self._while
+            return loop(eqn, operands, context)
+        self.num_blamed += 1
+        origin = self._blame(eqn, operands, outputs, context)
+        return [TrackedArray(x, origin if _is_bad(x) else None) for x in outputs]
 
-    def _call(self, jaxpr, operands, place) -> list[Value]:
+    def _call(self, jaxpr, operands, context) -> list[TrackedArray]:
         outputs = _evaluate(jaxpr, [x.array for x in operands])
         if not any(map(_is_bad, outputs)):
-            return [Value(x, None) for x in outputs]
-        return self.run(jaxpr, operands, place)
+            return [TrackedArray(x, None) for x in outputs]
+        return self.run(jaxpr, operands, context)
 
-    def _scan(self, eqn, operands, place) -> list[Value]:
-        params = eqn.params
-        num_consts, num_carry = (Scan(eqn).num_consts, Scan(eqn).num_carry)
-        consts, carry, xs = _split(operands, num_consts, num_carry)
-        length = params["length"]
-        steps = range(length)
-        rows: list[list[Value]] = [[] for _ in steps]
-        for i in reversed(steps) if params["reverse"] else steps:
-            piece = [Value(x.array[i], _of(x.origin, x.array[i])) for x in xs]
-            outputs = self._call(
-                params["jaxpr"], [*consts, *carry, *piece], place.at(i)
-            )
-            carry, rows[i] = outputs[:num_carry], outputs[num_carry:]
+    def _scan(self, eqn, operands, context) -> list[TrackedArray]:
+        scan = Scan(eqn)
+        consts, carry, xs = scan.split_operands(operands)
+        steps = range(scan.length)
+        rows: list[list[TrackedArray]] = [[] for _ in steps]
+        for i in reversed(steps) if scan.is_reverse else steps:
+            row = [
+                TrackedArray(x.array[i], _origin_in(x.origin, x.array[i])) for x in xs
+            ]
+            inputs = [*consts, *carry, *row]
+            outputs = self._call(scan.jaxpr, inputs, context.at(i))
+            carry, rows[i] = scan.split_results(outputs)
         stacked = [
-            Value(jnp.stack([y.array for y in ys]), _first([y.origin for y in ys]))
+            TrackedArray(jnp.stack([y.array for y in ys]), _first(y.origin for y in ys))
             for ys in zip(*rows, strict=True)
         ]
         return [*carry, *stacked]
 
-    def _while(self, eqn, operands, place) -> list[Value]:
-        params = eqn.params
-        cond_consts, body_consts, carry = _split(
-            operands, params["cond_nconsts"], params["body_nconsts"]
-        )
+    def _while(self, eqn, operands, context) -> list[TrackedArray]:
+        loop = While(eqn)
+        cond_consts, body_consts, carry = loop.split_operands(operands)
         i = 0
         while True:
             values = [x.array for x in (*cond_consts, *carry)]
-            (goes_on,) = _evaluate(params["cond_jaxpr"], values)
+            (goes_on,) = _evaluate(loop.cond, values)
             if not bool(goes_on):
                 return carry
-            carry = self._call(
-                params["body_jaxpr"], [*body_consts, *carry], place.at(i)
-            )
+            carry = self._call(loop.body, [*body_consts, *carry], context.at(i))
             i += 1
 
-    def _blame(self, eqn, operands, outputs, place) -> Origin:
-        """Returns the origin of what an equation gave: an operand's, or itself."""
+    def _blame(self, eqn, operands, outputs, context) -> Origin:
+        """Returns the origin of an equation's Inf or NaN: an operand's, or its own."""
         has_nan = any(_causes.count(x)[0] for x in outputs if is_inexact(x))
         culprits = [x.origin for x in operands if x.origin and not x.origin.is_constant]
         if culprits:
@@ -224,18 +214,18 @@ class _Interpreter:
         record = NonFinite(
             cause=_causes.find_cause(eqn, arrays, outputs),
             primitive=eqn.primitive.name,
-            scope=place.scope,
-            source=place.source,
-            is_backward=place.is_backward and not place.is_recomputed,
+            scope=context.scope,
+            source=context.source,
+            is_backward=context.is_backward and not context.is_recomputed,
             dtype=str(bad.dtype),
             shape=tuple(bad.shape),
             num_nan=num_nan,
             num_inf=num_inf,
             index=index,
             largest_input=_causes.largest_finite(arrays),
-            iterations=place.iterations,
+            iterations=context.iterations,
         )
-        return Origin((1, self.num_evaluated), record, is_constant=False)
+        return Origin((1, self.num_blamed), record, is_constant=False)
 
     def _constant_origin(self, x: Any) -> Origin | None:
         if not _is_bad(x):
@@ -249,7 +239,7 @@ def _compiled(body: Any) -> Any:
 
 
 def _evaluate(jaxpr: Any, values: list[Any]) -> list[Any]:
-    """Evaluates a jaxpr as compiled code, donating nothing."""
+    """Evaluates a jaxpr as compiled code, without donating arguments."""
     return _compiled(open_jaxpr(jaxpr))(list(getattr(jaxpr, "consts", ())), *values)
 
 
@@ -267,11 +257,12 @@ def _input_origin(x: Any, path: str) -> Origin | None:
     return Origin((0, 0), _describe(x, _causes.INPUT, path), is_constant=False)
 
 
-def _of(origin: Origin | None, part: Any) -> Origin | None:
+def _origin_in(origin: Origin | None, part: Any) -> Origin | None:
+    """Returns the origin for a part of an array: None if the part is finite."""
     return origin if origin is not None and _is_bad(part) else None
 
 
-def _first(origins: Sequence[Origin | None]) -> Origin | None:
+def _first(origins: Iterable[Origin | None]) -> Origin | None:
     found = [origin for origin in origins if origin is not None]
     return min(found, key=lambda origin: origin.order) if found else None
 
@@ -284,16 +275,12 @@ def _without_nonfinite(x: Any) -> Any:
     return jnp.where(jnp.isfinite(x), x, 0).astype(x.dtype) if is_inexact(x) else x
 
 
-def _split(values: list[Value], first: int, second: int) -> tuple[list[Value], ...]:
-    return values[:first], values[first : first + second], values[first + second :]
-
-
 def _variables(atoms: Any) -> list[Any]:
-    return [x for x in atoms if not isinstance(x, Literal)]
+    return [x for x in atoms if is_var(x)]
 
 
 def _paths(args: Any, kwargs: Any) -> list[str]:
-    """Returns the path of every array that `flatten` finds in the arguments."""
+    """Returns the path of each array that `flatten` finds in the arguments."""
     leaves = jax.tree_util.tree_leaves_with_path((args, kwargs))
     paths = []
     for path, leaf in leaves:

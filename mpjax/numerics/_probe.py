@@ -1,4 +1,4 @@
-"""Histograms of what every operation of a function gives, without touching it."""
+"""Histograms of the outputs of a function's operations, counted beside the function."""
 
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -17,9 +17,11 @@ from mpjax._jaxpr.flatten import (
     refuse_modules,
     unflatten,
 )
-from mpjax._jaxpr.loops import Scan
+from mpjax._jaxpr.loops import Scan, While
+from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._tree import is_floating
+from mpjax.numerics._eqn_context import EqnContext
 from mpjax.numerics._histogram import ExponentHistogram, exponent_histogram
-from mpjax.numerics._place import Place
 from mpjax.numerics._tap import (
     COTANGENT,
     VALUE,
@@ -28,17 +30,14 @@ from mpjax.numerics._tap import (
     operation_name,
 )
 
-_CALLS = ("jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
-_ENTERED = (*_CALLS, "remat2", "cond", "scan", "while")
-
 
 class OpHistograms(NamedTuple):
-    """What one operation gave, all its runs together.
+    """Histograms of one operation, over all its runs.
 
     Attributes:
-      values: histogram of its output.
-      cotangents: of the gradient with respect to its output, where `tap` marked it and
-        the function went backward through it; else None.
+      values: histogram of its output; None if only cotangents were counted.
+      cotangents: histogram of the gradient with respect to its output; None unless
+        `tap` marked the operation and the backward pass went through it.
     """
 
     values: ExponentHistogram | None
@@ -54,33 +53,39 @@ def probe(
 ) -> "Probe":
     """Makes a function return a histogram of every matmul's and convolution's output.
 
-    What figures 2b and 3 of "Mixed Precision Training" are drawn of. The function is
-    traced, and looked into through jit, scan, while, cond, remat and functions with
-    derivatives of their own, not into shard_map or kernels. Counting runs beside the
-    function, which computes what it counts a second time, so that outputs are bitwise
-    what they were; a side effect such as `jax.debug.print` may happen twice. Put it
-    around everything: a gradient, an `autocast`, a whole train step.
+    It takes the function and returns a function:
+    `outputs, histograms = probe(fn)(*args)`. The histograms are the data of figures 2b
+    and 3 of "Mixed Precision Training" (arXiv:1710.03740).
 
-    The histograms have the names of the operations, name scope and primitive:
-    `encoder/dot_general`, `encoder/dot_general#2` for the second, `encoder/dot_general
-    (backward)` for a matmul of the backward pass, which gives the gradient with respect
-    to an input of the forward one: of the activations, or of the weights. What
-    `jax.ad_checkpoint.checkpoint_name` names is there by that name. Runs in a loop add
-    up. `tap` around what is differentiated gives the cotangents of each operation.
+    The function is traced, and operations are counted inside jit, scan, while, cond,
+    remat and functions with derivatives of their own, not inside shard_map or kernels.
+    Counting runs beside the function and computes what it counts a second time, so
+    outputs are bitwise unchanged; a side effect such as `jax.debug.print` may happen
+    twice. Put `probe` around everything: a gradient, an `autocast`, a whole train step.
+
+    A histogram has the name of its operation, name scope and primitive:
+    `encoder/dot_general`; `encoder/dot_general#2` for the second one in that scope;
+    `encoder/dot_general (backward)` for a matmul of the backward pass, whose output is
+    the gradient with respect to activations or weights. A value that
+    `jax.ad_checkpoint.checkpoint_name` names appears under that name. The runs of
+    a loop add up. `tap` around the function that is differentiated adds the cotangents
+    of each operation.
 
     Args:
       fn: any function of pytrees, under the contract of `jax.jit`.
-      ops: names of further primitives to look at, such as "tanh".
-      lo: smallest exponent told apart.
-      hi: largest exponent told apart.
+      ops: names of further primitives to count, such as "tanh".
+      lo: smallest exponent with a bin of its own.
+      hi: largest exponent with a bin of its own.
 
     Returns:
-      A function with the arguments of `fn` that returns `(outputs, histograms)`, the
-      histograms a dict of `OpHistograms`, jitted; its method `when(pred, *args)` counts
-      in some of the steps only.
+      A jitted function with the arguments of `fn` that returns
+      `(outputs, histograms)`; the histograms are a dict of `OpHistograms`. Its method
+      `when(pred, *args)` counts in some of the steps only.
 
     Raises:
-      TypeError: when called with an NNX module, or differentiated.
+      TypeError: if `ops` is a string; when the returned function is called with an NNX
+        module, or differentiated.
+      ValueError: when the returned function is called, if lo > hi.
 
     >>> from mpjax.numerics import tap
     >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
@@ -98,7 +103,7 @@ def probe(
 
 
 class Probe:
-    """A function that returns histograms beside its outputs; `probe` makes it."""
+    """A function that returns histograms beside its outputs, made by `probe`."""
 
     def __init__(
         self, fn: Callable[..., Any], matched: frozenset[str], lo: int, hi: int
@@ -116,12 +121,12 @@ class Probe:
     def when(self, pred: Any, *args: Any, **kwargs: Any) -> Any:
         """Counts only if `pred` is true: `probed.when(step % 100 == 0, ...)`.
 
-        Where it is false all counts are 0, and the function runs at its own speed.
+        Where it is false, all counts are 0, and the function runs at full speed.
 
         Args:
           pred: boolean scalar.
           *args: arguments of the function.
-          **kwargs: likewise.
+          **kwargs: keyword arguments of the function.
 
         Returns:
           `(outputs, histograms)`.
@@ -145,14 +150,15 @@ class Probe:
         interpreter = _Interpreter(self._matched, self._count)
 
         def counted(*args):
-            call, labels = interpreter.make(body, Place())
+            call, labels = interpreter.make(body, EqnContext())
             _, counts = call(*args)
             return _collect(labels, counts)
 
         def run(*args):
-            # Beside the function as it is: what else reads its values could change how
-            # XLA compiles it, and so its last bits. Barriers keep the two apart, and
-            # the function last, so that it may overwrite what is donated.
+            # Counting computes its own values: another reader of the function's values
+            # could change how XLA compiles the function, and so its last bits. Barriers
+            # separate the two, and put the function last, so that it may overwrite
+            # donated arguments.
             if is_sampled:
                 nothing = _zeros_like(counted, *args)
                 inputs = lax.optimization_barrier(args)
@@ -169,7 +175,7 @@ class Probe:
 
 
 class _Label(NamedTuple):
-    """Whose numbers a histogram counts."""
+    """Which operation a histogram is of, and which of its `OpHistograms` fields."""
 
     name: str
     slot: str
@@ -177,27 +183,29 @@ class _Label(NamedTuple):
 
 
 class _Interpreter:
-    """Evaluates a jaxpr, and counts what its operations give."""
+    """Evaluates a jaxpr, and counts the outputs of its operations."""
 
     def __init__(self, matched: frozenset[str], count: Callable[[Any], Any]):
         self.matched = matched
         self.count = count
 
-    def make(self, jaxpr: Any, place: Place) -> tuple[Callable[..., Any], list[_Label]]:
-        """Returns a function that gives `(outputs, counts)`, and their labels.
+    def make(
+        self, jaxpr: Any, context: EqnContext
+    ) -> tuple[Callable[..., Any], list[_Label]]:
+        """Returns a function that returns `(outputs, counts)`, and the counts' labels.
 
-        The labels are there once the function was traced.
+        The list of labels is filled when the function is traced.
         """
         labels: list[_Label] = []
 
         def call(*args):
             labels.clear()
-            return self._run(jaxpr, args, place, labels)
+            return self._run(jaxpr, args, context, labels)
 
         return call, labels
 
     def _run(
-        self, jaxpr: Any, args: Sequence[Any], place: Place, labels: list[_Label]
+        self, jaxpr: Any, args: Sequence[Any], context: EqnContext, labels: list[_Label]
     ) -> tuple[list[Any], list[Any]]:
         body = open_jaxpr(jaxpr)
         consts = getattr(jaxpr, "consts", ())
@@ -206,7 +214,7 @@ class _Interpreter:
         marked = {e.invars[0] for e in body.eqns if _mark(e).startswith(VALUE)}
         counts = []
         for eqn in body.eqns:
-            inner = place.enter(eqn)
+            inner = context.enter(eqn)
             values = [read(x) for x in eqn.invars]
             with _jaxpr.context_of(eqn):
                 outputs, found, found_labels = self._equation(eqn, values, inner)
@@ -215,31 +223,35 @@ class _Interpreter:
             labels += found_labels
             for v, x in zip(eqn.outvars, outputs, strict=True):
                 label = self._label(eqn, inner)
-                if label and v not in marked and _is_floating(x):
+                if label and v not in marked and is_floating(x):
                     counts.append(self.count(x))
                     labels.append(label)
         return [read(x) for x in body.outvars], counts
 
-    def _label(self, eqn: Any, place: Place) -> _Label | None:
-        """Returns the label of an equation that is to be counted."""
-        if place.is_recomputed:
+    def _label(self, eqn: Any, context: EqnContext) -> _Label | None:
+        """Returns the label of an equation's output; None if it is not counted."""
+        if context.is_recomputed:
             return None
         mark = _mark(eqn)
         for prefix, slot in ((VALUE, "values"), (COTANGENT, "cotangents")):
             if mark.startswith(prefix):
                 return _Label(mark.removeprefix(prefix), slot, is_mark=True)
         if mark or eqn.primitive.name in self.matched:
-            name = mark or operation_name(place.scope, eqn)
-            name += " (backward)" if place.is_backward else ""
+            name = mark or operation_name(context.scope, eqn)
+            name += " (backward)" if context.is_backward else ""
             return _Label(name, "values", is_mark=False)
         return None
 
-    def _equation(self, eqn: Any, values: list[Any], place: Place) -> Any:
-        name = eqn.primitive.name
-        if name in _ENTERED and any(map(self._is_of_interest, inner_jaxprs(eqn))):
-            if name in ("cond", "scan", "while"):
-                return getattr(self, f"_{name}")(eqn, values, place)
-            return self._enter(eqn, values, place)
+    def _equation(self, eqn: Any, values: list[Any], context: EqnContext) -> Any:
+        if any(map(self._is_of_interest, inner_jaxprs(eqn))):
+            facts = facts_of(eqn)
+            if facts.is_call:
+                return self._call(eqn, values, context)
+            if facts.kind is Kind.COND:
+                return self._cond(eqn, values, context)
+            if facts.kind is Kind.LOOP:
+                loop = self._scan if eqn.primitive.name == "scan" else self._while
+                return loop(eqn, values, context)
         return _jaxpr.bind(eqn, *values), [], []
 
     def _is_of_interest(self, jaxpr: Any) -> bool:
@@ -248,15 +260,15 @@ class _Interpreter:
             for eqn, _, _ in _jaxpr.walk(jaxpr)
         )
 
-    def _enter(self, eqn: Any, values: list[Any], place: Place) -> Any:
-        call, labels = self.make(inner_jaxprs(eqn)[0], place)
+    def _call(self, eqn: Any, values: list[Any], context: EqnContext) -> Any:
+        call, labels = self.make(inner_jaxprs(eqn)[0], context)
         if eqn.primitive.name == "jit":
-            # By its name autocast may know it.
+            # Autocast knows some functions by their names.
             call.__name__ = call.__qualname__ = eqn.params["name"]
             return *jax.jit(call)(*values), labels
         if eqn.primitive.name != "remat2":
             return *call(*values), labels
-        # The equation itself, so that what is to be computed again still is.
+        # Stays a remat2 equation, so that the backward pass still recomputes it.
         flat, treedef = None, None
 
         def flattened(*args):
@@ -270,9 +282,9 @@ class _Interpreter:
         outputs = eqn.primitive.bind(*closed.consts, *values, **params)
         return *jax.tree.unflatten(treedef, outputs), labels
 
-    def _cond(self, eqn: Any, values: list[Any], place: Place) -> Any:
+    def _cond(self, eqn: Any, values: list[Any], context: EqnContext) -> Any:
         index, *operands = values
-        made = [self.make(branch, place) for branch in eqn.params["branches"]]
+        made = [self.make(branch, context) for branch in eqn.params["branches"]]
         zeros = [_zeros_like(call, *operands)[1] for call, _ in made]
 
         def padded(i):
@@ -287,33 +299,31 @@ class _Interpreter:
         labels = [label for _, labels in made for label in labels]
         return outputs, [n for found in counts for n in found], labels
 
-    def _scan(self, eqn: Any, values: list[Any], place: Place) -> Any:
-        params = eqn.params
-        num_consts, num_carry = (Scan(eqn).num_consts, Scan(eqn).num_carry)
-        consts, rest = values[:num_consts], values[num_consts:]
-        call, labels = self.make(params["jaxpr"], place)
+    def _scan(self, eqn: Any, values: list[Any], context: EqnContext) -> Any:
+        scan = Scan(eqn)
+        consts, init, xs = scan.split_operands(values)
+        call, labels = self.make(scan.jaxpr, context)
 
         def step(carry, xs):
             outputs, counts = call(*consts, *carry, *xs)
-            return outputs[:num_carry], (outputs[num_carry:], counts)
+            carry, ys = scan.split_results(outputs)
+            return carry, (ys, counts)
 
         carry, (ys, counts) = lax.scan(
             step,
-            rest[:num_carry],
-            rest[num_carry:],
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
+            init,
+            xs,
+            length=scan.length,
+            reverse=scan.is_reverse,
+            unroll=eqn.params["unroll"],
         )
         return [*carry, *ys], jax.tree.map(lambda n: n.sum(0, n.dtype), counts), labels
 
-    def _while(self, eqn: Any, values: list[Any], place: Place) -> Any:
-        params = eqn.params
-        num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-        cond_consts, body_consts = values[:num_cond], values[num_cond:][:num_body]
-        carry = values[num_cond + num_body :]
-        goes_on, _ = self.make(params["cond_jaxpr"], place)
-        call, labels = self.make(params["body_jaxpr"], place)
+    def _while(self, eqn: Any, values: list[Any], context: EqnContext) -> Any:
+        loop = While(eqn)
+        cond_consts, body_consts, init = loop.split_operands(values)
+        goes_on, _ = self.make(loop.cond, context)
+        call, labels = self.make(loop.body, context)
 
         def step(state):
             outputs, counts = call(*body_consts, *state[0])
@@ -322,7 +332,7 @@ class _Interpreter:
         outputs, counts = lax.while_loop(
             lambda state: goes_on(*cond_consts, *state[0])[0][0],
             step,
-            (carry, _zeros_like(call, *body_consts, *carry)[1]),
+            (init, _zeros_like(call, *body_consts, *init)[1]),
         )
         return outputs, counts, labels
 
@@ -330,7 +340,7 @@ class _Interpreter:
 def _collect(labels: list[_Label], counts: list[Any]) -> tuple[Static, list[Any]]:
     """Returns the names of the operations, and the `OpHistograms` of each.
 
-    What has the same mark is added up.
+    Counts with the same mark are added up.
     """
     names = Names()
     slots: dict[str, dict[str, Any]] = {}
@@ -354,12 +364,8 @@ def _zeros_like(fn: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _is_floating(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
 def _refuse_derivatives(primals: Any, tangents: Any) -> Any:
     raise TypeError(
         "probe(fn) has no derivative; differentiate inside, probe(jax.grad(fn)), so "
-        "that the backward pass is looked at too."
+        "that the backward pass is counted too."
     )

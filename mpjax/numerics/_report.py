@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a function by dtype and by name scope, and what is wrong."""
+"""FLOPs and bytes of a function by dtype and by name scope, with findings."""
 
 import collections
 import dataclasses
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mpjax._jaxpr.core import dtype_of, inner_jaxprs, is_inexact_aval, num_bytes, walk
 from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
 from mpjax._jaxpr.flops import count_flops
+from mpjax._jaxpr.primitives import facts_of
 from mpjax._report import (
     plain_table,
     print_report,
@@ -20,41 +21,26 @@ from mpjax._report import (
     short_source,
 )
 from mpjax.numerics._findings import Finding, merge
-from mpjax.numerics._flow import is_call
+from mpjax.numerics._flow import holds_operations
 from mpjax.numerics._lint import find
 from mpjax.numerics._retrace import find_retraces
-from mpjax.numerics._tap import MATMULS
 
 _COLUMNS = ("scope", "dtype", "MFLOP", "MB", "calls")
-# What XLA does without touching memory.
-_VIEWS = frozenset(
-    (
-        "copy",
-        "name",
-        "optimization_barrier",
-        "pvary",
-        "reshape",
-        "sharding_constraint",
-        "squeeze",
-        "stop_gradient",
-    )
-)
-# Reads of its first operand as much as it gives.
-_SLICES = frozenset(("dynamic_slice", "gather", "slice"))
 
 
 @dataclasses.dataclass(frozen=True)
-class OpRecord:
-    """One operation of a function, or several that differ in nothing shown here.
+class PrecisionRecord:
+    """One operation of a function, or several that agree in all fields but the counts.
 
     Attributes:
       primitive: its name.
-      dtype: in which it computes; see `precision_report`.
+      dtype: the dtype in which it computes; see `precision_report`.
       scope: its name scope.
       source: the user's source line, `model.py:12:4 (loss_fn)`.
-      flops: of all calls together.
-      moved_bytes: read and written, likewise.
-      num_calls: how often it runs; a `while` body and each branch of a `cond` once.
+      flops: floating-point operations of all calls together.
+      moved_bytes: bytes read and written by all calls together.
+      num_calls: how often it runs; a `while` body and each branch of a `cond` count
+        once.
     """
 
     primitive: str
@@ -70,32 +56,32 @@ class OpRecord:
 class PrecisionReport:
     """What a function computes in which precision, and where that is wrong.
 
-    `print(report)` gives plain tables, `report.print()` coloured ones on a terminal
-    where rich is installed, `report.to_dict()` all data.
+    `print(report)` prints plain tables, `report.print()` coloured ones on a terminal
+    where rich is installed; `report.to_dict()` returns all data.
 
     Attributes:
-      records: the operations, those with most FLOPs first, then with most bytes.
-      findings: what had better be changed, those with most FLOPs first; each a
-        `Finding` with its remedy.
+      records: the operations, sorted by FLOPs, then by bytes, the largest first.
+      findings: what should be changed, each a `Finding` with its remedy, sorted by
+        FLOPs, the largest first.
     """
 
-    records: tuple[OpRecord, ...]
+    records: tuple[PrecisionRecord, ...]
     findings: tuple[Finding, ...] = ()
 
     def flops_by_dtype(self) -> dict[str, int]:
-        """Returns the FLOPs of each dtype, most first."""
+        """Returns the FLOPs of each dtype, the largest count first."""
         return _add_up((r.dtype, r.flops) for r in self.records)
 
     def bytes_by_dtype(self) -> dict[str, int]:
-        """Returns the bytes that the operations of each dtype move, most first."""
+        """Returns the bytes that the operations of each dtype move, largest first."""
         return _add_up((r.dtype, r.moved_bytes) for r in self.records)
 
     def flops_by_scope(self) -> dict[str, dict[str, int]]:
-        """Returns the FLOPs of each dtype, by name scope; "" is outside of any."""
+        """Returns the FLOPs of each dtype, by name scope; "" is outside any scope."""
         return self._by_scope("flops")
 
     def bytes_by_scope(self) -> dict[str, dict[str, int]]:
-        """Returns the bytes of each dtype, by name scope; "" is outside of any."""
+        """Returns the bytes of each dtype, by name scope; "" is outside any scope."""
         return self._by_scope("moved_bytes")
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +96,7 @@ class PrecisionReport:
         }
 
     def print(self) -> None:
-        """Prints it: by rich on a terminal where that is installed, else plain."""
+        """Prints the report, through rich on a terminal if rich is installed."""
         print_report(self)
 
     def __rich__(self) -> Any:
@@ -159,44 +145,49 @@ class PrecisionReport:
 def precision_report(fn: Callable[..., Any]) -> Callable[..., PrecisionReport]:
     """Tells in which precision a function computes, and where that is wrong.
 
-    The function is traced, not run. Every operation counts, also those of jit, scan
-    (times its length), while and cond (the body, and each branch, once), remat and
-    functions with derivatives of their own; the call itself does not.
+    It takes the function and returns a function: `precision_report(fn)(*args)`. The
+    function is traced, not run.
 
-    An operation's dtype is that of its first floating result. Where none is floating,
-    as of a comparison, it is that of its first floating operand, else of its result.
-    A matmul's or convolution's is that of its operands, the widest where they differ,
-    whatever its output is.
+    Every operation counts, also inside jit, scan (times its length), while and cond
+    (the body, and each branch, once), remat and functions with derivatives of their
+    own; calls and loops themselves do not count.
+
+    An operation's dtype is that of its first floating result. If no result is floating,
+    as in a comparison, it is the dtype of the first floating operand, or else of the
+    result. The dtype of a matmul or convolution is that of its operands, the wider one
+    where they differ, whatever the dtype of its output.
 
     Bytes are operands read and results written, as if nothing were fused: an upper
-    bound of what the compiled function moves, most of whose elementwise operations
-    XLA fuses. Views (reshape, squeeze) move nothing; slices and gathers read as much as
-    they give. A FLOP is one of `autocast_report`.
+    bound on what the compiled function moves, because XLA fuses most elementwise
+    operations. Views (reshape, squeeze) move nothing; slices and gathers read as much
+    as they return. FLOPs are counted as in `autocast_report`.
 
     The findings are
-      - sums, cumulative sums, products, scatters of more than 8 numbers, and totals
-        carried by a loop, in float16 or bfloat16 (matmuls accumulate in float32);
-      - exponentials, logarithms and powers in float16 or bfloat16;
-      - half that became float32 because it met a constant (a NumPy number,
-        `jnp.linspace`, `jax.nn.one_hot`, random numbers), not by an explicit cast, and
-        then went into a matmul, an output, or made more of half float32;
-      - matmuls in float32 after that, and those of half with float32;
-      - float64 where no argument is;
-      - state that comes out with another dtype, or weak type, than it went in with, so
-        that jit traces anew;
-      - casts there and back, with nothing between.
-    What `autocast` did inside of its function is not a leak: see `autocast_report`.
+
+    - sums, cumulative sums, products and scatters of more than 8 numbers, and totals
+      carried by a loop, in float16 or bfloat16 (matmuls accumulate in float32);
+    - exponentials, logarithms and powers in float16 or bfloat16;
+    - half that became float32 because it met a constant (a NumPy number,
+      `jnp.linspace`, `jax.nn.one_hot`, random numbers), not by an explicit cast, and
+      then reached a matmul or an output, or turned more half values into float32;
+    - float32 matmuls that follow from such a leak, and matmuls of half with float32;
+    - float64 where no argument is float64;
+    - state whose output dtype, or weak type, differs from its input's, so that jit
+      traces again;
+    - casts to another dtype and back, with no computation between them.
+
+    What `autocast` did inside its function is not a leak: see `autocast_report`.
 
     Args:
-      fn: any function of pytrees, under the contract of `jax.jit`;
-        `jax.value_and_grad(loss_fn)` and a whole train step likewise.
+      fn: any function of pytrees, under the contract of `jax.jit`, for instance
+        `jax.value_and_grad(loss_fn)` or a whole train step.
 
     Returns:
-      A function that takes the arguments of `fn`, or `jax.ShapeDtypeStruct` in their
-      place, and returns a `PrecisionReport`. Nothing is computed.
+      A function with the arguments of `fn`, each of which may be
+      a `jax.ShapeDtypeStruct`, that returns a `PrecisionReport`. Nothing is computed.
 
     Raises:
-      TypeError: when called with an NNX module.
+      TypeError: when the returned function is called with an NNX module.
 
     >>> struct = jax.ShapeDtypeStruct((512, 512), "bfloat16")
     >>> report = precision_report(lambda x, w: x @ w * jnp.float32(2))(struct, struct)
@@ -219,7 +210,7 @@ def precision_report(fn: Callable[..., Any]) -> Callable[..., PrecisionReport]:
     return report
 
 
-def _records(jaxpr: Any) -> tuple[OpRecord, ...]:
+def _records(jaxpr: Any) -> tuple[PrecisionRecord, ...]:
     counts: dict[tuple, list[int]] = {}
     for eqn, scope, source, times in _operations(jaxpr):
         dtype = _compute_dtype(eqn)
@@ -230,23 +221,23 @@ def _records(jaxpr: Any) -> tuple[OpRecord, ...]:
         total[0] += times * count_flops(eqn) if is_floating else 0
         total[1] += times * _moved_bytes(eqn)
         total[2] += times
-    records = [OpRecord(*row, *total) for row, total in counts.items()]
+    records = [PrecisionRecord(*row, *total) for row, total in counts.items()]
     return tuple(sorted(records, key=lambda r: (-r.flops, -r.moved_bytes)))
 
 
 def _operations(jaxpr: Any) -> Iterator[tuple[Any, str, str, int]]:
-    """Yields `(eqn, scope, source, times)` of all but calls.
+    """Yields `(eqn, scope, source, times)` of everything but calls and loops.
 
-    What has no source line, in a jit of JAX's own, takes that of the call.
+    An equation without a source line, in a jit of JAX's own, takes the call's line.
     """
     inside: dict[int, str | None] = {}
     for eqn, scope, times in walk(jaxpr):
         source = inside.get(id(eqn), "")
         if source is not None:
             source = short_source(eqn) or source
-        is_operation = source is not None and not is_call(eqn)
+        is_operation = source is not None and not holds_operations(eqn)
         for sub in inner_jaxprs(eqn):
-            # The scalar function of a reduction is no operation of its own.
+            # The scalar function of a reduction does not count on its own.
             own = None if is_operation or source is None else source
             inside.update((id(x), own) for x in getattr(sub, "eqns", ()))
         if is_operation:
@@ -255,7 +246,7 @@ def _operations(jaxpr: Any) -> Iterator[tuple[Any, str, str, int]]:
 
 def _compute_dtype(eqn: Any) -> str | None:
     operands = [x for x in eqn.invars if is_inexact_aval(x.aval)]
-    if eqn.primitive.name in MATMULS and operands:
+    if facts_of(eqn).is_matmul and operands:
         return str(jnp.promote_types(*(dtype_of(x) for x in operands[:2])))
     atoms = [v for v in eqn.outvars if is_inexact_aval(v.aval)] or operands
     dtypes = [dtype_of(x) for x in (*atoms, *eqn.outvars)]
@@ -263,11 +254,11 @@ def _compute_dtype(eqn: Any) -> str | None:
 
 
 def _moved_bytes(eqn: Any) -> int:
-    name = eqn.primitive.name
-    if name in _VIEWS:
+    facts = facts_of(eqn)
+    if facts.is_view:
         return 0
     written = sum(map(num_bytes, eqn.outvars))
-    if name in _SLICES:
+    if facts.is_slice:
         return 2 * written + sum(map(num_bytes, eqn.invars[1:]))
     return written + sum(map(num_bytes, eqn.invars))
 

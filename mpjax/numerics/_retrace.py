@@ -1,4 +1,4 @@
-"""State that comes out of a function with other dtypes than it went in with."""
+"""State whose dtypes differ between a function's arguments and its outputs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,20 +9,20 @@ import jax
 from mpjax._jaxpr.core import is_inexact_aval, open_jaxpr
 from mpjax._jaxpr.flatten import Static
 from mpjax.numerics._findings import RETRACE, Finding
-from mpjax.numerics._flow import Site, Value
+from mpjax.numerics._flow import AbstractValue, Site
 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """An array of the arguments or outputs, with what is known of it."""
+    """An array of the arguments or outputs, with its abstract value."""
 
     aval: Any
-    value: Value | None = None
+    value: AbstractValue | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tree:
-    """A tree that is never built: classes may not take what is no array."""
+    """A tree that is never unflattened: its classes may refuse leaves like these."""
 
     treedef: Any
     leaves: list[_Leaf | None]
@@ -37,20 +37,24 @@ class _Tree:
 
 
 def find_retraces(
-    args: tuple, jaxpr: Any, values: list[Value], in_spec: Static, out_spec: Static
+    args: tuple,
+    jaxpr: Any,
+    values: list[AbstractValue],
+    in_spec: Static,
+    out_spec: Static,
 ) -> list[Finding]:
-    """Returns the leaves of a carried state after which jit traces the function anew.
+    """Returns the leaves of a carried state that make jit trace the function again.
 
-    A carried state is an output with the tree of the argument at its place: the first
-    of `step(state, batch) -> (state, metrics)`. Arrays and numbers that are no part of
-    a tree are not taken for one, as a learning rate and a loss may share a place.
+    A carried state is an output whose tree is that of the argument at the same
+    position: `state` in `step(state, batch) -> (state, metrics)`. A single array or
+    number never counts as one, because a learning rate and a loss may share a position.
 
     Args:
       args: positional arguments of the function.
       jaxpr: the function, traced.
-      values: what is known of its outputs.
+      values: abstract values of its outputs.
       in_spec: what `flatten` returned for `(args, kwargs)`.
-      out_spec: likewise for the outputs.
+      out_spec: what `flatten` returned for the outputs.
     """
     body = open_jaxpr(jaxpr)
     inputs = _tree(in_spec, [_Leaf(v.aval) for v in body.invars])
@@ -66,7 +70,7 @@ def find_retraces(
             )
             if a is not None and b is not None
         ]
-        # Else it may be a gradient, or a cast of the whole tree.
+        # If no leaf keeps its dtype, it may be a gradient, or a cast of the whole tree.
         is_stepped = any(
             is_inexact_aval(a.aval) and _is_computed(b) and a.aval.dtype == b.aval.dtype
             for _, a, b in pairs
@@ -105,11 +109,11 @@ def _compare(path: str, a: _Leaf, b: _Leaf, is_stepped: bool) -> Iterator[Findin
     elif a.aval.weak_type and not b.aval.weak_type:
         message = f"{path} goes in as a Python number (weakly typed) and comes out "
         message += f"as a {dtype} array"
-        remedy = f"Begin with an array, jnp.{dtype}(...)"
+        remedy = f"Start from an array, jnp.{dtype}(...)"
     elif b.aval.weak_type and not a.aval.weak_type:
         message = f"{path} goes in as a {dtype} array and comes out weakly typed, "
         message += "as a Python number"
-        remedy = f"Give it its dtype where it is made, jnp.asarray(x, jnp.{dtype})"
+        remedy = f"Set its dtype where it is made, jnp.asarray(x, jnp.{dtype})"
     else:
         return
     yield Finding(
@@ -119,7 +123,7 @@ def _compare(path: str, a: _Leaf, b: _Leaf, is_stepped: bool) -> Iterator[Findin
         site.scope,
         site.source,
         message,
-        f"{remedy}: else jit traces and compiles again when it goes in again.",
+        f"{remedy}: otherwise jit traces and compiles again in the next step.",
     )
 
 

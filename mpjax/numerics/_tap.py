@@ -1,4 +1,4 @@
-"""Taps: identities that make cotangents visible to `probe`."""
+"""Taps: identities whose derivatives show cotangents to `probe`."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -23,24 +23,25 @@ from mpjax._jaxpr.flatten import (
     refuse_modules,
     unflatten,
 )
+from mpjax._jaxpr.primitives import MATMULS, Kind, facts_of
 
-MATMULS = frozenset(("dot_general", "ragged_dot_general", "conv_general_dilated"))
 VALUE = "mpjax.tap.value:"
 COTANGENT = "mpjax.tap.cotangent:"
-# What is inside has a derivative of its own, in which a tap would never be asked.
-_OWN_RULES = ("custom_jvp_call", "custom_vjp_call")
 
 
 def tap(fn: Callable[..., Any], *, ops: Collection[str] = ()) -> Callable[..., Any]:
     """Marks the output of every matmul and convolution, for `probe` to find.
 
-    A mark is an identity with an identity for derivative, and compiles to nothing. Put
-    it around what is differentiated, and `probe` around the whole; then the histograms
-    of cotangents have the names of the forward operations.
+    It takes the function and returns a function: `tap(fn)(*args)`.
+
+    A mark is an identity whose derivative is an identity, and compiles to nothing. Put
+    `tap` around the function that is differentiated, and `probe` around the whole; the
+    histograms of cotangents then have the names of the forward operations.
 
     Matmuls inside a function with a derivative of its own (`jax.custom_vjp`) are not
-    marked: its rule decides what is computed backward, and `probe` sees that by itself.
-    Marks have no forward-mode derivative: no `jax.jvp`, `jax.jacfwd` or `jax.hessian`.
+    marked: its rule decides what the backward pass computes, and `probe` counts that
+    without a mark. Marks have no forward-mode derivative: no `jax.jvp`, `jax.jacfwd` or
+    `jax.hessian`.
 
     Args:
       fn: any function of pytrees, under the contract of `jax.jit`.
@@ -50,7 +51,8 @@ def tap(fn: Callable[..., Any], *, ops: Collection[str] = ()) -> Callable[..., A
       A function with the arguments and outputs of `fn`.
 
     Raises:
-      TypeError: when called with an NNX module.
+      TypeError: if `ops` is a string; when the returned function is called with an NNX
+        module.
     """
     matched = matched_names(ops)
 
@@ -71,7 +73,7 @@ def tap(fn: Callable[..., Any], *, ops: Collection[str] = ()) -> Callable[..., A
 
 
 def matched_names(ops: Collection[str]) -> frozenset[str]:
-    """Returns the names of primitives that are looked at: matmuls and `ops`.
+    """Returns the names of the primitives to count: matmuls and `ops`.
 
     Raises:
       TypeError: if `ops` is one string, whose letters would match nothing.
@@ -84,7 +86,7 @@ def matched_names(ops: Collection[str]) -> frozenset[str]:
 
 
 class Names:
-    """Gives each operation a name of its own: its scope and primitive, numbered."""
+    """Makes names unique: numbers operations of the same scope and primitive."""
 
     def __init__(self):
         self._given: dict[str, int] = {}
@@ -109,7 +111,8 @@ class _Tapper:
         eqns = []
         for eqn in open_jaxpr(jaxpr).eqns:
             inner = join_scope(scope, eqn)
-            if eqn.primitive.name not in _OWN_RULES:
+            # A custom derivative would never reach a mark inside.
+            if facts_of(eqn).kind is not Kind.CUSTOM:
                 rewrite = functools.partial(self.rewrite, scope=inner)
                 eqn = eqn.replace(params=map_inner_jaxprs(rewrite, eqn.params))
             if eqn.primitive.name in self.matched:

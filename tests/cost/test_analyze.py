@@ -109,7 +109,7 @@ def test_flops_of_a_scan_count_its_length():
     assert report.matmul_flops == {"float32": 7 * 2 * 8**3}
 
 
-def test_time_at_best_is_the_larger_of_arithmetic_and_memory():
+def test_the_roofline_time_is_the_larger_of_arithmetic_and_memory():
     device = cost.Device(
         "slow",
         memory_bytes=10**9,

@@ -1,4 +1,4 @@
-"""The data of devices, and code for those that are not here."""
+"""The data of devices, and code for GPUs that the machine does not have."""
 
 import importlib.util
 import subprocess
@@ -56,8 +56,11 @@ def test_an_unknown_device_is_named_with_those_known():
 
 def test_without_the_plugin_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(_compile, "_PLUGINS", ("no_such_plugin",))
-    with pytest.raises(RuntimeError, match=r'pip install "jax\[cuda13\]"'):
+    with pytest.raises(
+        cost.MissingPluginError, match=r'pip install "jax\[cuda13\]"'
+    ) as error:
         cost.analyze(*HALF_ADDED, device="h100")
+    assert isinstance(error.value, RuntimeError)
 
 
 PLUGIN = pytest.mark.skipif(

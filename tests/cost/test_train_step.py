@@ -1,4 +1,4 @@
-"""What training steps cost, compiled for an H100 that need not be there."""
+"""What training steps cost, compiled for an H100 that the machine need not have."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""Functions with a fault planted in the line marked `here`, and what is to be said."""
+"""Functions with a fault in the line marked `here`, and what must be found."""
 
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ HALF = X.astype(np.float16)
 
 
 class Fault(NamedTuple):
+    """A function with one fault, and the record that must come of it."""
+
     fn: Any
     args: tuple
     primitive: str

@@ -1,4 +1,4 @@
-"""Faults of precision, each in the line marked `here`, and healthy code like it."""
+"""Functions with a fault of precision in the line marked `here`."""
 
 from typing import NamedTuple
 
@@ -248,6 +248,12 @@ def float64_range(x):
 def there_and_back(x):
     wide = x.astype(FULL)
     return wide.reshape(-1)[None].astype(HALF)  # here
+
+
+@fault(kinds.ROUND_TRIP, "convert_element_type", X, INDEX)
+def there_and_back_around_a_slice(x, index):
+    rows = lax.dynamic_slice_in_dim(x.astype(FULL), index[0], 8)
+    return rows.astype(HALF)  # here
 
 
 @fault(kinds.ROUND_TRIP, "convert_element_type", X)

@@ -1,4 +1,4 @@
-"""Where in a function an equation is."""
+"""What surrounds an equation in a function."""
 
 from typing import Any, NamedTuple, Self
 
@@ -6,15 +6,15 @@ from mpjax._jaxpr.core import is_reserved, join_scope, num_trips
 from mpjax._report import short_source
 
 
-class Place(NamedTuple):
-    """What is around an equation, from the outermost on.
+class EqnContext(NamedTuple):
+    """What surrounds an equation, from the outermost jaxpr on.
 
     Attributes:
       scope: name scope.
       source: the user's source line.
-      times: how often it runs, where that is known.
-      iterations: those of the loops around it, where they are known.
-      is_backward: whether JAX's transposition made it.
+      times: how often the equation runs, as far as that is known.
+      iterations: iterations of the surrounding loops, where they are known.
+      is_backward: whether JAX's transposition made the equation.
       is_recomputed: whether it repeats the forward pass inside the backward pass, for
         `jax.checkpoint`.
       is_rewritten: whether it is inside `autocast` or `full_precision`.
@@ -29,10 +29,10 @@ class Place(NamedTuple):
     is_rewritten: bool = False
 
     def enter(self, eqn: Any) -> Self:
-        """Returns the place of an equation.
+        """Returns the context of an equation.
 
-        What is in a jit of JAX's own, such as that of `jnp.where`, has no source line;
-        it takes that of the call.
+        An equation in a jit of JAX's own, such as that of `jnp.where`, has no source
+        line; it takes the line of the call.
         """
         stack = str(eqn.source_info.name_stack)
         return self._replace(
@@ -43,12 +43,12 @@ class Place(NamedTuple):
         )
 
     def inside(self, eqn: Any) -> Self:
-        """Returns the place of what is inside an equation, itself at this place."""
+        """Returns the context inside an equation whose own context this is."""
         return self._replace(
             times=self.times * num_trips(eqn),
             is_rewritten=self.is_rewritten or is_reserved(eqn),
         )
 
     def at(self, iteration: int) -> Self:
-        """Returns the place inside an iteration of a loop."""
+        """Returns the context inside one iteration of a loop."""
         return self._replace(iterations=(*self.iterations, iteration))
