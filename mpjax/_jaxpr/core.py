@@ -229,13 +229,6 @@ def is_reserved(eqn: Any) -> bool:
     return isinstance(name, str) and name.startswith((RESERVED_AUTOCAST, RESERVED_FULL))
 
 
-def count_uses(jaxpr: Any) -> collections.Counter[Var]:
-    """Returns how often each variable is an operand, or an output of the jaxpr."""
-    body = open_jaxpr(jaxpr)
-    atoms = [x for eqn in body.eqns for x in eqn.invars]
-    return collections.Counter(x for x in (*atoms, *body.outvars) if is_var(x))
-
-
 def is_split(atom: Any) -> bool:
     """Whether an atom is sharded over the axes of an explicit mesh."""
     return any(axis is not None for axis in atom.aval.sharding.spec)
@@ -266,7 +259,7 @@ def count_uses(jaxpr: Any) -> collections.Counter[Var]:
 
 
 def renamed(atoms: Any, names: dict[Var, Any]) -> list[Any]:
-    """Returns variables and literals, where `names` has another name for one, that."""
+    """Returns atoms, with those variables replaced that `names` has a name for."""
     return [names.get(x, x) if is_var(x) else x for x in atoms]
 
 

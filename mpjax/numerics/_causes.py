@@ -134,8 +134,8 @@ def find_cause(eqn: Any, values: list[Any], outputs: list[Any]) -> str:
     facts = facts_of(eqn)
     num_nan = sum(count(x)[0] for x in outputs if is_inexact(x))
     operand = _operand(eqn, values)
-    out_of_domain = facts.outside_domain if operand is not None and num_nan else None
-    if out_of_domain is not None and np.any(out_of_domain(operand)):
+    out_of_domain = facts.outside_domain if num_nan else None
+    if operand is not None and out_of_domain and np.any(out_of_domain(operand)):
         return OUT_OF_DOMAIN
     if any(not np.isfinite(_wide(x)).all() for x in values if is_inexact(x)):
         return NAN_OF_INF if num_nan else UNKNOWN
