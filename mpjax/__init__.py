@@ -7,7 +7,6 @@ from mpjax._autocast import (
     autocast_report,
     full_precision,
 )
-from mpjax._tree import all_finite
 from mpjax.half_weights import (
     MasterWeightsState,
     StochasticRoundingState,
@@ -49,7 +48,6 @@ __all__ = [
     "StaticLossScale",
     "StochasticRoundingState",
     "TrainState",
-    "all_finite",
     "autocast",
     "autocast_report",
     "full_precision",

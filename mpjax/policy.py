@@ -7,21 +7,24 @@ in which it returns. The mixed presets follow "Mixed Precision Training"
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jmp
 
-PRESETS: dict[str, str] = {
-    "float32": "p=f32,c=f32,o=f32",
-    "float64": "p=f64,c=f64,o=f64",
-    "mixed_float16": "p=f32,c=f16,o=f32",
-    "mixed_bfloat16": "p=f32,c=bf16,o=f32",
-    "float16": "p=f16,c=f16,o=f16",
-    "bfloat16": "p=bf16,c=bf16,o=bf16",
-}
+PRESETS: Mapping[str, str] = MappingProxyType(
+    {
+        "float32": "p=f32,c=f32,o=f32",
+        "float64": "p=f64,c=f64,o=f64",
+        "mixed_float16": "p=f32,c=f16,o=f32",
+        "mixed_bfloat16": "p=f32,c=bf16,o=f32",
+        "float16": "p=f16,c=f16,o=f16",
+        "bfloat16": "p=bf16,c=bf16,o=bf16",
+    }
+)
 
 PolicyLike = str | jmp.Policy
 
@@ -82,9 +85,7 @@ class PolicyRules:
     ()
     """
 
-    def __init__(
-        self, rules: Sequence[tuple[str, PolicyLike]], default: PolicyLike = "float32"
-    ):
+    def __init__(self, rules: Sequence[tuple[str, PolicyLike]], *, default: PolicyLike):
         """Compiles the rules.
 
         Args:

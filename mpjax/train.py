@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from mpjax._autocast import autocast as autocast_function
-from mpjax._struct import is_key, pytree_dataclass, replace_leaves
+from mpjax._struct import pytree_dataclass, replace_fields, replace_leaves
 from mpjax._train.gradients import Gradients, checkpointed, scaled_gradients
 from mpjax._train.update import apply_gradients
-from mpjax._tree import is_inexact, sum_of_squares, to_full
+from mpjax._tree import is_inexact, is_key, sum_of_squares, to_full
 from mpjax.optimizer import loss_scale_state
 from mpjax.policy import (
     PolicyLike,
@@ -90,6 +90,27 @@ class TrainState:
         )
         return jax.tree.map(_fresh, state)
 
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with some fields replaced, inside jit or outside.
+
+        The values go in as they are: nothing is copied, cast or checked, and the
+        optimizer state stays that of the old parameters.
+
+        >>> import mpjax, optax
+        >>> tx = mpjax.with_loss_scale(optax.sgd(0.1))
+        >>> state = TrainState.create(params={"w": jnp.zeros(2)}, tx=tx)
+        >>> state = state.replace(params={"w": jnp.ones(2)})
+        >>> state.params["w"].tolist(), int(state.step)
+        ([1.0, 1.0], 0)
+
+        Args:
+          **changes: new values by the names of fields, such as `params`.
+
+        Raises:
+          TypeError: for a name that is no field; the message lists the fields.
+        """
+        return replace_fields(self, changes)
+
 
 def make_train_step(
     loss_fn: Callable[..., Any],
@@ -103,7 +124,7 @@ def make_train_step(
     axis_name: str | tuple[str, ...] | None = None,
     checkpoint_policy: str | Callable[..., bool] | None = None,
     donate: bool = True,
-    keep_inputs: str = LABELS,
+    no_cast_inputs: str = LABELS,
 ) -> jax.stages.Wrapped:
     """Builds a jitted train step with loss scaling.
 
@@ -137,7 +158,7 @@ def make_train_step(
         under a `jax.checkpoint` of their own save more.
       donate: whether the step may reuse the memory of the state it is given, which is
         then no longer readable.
-      keep_inputs: for casts: regular expression; floating inputs whose path it is
+      no_cast_inputs: for casts: regular expression; floating inputs whose path it is
         found in are not cast. By default labels and targets; empty for none.
 
     Returns:
@@ -164,7 +185,7 @@ def make_train_step(
     def cast_loss_fn(params, model_state, batch, key):
         if casts:
             params = cast_to_compute(rules, params, root="params")
-            batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+            batch = cast_to_compute(rules, batch, root="batch", keep=no_cast_inputs)
         if model_state is None:
             loss, aux = loss_fn(params, batch, key)
             return loss, (None, aux)
@@ -206,7 +227,7 @@ def make_eval_step(
     autocast: bool = True,
     mesh: jax.sharding.Mesh | None = None,
     use_ema: bool = False,
-    keep_inputs: str = LABELS,
+    no_cast_inputs: str = LABELS,
 ) -> jax.stages.Wrapped:
     """Builds a jitted evaluation step.
 
@@ -218,7 +239,7 @@ def make_eval_step(
       autocast: as in `make_train_step`.
       mesh: devices to split the batch over.
       use_ema: whether to evaluate the averaged parameters.
-      keep_inputs: as in `make_train_step`.
+      no_cast_inputs: as in `make_train_step`.
 
     Returns:
       `eval_step(state, batch) -> outputs`, jitted; the state stays readable.
@@ -239,7 +260,7 @@ def make_eval_step(
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         if casts:
             params = cast_to_compute(rules, params, root="params")
-            batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+            batch = cast_to_compute(rules, batch, root="batch", keep=no_cast_inputs)
         has_state = state.model_state is not None
         args = (params, state.model_state, batch) if has_state else (params, batch)
         evaluate = eval_fn if casts else autocast_function(eval_fn, rules)
@@ -306,6 +327,6 @@ def _mean_over_devices(out: Gradients, axis_name) -> Gradients:
 def _fresh(x: Any) -> jax.Array:
     """A copy with memory of its own and without weak type."""
     x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+    if is_key(x):
         return jax.random.clone(x)
     return jnp.array(x, dtype=x.dtype, copy=True)

@@ -395,6 +395,6 @@ def test_bfloat16_and_float16_meet_in_float32():
         assert dots == [{BF16}, {F16}, {BF16}]
         assert {dtype_of(v) for v in eqns(closed, "add")[-1].invars} == {F32}
         assert eqns(closed, "add")[-1].outvars[0].aval.dtype == F32
-    kept = mpjax.PolicyRules([("second", "float32")], "mixed_float16")
+    kept = mpjax.PolicyRules([("second", "float32")], default="mixed_float16")
     dots = [floats(e) for e in eqns(rewrite(two_halves, X, rules=kept), "dot_general")]
     assert dots == [{F16}, {F32}, {F16}]
