@@ -1,4 +1,4 @@
-"""Leaves of parameters and gradients: what they are, and sums over all of them."""
+"""Leaves of parameters and gradients: predicates, casts, sums and selection."""
 
 from typing import Any
 

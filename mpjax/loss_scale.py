@@ -32,7 +32,7 @@ LARGEST_LOSS_SCALE = 2.0**126
 
 @runtime_checkable
 class LossScale(Protocol):
-    """What jmp's loss scales and these have in common."""
+    """Protocol of jmp's loss scales and of those here."""
 
     @property
     def loss_scale(self) -> Any:
@@ -246,10 +246,10 @@ class DynamicLossScale:
 
 
 def as_loss_scale(loss_scale: Any) -> LossScale:
-    """Returns a loss scale of this module for one of jmp's.
+    """Converts one of jmp's loss scales to one of this module.
 
     jmp's own objects lose `min_loss_scale` under jit, unscale in half precision and
-    recompile per static value; their settings are taken over and the faults are not.
+    recompile per static value; their settings are taken over, their faults are not.
     Any other object with jmp's protocol is returned as it is.
 
     Raises:
@@ -280,7 +280,7 @@ def as_loss_scale(loss_scale: Any) -> LossScale:
 
 
 def parse_loss_scale(text: str) -> NoOpLossScale | StaticLossScale | DynamicLossScale:
-    """Returns the loss scale that a flag's text stands for.
+    """Parses a loss scale from the text of a flag.
 
     Args:
       text: `none`, `static:128`, `dynamic`, `dynamic:32768`, or `dynamic` with settings

@@ -96,11 +96,11 @@ def test_cast_by_rules_touches_floating_arrays_only():
 def test_kept_inputs_stay():
     rules = resolve("mixed_float16")
     batch = {"image": jnp.ones(2), "Labels": jnp.full(2, 2049.0)}
-    out = cast_to_compute(rules, batch, root="batch", keep="(?i)label")
+    out = cast_to_compute(rules, batch, root="batch", no_cast="(?i)label")
     assert out["image"].dtype == jnp.float16
     assert out["Labels"] is batch["Labels"]
     pair = (jnp.ones(2), jnp.ones(2))
-    out = cast_to_compute(rules, pair, root="batch", keep="^1$")
+    out = cast_to_compute(rules, pair, root="batch", no_cast="^1$")
     assert (out[0].dtype, out[1].dtype) == (jnp.float16, jnp.float32)
 
 
