@@ -13,7 +13,6 @@ import collections
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import csgraph, csr_array
 
 from mpjax._autocast.inline import gives_constants, with_loops_side_by_side
 from mpjax._jaxpr import core as _jaxpr
@@ -255,6 +254,8 @@ def _minimum_cut(makers: dict, cost: dict, targets: list[Var]) -> set[Var]:
     edges += [(place[var] + 1, 1, _INFINITE) for var in set(targets)]
     start, end, capacity = np.array(edges, np.int32).T
     size = 2 + 2 * len(makers)
+    from scipy.sparse import csgraph, csr_array
+
     graph = csr_array((capacity, (start, end)), shape=(size, size))
     left = graph - csgraph.maximum_flow(graph, 0, 1).flow
     left.eliminate_zeros()
