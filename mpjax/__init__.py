@@ -1,4 +1,12 @@
-"""Mixed-precision training for JAX: policies, loss scaling, train steps."""
+"""Mixed-precision training for JAX: policies, loss scaling, train steps.
+
+The packages `mpjax.numerics`, `mpjax.cost` and `mpjax.sharding` are attributes too,
+imported when they are first used.
+"""
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mpjax._autocast import (
     AutocastRecord,
@@ -7,7 +15,6 @@ from mpjax._autocast import (
     autocast_report,
     full_precision,
 )
-from mpjax._tree import all_finite
 from mpjax.half_weights import (
     MasterWeightsState,
     StochasticRoundingState,
@@ -32,6 +39,9 @@ from mpjax.optimizer import (
 from mpjax.policy import PRESETS, PolicyRules, get_policy
 from mpjax.train import TrainState, make_eval_step, make_train_step
 
+if TYPE_CHECKING:
+    from mpjax import cost, numerics, sharding
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -49,18 +59,35 @@ __all__ = [
     "StaticLossScale",
     "StochasticRoundingState",
     "TrainState",
-    "all_finite",
     "autocast",
     "autocast_report",
+    "cost",
     "full_precision",
     "get_policy",
     "loss_scale_state",
     "make_eval_step",
     "make_train_step",
+    "numerics",
     "parse_loss_scale",
     "scale_loss",
+    "sharding",
     "stochastic_round",
     "with_loss_scale",
     "with_master_weights",
     "with_stochastic_rounding",
 ]
+
+_PACKAGES = ("cost", "numerics", "sharding")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a package when it is first used as an attribute of `mpjax`."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"mpjax.{name}")
+    close = difflib.get_close_matches(name, __all__, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise AttributeError(f"module 'mpjax' has no attribute {name!r}.{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES})

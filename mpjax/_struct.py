@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
+
+from mpjax._tree import is_key
 
 T = TypeVar("T")
 
@@ -72,6 +75,46 @@ def replace_leaves(node: T, **leaves: Any) -> T:
     return new
 
 
+def set_field(node: Any, name: str, value: Any) -> None:
+    """Sets a field of a frozen dataclass, for use in its `__post_init__`."""
+    object.__setattr__(node, name, value)
+
+
+def require(node: Any, name: str, what: str, holds: Callable[[Any], bool]) -> None:
+    """Raises ValueError unless `holds` is true of the value of a field.
+
+    Args:
+      node: a dataclass.
+      name: name of the field.
+      what: what the value must be, for the message.
+      holds: predicate of the value.
+    """
+    value = getattr(node, name)
+    if not holds(value):
+        raise ValueError(f"{name}={value!r} must be {what}.")
+
+
+def is_count(x: Any) -> bool:
+    """Whether something is a whole number of at least 1."""
+    return isinstance(x, (int, np.integer)) and x is not True and int(x) >= 1
+
+
+def replace_fields(node: T, changes: dict[str, Any]) -> T:
+    """Returns a copy of a pytree dataclass with other values, as they are.
+
+    Raises:
+      TypeError: for a name that is no field; the message lists the fields.
+    """
+    known = [field.name for field in dataclasses.fields(node)]  # pyright: ignore[reportArgumentType]
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{type(node).__name__} has no field {', '.join(map(repr, unknown))}; its "
+            f"fields are {', '.join(known)}."
+        )
+    return replace_leaves(node, **changes)
+
+
 _known_to_flax: set[type] = set()
 
 
@@ -103,13 +146,6 @@ def _register_with_flax(cls: type, data: tuple[str, ...]) -> None:
         return replace_leaves(node, **leaves)
 
     serialization.register_serialization_state(cls, to_state_dict, from_state_dict)
-
-
-def is_key(x: Any) -> bool:
-    """Whether `x` is an array of typed PRNG keys (`jax.random.key`)."""
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(
-        x.dtype, jax.dtypes.prng_key
-    )
 
 
 def _key_to_data(x):

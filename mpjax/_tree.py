@@ -1,18 +1,10 @@
-"""Leaves of parameters and gradients: what they are, and sums over all of them."""
+"""Leaves of parameters and gradients: predicates, casts, sums and selection."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Returns a boolean scalar: whether every inexact leaf is finite everywhere."""
-    leaves = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
-    if not leaves:
-        return jnp.array(True)
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]).all()
 
 
 def is_inexact(x: Any) -> bool:
@@ -26,6 +18,11 @@ def is_floating(x: Any) -> bool:
     """Whether an array, an abstract value or a dtype is real and floating."""
     dtype = _dtype_of(x)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def is_key(x: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys (`jax.random.key`)."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def is_half(x: Any) -> bool:
@@ -56,6 +53,32 @@ def sum_of_squares(tree: Any) -> jax.Array:
             x = to_full(jnp.asarray(x))
             total += jnp.sum((x * x.conj()).real)
     return total
+
+
+def multiply(tree: Any, factor: Any) -> Any:
+    """Multiplies the inexact leaves of a tree by a number, in float32 at least."""
+    return jax.tree.map(lambda x: to_full(x) * factor if is_inexact(x) else x, tree)
+
+
+def int_array(value: Any) -> Any:
+    """Returns `value` as an int32 scalar; a number becomes a NumPy array."""
+    if isinstance(value, jax.Array):
+        return jax.lax.convert_element_type(value, np.int32)
+    return np.asarray(value, np.int32)
+
+
+def select(pred: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the tree `new` if `pred`, else `old`; the dtypes are those of `old`.
+
+    Leaves are selected, not multiplied by a mask: NaN times zero is NaN.
+    """
+
+    def choose(new, old):
+        if not hasattr(old, "dtype") or is_key(old):
+            return jnp.where(pred, new, old)
+        return jnp.where(pred, jnp.asarray(new, old.dtype), jnp.asarray(old, old.dtype))
+
+    return jax.tree.map(choose, new, old)
 
 
 def _dtype_of(x: Any) -> Any:

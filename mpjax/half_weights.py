@@ -30,7 +30,7 @@ class StochasticRoundingState(NamedTuple):
     """State of `with_stochastic_rounding`.
 
     Attributes:
-      num_updates: int32 scalar; with the seed it gives the random bits.
+      num_updates: int32 scalar; together with the seed it gives the random bits.
       inner_state: the state of the wrapped optimizer, built from float32 parameters.
     """
 
@@ -96,7 +96,7 @@ def with_stochastic_rounding(
 
     Args:
       tx: any optax transform.
-      seed: of the random bits; the same seed and step give the same rounding.
+      seed: seed of the random bits; the same seed and step give the same rounding.
 
     Returns:
       An optax transform; its `update` needs `params` (ValueError without them).
@@ -141,8 +141,8 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
       key: PRNG key.
 
     Returns:
-      Array of `dtype` with the shape of `x`. A value the dtype holds stays as it is;
-      one beyond its largest finite number rounds as to nearest.
+      Array of `dtype` with the shape of `x`. A value that `dtype` represents stays as
+      it is; a value beyond its largest finite number rounds to nearest.
     """
     nearest = x.astype(dtype)
     error = x - nearest.astype(jnp.float32)
@@ -155,7 +155,7 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
 
 
 def _step_to(param: jax.Array, target: jax.Array) -> jax.Array:
-    """The float32 update with which `optax.apply_updates` makes `target` of `param`."""
+    """Returns the float32 update by which `optax.apply_updates` reaches `target`."""
     return to_full(target) - to_full(param)
 
 

@@ -8,6 +8,7 @@ scales here follow jmp's protocol: `.loss_scale`, `.scale(tree)`, `.unscale(tree
 
 import dataclasses
 import math
+import re
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
@@ -16,23 +17,22 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 
-from mpjax._settings import (
-    LARGEST_LOSS_SCALE,
-    int_array,
+from mpjax._struct import (
     is_count,
-    multiply,
-    parse_number,
+    pytree_dataclass,
+    replace_leaves,
     require,
-    scale_array,
     set_field,
 )
-from mpjax._struct import pytree_dataclass, replace_leaves
-from mpjax._tree import to_full
+from mpjax._tree import int_array, multiply, to_full
+
+# The reciprocal of a larger float32 is subnormal, and most devices flush that to zero.
+LARGEST_LOSS_SCALE = 2.0**126
 
 
 @runtime_checkable
 class LossScale(Protocol):
-    """What jmp's loss scales and these have in common."""
+    """Protocol of jmp's loss scales and of those here."""
 
     @property
     def loss_scale(self) -> Any:
@@ -246,10 +246,10 @@ class DynamicLossScale:
 
 
 def as_loss_scale(loss_scale: Any) -> LossScale:
-    """Returns a loss scale of this module for one of jmp's.
+    """Converts one of jmp's loss scales to one of this module.
 
     jmp's own objects lose `min_loss_scale` under jit, unscale in half precision and
-    recompile per static value; their settings are taken over and the faults are not.
+    recompile per static value; their settings are taken over, their faults are not.
     Any other object with jmp's protocol is returned as it is.
 
     Raises:
@@ -280,7 +280,7 @@ def as_loss_scale(loss_scale: Any) -> LossScale:
 
 
 def parse_loss_scale(text: str) -> NoOpLossScale | StaticLossScale | DynamicLossScale:
-    """Returns the loss scale that a flag's text stands for.
+    """Parses a loss scale from the text of a flag.
 
     Args:
       text: `none`, `static:128`, `dynamic`, `dynamic:32768`, or `dynamic` with settings
@@ -305,8 +305,10 @@ def parse_loss_scale(text: str) -> NoOpLossScale | StaticLossScale | DynamicLoss
                 settings["loss_scale"] = parse_number(parts.pop(0))
             for part in parts:
                 name, _, value = part.partition("=")
-                if name not in _settings:
-                    raise ValueError(f"no setting {name!r}; known: {_settings}")
+                if name not in _SETTINGS:
+                    raise ValueError(
+                        f"no setting {name!r}; known: {', '.join(_SETTINGS)}"
+                    )
                 settings[name] = parse_number(value)
             return DynamicLossScale(**settings)
         raise ValueError("it is none of these")
@@ -317,7 +319,41 @@ def parse_loss_scale(text: str) -> NoOpLossScale | StaticLossScale | DynamicLoss
         ) from error
 
 
-_settings = tuple(
+def scale_array(value: Any, low: float = 0.0, high: float = LARGEST_LOSS_SCALE) -> Any:
+    """Returns a loss scale as a strongly typed float32 scalar; checks a known value.
+
+    A number becomes a NumPy array, so that building a loss scale starts no backend.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return jax.lax.convert_element_type(value, np.float32)
+    number = np.asarray(value, np.float64)
+    if number.shape != () or not 0 < number <= high or number < low:
+        raise ValueError(
+            f"loss_scale={value} must be a positive number in [{low:g}, {high:g}]; "
+            "choose another, or widen min_loss_scale and max_loss_scale."
+        )
+    if isinstance(value, jax.Array):
+        return jax.lax.convert_element_type(value, np.float32)
+    return number.astype(np.float32)
+
+
+def parse_number(text: str) -> int | float:
+    """Reads a number, or a power such as 2**15 or 2^15.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    power = re.fullmatch(r"(\d+)(?:\*\*|\^)(-?\d+)", text)
+    if power:
+        base, exponent = map(int, power.groups())
+        if base > 10 or abs(exponent) > 150:
+            raise ValueError(f"{text!r} is out of range")
+        return base**exponent
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+_SETTINGS = tuple(
     field.name
     for field in dataclasses.fields(DynamicLossScale)  # pyright: ignore[reportArgumentType]
     if field.name not in ("loss_scale", "num_finite_steps", "hysteresis_left")

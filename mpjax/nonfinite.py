@@ -11,8 +11,8 @@ class NonFiniteTrainingError(RuntimeError):
     """Gradients stay non-finite although the loss scale is at its minimum.
 
     Attributes:
-      found: which operation made the first Inf or NaN, a `mpjax.numerics.NonFinite`,
-        where that was looked for.
+      found: the operation that made the first Inf or NaN, a
+        `mpjax.numerics.NonFinite`; None if no search was made.
     """
 
     def __init__(self, message: str, found: Any = None):
@@ -32,7 +32,7 @@ class NonFiniteGuard:
     """
 
     def __init__(self, loss_scale: Any, *, max_consecutive_skipped: int = 20):
-        """Starts with nothing skipped.
+        """Starts with no skipped steps.
 
         Args:
           loss_scale: as given to `with_loss_scale`; its `min_loss_scale` is the minimum
@@ -60,10 +60,10 @@ class NonFiniteGuard:
         so a loop calls it on metrics of steps that are done.
 
         Args:
-          metrics: of `make_train_step`.
-          find: finds what to name in the error, called before it is raised:
-            `lambda: mpjax.numerics.find_nonfinite(train_step)(state, batch)`. As
-            nothing moves on a skipped step, the newest state will do.
+          metrics: metrics of `make_train_step`.
+          find: called before the error is raised, which then names its result:
+            `lambda: mpjax.numerics.find_nonfinite(train_step)(state, batch)`. Nothing
+            moves on a skipped step, so the newest state will do.
 
         Raises:
           NonFiniteTrainingError: after too many skips in a row at the minimum; the
@@ -90,7 +90,7 @@ class NonFiniteGuard:
             if np.ndim(value) <= 1 and np.size(value)
         )
         cause = (
-            f"The first of it: {found}"
+            f"The first Inf or NaN: {found}"
             if found is not None
             else "Look for NaN or Inf in the data, a division by zero or log of zero "
             "in the loss, or a learning rate that is too large."

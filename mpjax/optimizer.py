@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpjax._tree import float0_to_zeros, is_half, is_inexact, sum_of_squares, to_full
+from mpjax._tree import (
+    float0_to_zeros,
+    is_half,
+    is_inexact,
+    select,
+    sum_of_squares,
+    to_full,
+)
 from mpjax.half_weights import MasterWeightsState, StochasticRoundingState
 from mpjax.loss_scale import DynamicLossScale, as_loss_scale
 
@@ -21,8 +28,8 @@ class LossScaleState(NamedTuple):
 
     Attributes:
       loss_scale: the loss scale for the next step.
-      grads_finite: boolean scalar; whether the last gradients were finite, by their
-        norm or by the word of the caller.
+      grads_finite: boolean scalar; whether the last step was taken: its gradients had
+        a finite norm, or the caller said so.
       num_skipped: int32 scalar; steps skipped so far.
       num_consecutive_skipped: int32 scalar; steps skipped since the last finite one.
       inner_state: the state of the wrapped optimizer.
@@ -35,8 +42,17 @@ class LossScaleState(NamedTuple):
     inner_state: Any
 
 
-class LossScaled(optax.GradientTransformationExtraArgs):
-    """What `with_loss_scale` returns, unwrapped: its update takes `grads_finite=`."""
+class DecidedState(LossScaleState):
+    """A `LossScaleState` on its way through one update whose caller has decided.
+
+    Its `grads_finite` says whether the coming step is taken. `with_loss_scale` makes no
+    check of its own and selects nothing: the updates and the inner state that it
+    returns are those of a step taken, and the caller keeps its old arrays if the step
+    is skipped. Only the loss scale and the counters follow the decision.
+
+    The decision travels in the state because every wrapper of optax passes the state
+    on, while some (`optax.lookahead`) drop extra arguments.
+    """
 
 
 def with_loss_scale(
@@ -44,23 +60,23 @@ def with_loss_scale(
     loss_scale: Any = DynamicLossScale(),
     *,
     axis_name: str | tuple[str, ...] | None = None,
-) -> LossScaled:
+) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it takes gradients of a scaled loss.
 
     On each update the gradients are checked, and unscaled in float32. If they are
-    finite `tx` sees them, so that clipping, weight decay and schedules inside `tx` work
-    on true magnitudes. If not, the updates are zero and the state of `tx` stays bitwise
-    what it was. Then the loss scale is adjusted.
+    finite, `tx` updates as usual; clipping, weight decay and schedules inside `tx` work
+    on true magnitudes. If they are not, the updates are zero and the state of `tx`
+    stays bitwise what it was. Then the loss scale is adjusted.
 
     The check is one pass: gradients count as finite if the sum of their squares is, in
     float32, before unscaling. So a step is skipped not only for an Inf or NaN, but also
-    where the norm of the scaled gradients passes 1.8e19, beyond which clipping and
+    where the norm of the scaled gradients exceeds 1.8e19, beyond which clipping and
     second moments would be infinite.
 
     Half-precision parameters reach `tx` as float32, so that moments, norms and epsilons
-    are float32 too; the rounding to half happens in `optax.apply_updates`. Unless `tx`
-    keeps `with_master_weights` or `with_stochastic_rounding`, which want them as they
-    are.
+    are float32 too; `optax.apply_updates` rounds to half. The exception is a `tx` with
+    `with_master_weights` or `with_stochastic_rounding` inside: these take the
+    half-precision parameters themselves.
 
     `optax.MultiSteps` and `optax.apply_if_finite` belong inside. Outside, the first
     multiplies a NaN by zero and stays NaN, and the second hides overflows from the loss
@@ -68,16 +84,16 @@ def with_loss_scale(
 
     Args:
       tx: an optax transform, or an `optax.MultiSteps`.
-      loss_scale: one of `mpjax.loss_scale`, or any object with jmp's protocol. One that
-        has `.observe(scaled_grads, axis_name=...) -> Self` too is shown the gradients
-        of every step, skipped or not, before `.adjust`.
-      axis_name: mesh axes of the surrounding `shard_map` over which a step counts as
-        finite only if it is finite on every device.
+      loss_scale: one of `mpjax.loss_scale`, or any object with jmp's protocol. If it
+        also has `.observe(scaled_grads, axis_name=...) -> Self`, `observe` is given the
+        gradients of every step, skipped or not, before `.adjust`.
+      axis_name: mesh axes of the surrounding `shard_map`; a step counts as finite only
+        if it is finite on every device along them.
 
     Returns:
       An optax transform whose state is a `LossScaleState`. Its `update` also takes
-      `grads_finite=`, a boolean scalar, in the place of its own check: False skips the
-      step. With `axis_name` it still counts on every device.
+      `grads_finite=`, a boolean scalar that replaces its own check: False skips the
+      step. With `axis_name` it is still combined over all devices.
 
     Raises:
       TypeError: if `loss_scale` is no loss scale.
@@ -95,31 +111,34 @@ def with_loss_scale(
         )
 
     def update(updates, state, params=None, *, grads_finite=None, **extra_args):
+        is_decided = isinstance(state, DecidedState)
         scaled = jax.tree.map(to_full, updates)
-        if grads_finite is None:
+        if is_decided:
+            grads_finite = state.grads_finite
+        elif grads_finite is None:
             grads_finite = jnp.isfinite(sum_of_squares(scaled))
-        finite = jax.lax.optimization_barrier(jnp.asarray(grads_finite))
-        if axis_name is not None:
-            finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(bool)
-        full = params if _wants_half(state.inner_state) else _to_full_tree(params)
+        finite = _on_every_device(jnp.asarray(grads_finite), axis_name)
+        full = params if _takes_half(state.inner_state) else _to_full_tree(params)
         grads = jax.tree.map(float0_to_zeros, state.loss_scale.unscale(scaled))
         updates, inner_state = tx.update(grads, state.inner_state, full, **extra_args)
-        updates = jax.tree.map(
-            lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
-        )
+        if not is_decided:
+            updates = jax.tree.map(
+                lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates
+            )
+            inner_state = select(finite, inner_state, state.inner_state)
         updates = _zeros_for_integers(updates, params)
         observed = _observe(state.loss_scale, scaled, axis_name)
-        return updates, LossScaleState(
+        return updates, state._replace(
             loss_scale=observed.adjust(finite),
             grads_finite=finite,
             num_skipped=state.num_skipped + jnp.where(finite, 0, 1),
             num_consecutive_skipped=jnp.where(
                 finite, 0, state.num_consecutive_skipped + 1
             ),
-            inner_state=select(finite, inner_state, state.inner_state),
+            inner_state=inner_state,
         )
 
-    return LossScaled(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
@@ -162,18 +181,17 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
     return found[0]
 
 
-def select(pred: jax.Array, new: Any, old: Any) -> Any:
-    """Selects whole trees; the result keeps the dtypes of `old` (strongly typed).
+def is_loss_scale_state(node: Any) -> bool:
+    """Whether a node of an optimizer's state is that of `with_loss_scale`."""
+    return isinstance(node, LossScaleState)
 
-    Selection, not multiplication by a mask: NaN times zero is NaN.
-    """
 
-    def choose(new, old):
-        if not hasattr(old, "dtype") or jnp.issubdtype(old.dtype, jax.dtypes.extended):
-            return jnp.where(pred, new, old)
-        return jnp.where(pred, jnp.asarray(new, old.dtype), jnp.asarray(old, old.dtype))
-
-    return jax.tree.map(choose, new, old)
+def _on_every_device(finite: jax.Array, axis_name: Any) -> jax.Array:
+    """Whether `finite` holds on every device; a barrier keeps it from being fused."""
+    finite = jax.lax.optimization_barrier(finite)
+    if axis_name is None:
+        return finite
+    return jax.lax.pmin(finite.astype(jnp.int32), axis_name).astype(bool)
 
 
 def _observe(loss_scale: Any, scaled: Any, axis_name: Any) -> Any:
@@ -183,12 +201,12 @@ def _observe(loss_scale: Any, scaled: Any, axis_name: Any) -> Any:
 
 def _init_inner(tx: optax.GradientTransformation, params: Any) -> Any:
     inner_state = tx.init(params)
-    if _wants_half(inner_state) or not any(map(is_half, jax.tree.leaves(params))):
+    if _takes_half(inner_state) or not any(map(is_half, jax.tree.leaves(params))):
         return inner_state
     return tx.init(_to_full_tree(params))
 
 
-def _wants_half(inner_state: Any) -> bool:
+def _takes_half(inner_state: Any) -> bool:
     return bool(_find(inner_state, (MasterWeightsState, StochasticRoundingState)))
 
 
@@ -197,7 +215,7 @@ def _to_full_tree(params: Any) -> Any:
 
 
 def _zeros_for_integers(updates: Any, params: Any) -> Any:
-    """Weight decay moves an integer parameter, and rounding makes that a whole 1."""
+    """Zeroes updates of integer parameters; weight decay would move them by 1."""
     if params is None:
         return updates
     return jax.tree.map(

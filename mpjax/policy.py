@@ -1,33 +1,36 @@
 """Precision policies: names, jmp strings and rules, each of them a `jmp.Policy`.
 
-A `jmp.Policy` says in which dtype parameters are kept, in which the model computes and
-in which it returns. The mixed presets follow "Mixed Precision Training"
-(arXiv:1710.03740, section 3.1): a float32 master copy of the weights, half compute.
+A `jmp.Policy` names the dtypes of parameters, of computation and of outputs. The mixed
+presets follow "Mixed Precision Training" (arXiv:1710.03740, section 3.1): a float32
+master copy of the weights, half compute.
 """
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jmp
 
-PRESETS: dict[str, str] = {
-    "float32": "p=f32,c=f32,o=f32",
-    "float64": "p=f64,c=f64,o=f64",
-    "mixed_float16": "p=f32,c=f16,o=f32",
-    "mixed_bfloat16": "p=f32,c=bf16,o=f32",
-    "float16": "p=f16,c=f16,o=f16",
-    "bfloat16": "p=bf16,c=bf16,o=bf16",
-}
+PRESETS: Mapping[str, str] = MappingProxyType(
+    {
+        "float32": "p=f32,c=f32,o=f32",
+        "float64": "p=f64,c=f64,o=f64",
+        "mixed_float16": "p=f32,c=f16,o=f32",
+        "mixed_bfloat16": "p=f32,c=bf16,o=f32",
+        "float16": "p=f16,c=f16,o=f16",
+        "bfloat16": "p=bf16,c=bf16,o=bf16",
+    }
+)
 
 PolicyLike = str | jmp.Policy
 
 
 def get_policy(spec: PolicyLike) -> jmp.Policy:
-    """Returns the policy that a name, a jmp string or a policy stands for.
+    """Returns the policy for a name or a jmp string.
 
     Args:
       spec: a `jmp.Policy` (returned as it is), one of the presets `float32`,
@@ -69,9 +72,10 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
 class PolicyRules:
     """Policies by name: ordered rules, the first match wins.
 
-    A rule is a regular expression and a policy. It is searched (`re.search`) in the
-    path of a parameter (`params/Dense_2/kernel`), of an input (`batch/image`) or in the
-    name scope of an op. "The last layer in float32" is one line:
+    A rule is a regular expression and a policy. The expression is searched
+    (`re.search`) in the path of a parameter (`params/Dense_2/kernel`), the path of an
+    input (`batch/image`) or the name scope of an op. "The last layer in float32" is one
+    line:
 
     >>> rules = PolicyRules([("Dense_2", "float32")], default="mixed_float16")
     >>> str(rules.policy_for("params/Dense_2/kernel"))
@@ -82,9 +86,7 @@ class PolicyRules:
     ()
     """
 
-    def __init__(
-        self, rules: Sequence[tuple[str, PolicyLike]], default: PolicyLike = "float32"
-    ):
+    def __init__(self, rules: Sequence[tuple[str, PolicyLike]], *, default: PolicyLike):
         """Compiles the rules.
 
         Args:
@@ -139,8 +141,8 @@ def resolve(policy: PolicyLike | PolicyRules) -> PolicyRules:
 def can_autocast(rules: PolicyRules) -> bool:
     """Whether every policy keeps its parameters in float32 and computes in no more.
 
-    Half parameters are there to be computed with as they are, and float64 is what
-    autocast never touches.
+    Half parameters are meant to be computed with as they are, and autocast never
+    touches float64.
     """
     return all(
         jnp.dtype(policy.param_dtype) == jnp.float32
@@ -149,7 +151,9 @@ def can_autocast(rules: PolicyRules) -> bool:
     )
 
 
-def cast_to_compute(rules: PolicyRules, tree: Any, *, root: str, keep: str = "") -> Any:
+def cast_to_compute(
+    rules: PolicyRules, tree: Any, *, root: str, no_cast: str = ""
+) -> Any:
     """Casts the floating arrays of a tree to the compute dtype that the rules give.
 
     Integer, boolean and PRNG-key leaves, and leaves that are not arrays, pass through.
@@ -157,9 +161,9 @@ def cast_to_compute(rules: PolicyRules, tree: Any, *, root: str, keep: str = "")
     Args:
       rules: the policy of each path.
       tree: any pytree.
-      root: what the paths begin with, `params` or `batch`.
-      keep: regular expression; leaves whose path below the root it is found in stay as
-        they are. Empty: none.
+      root: first part of the paths, `params` or `batch`.
+      no_cast: regular expression; leaves whose path below the root contains a match
+        stay as they are. An empty string matches none.
 
     Returns:
       The tree, cast.
@@ -167,7 +171,7 @@ def cast_to_compute(rules: PolicyRules, tree: Any, *, root: str, keep: str = "")
 
     def cast(key_path, leaf):
         path = path_name(key_path)
-        if keep and re.search(keep, path):
+        if no_cast and re.search(no_cast, path):
             return leaf
         return rules.policy_for(f"{root}/{path}").cast_to_compute(leaf)
 

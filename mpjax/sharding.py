@@ -1,4 +1,4 @@
-"""Where a train step's arrays live on a mesh of devices.
+"""Shardings of a train step's arrays on a mesh of devices.
 
 Two axis names have a meaning: a batch is split over `data` and `fsdp`, parameters and
 optimizer state over `fsdp` (ZeRO-3, arXiv:1910.02054) and copied over everything else.
@@ -30,7 +30,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
-    """Returns shardings like `tree`: its arrays split over `fsdp`, where there is one.
+    """Returns the shardings of a tree, whose arrays are split over the `fsdp` axis.
 
     An array is split along its longest axis that the number of devices divides; small
     and odd-shaped arrays are copied to every device.

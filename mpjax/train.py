@@ -1,4 +1,4 @@
-"""A functional train step in which nothing moves on an overflow."""
+"""A functional train step that leaves the training state as it was on an overflow."""
 
 import warnings
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from mpjax._autocast import autocast as autocast_function
-from mpjax._struct import is_key, pytree_dataclass, replace_leaves
+from mpjax._struct import pytree_dataclass, replace_fields, replace_leaves
 from mpjax._train.gradients import Gradients, checkpointed, scaled_gradients
 from mpjax._train.update import apply_gradients
-from mpjax._tree import is_inexact, sum_of_squares, to_full
+from mpjax._tree import is_inexact, is_key, sum_of_squares, to_full
 from mpjax.optimizer import loss_scale_state
 from mpjax.policy import (
     PolicyLike,
@@ -34,7 +34,7 @@ class TrainState:
       step: int32 scalar, optimizer steps taken; a skipped step does not count.
       params: the parameters, any pytree of arrays.
       opt_state: state of an optimizer wrapped by `with_loss_scale`.
-      model_state: what the model itself carries, such as BatchNorm statistics, or None.
+      model_state: state of the model, such as BatchNorm statistics, or None.
       ema_params: float32 exponential moving average of the parameters, or None.
       key: typed PRNG key; moves on every step, skipped or not.
     """
@@ -90,6 +90,27 @@ class TrainState:
         )
         return jax.tree.map(_fresh, state)
 
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with some fields replaced, inside jit or outside.
+
+        The values go in as they are: nothing is copied, cast or checked, and the
+        optimizer state stays that of the old parameters.
+
+        >>> import mpjax, optax
+        >>> tx = mpjax.with_loss_scale(optax.sgd(0.1))
+        >>> state = TrainState.create(params={"w": jnp.zeros(2)}, tx=tx)
+        >>> state = state.replace(params={"w": jnp.ones(2)})
+        >>> state.params["w"].tolist(), int(state.step)
+        ([1.0, 1.0], 0)
+
+        Args:
+          **changes: new values by the names of fields, such as `params`.
+
+        Raises:
+          TypeError: for a name that is no field; the message lists the fields.
+        """
+        return replace_fields(self, changes)
+
 
 def make_train_step(
     loss_fn: Callable[..., Any],
@@ -103,42 +124,44 @@ def make_train_step(
     axis_name: str | tuple[str, ...] | None = None,
     checkpoint_policy: str | Callable[..., bool] | None = None,
     donate: bool = True,
-    keep_inputs: str = LABELS,
+    no_cast_inputs: str = LABELS,
 ) -> jax.stages.Wrapped:
     """Builds a jitted train step with loss scaling.
 
-    On a step whose gradients (or new model state) are not finite nothing of the
-    training state moves: params, optimizer, model state, EMA and step stay bitwise what
-    they were; only the loss scale, the skip counters and the key do.
+    A step whose gradients or new model state are not finite is skipped: params,
+    optimizer, model state, EMA and step stay bitwise what they were; only the loss
+    scale, the skip counters and the key change.
 
     Args:
       loss_fn: `(params, batch, key) -> (loss, aux)`; where the state has a model state,
-        `(params, model_state, batch, key) -> (loss, (model_state, aux))`. Its loss is
-        a scalar mean over the batch.
+        `(params, model_state, batch, key) -> (loss, (model_state, aux))`. The loss is
+        a scalar, the mean over the batch.
       tx: the optimizer, wrapped by `with_loss_scale`.
-      policy: in which dtype to compute. With rules, a rule is looked for in the name
-        scope of an op (autocast) or the path of a parameter or input (casts).
-      autocast: True gives `loss_fn` what it is given, and runs its matmuls and
-        convolutions in half, its sensitive ops in float32, forward and backward; see
+      policy: the dtype to compute in. Rules are matched against the name scope of an
+        op (autocast) or the path of a parameter or input (casts).
+      autocast: True calls `loss_fn` on the arrays as they are, and runs its matmuls and
+        convolutions in half and its sensitive ops in float32, forward and backward; see
         `mpjax.autocast`. False casts parameters (`params/...`) and floating inputs
         (`batch/...`) to the compute dtype, as jmp users do, and leaves the rest to
-        `loss_fn`; integers are never cast, nor is the model state. A policy whose
+        `loss_fn`; integers and the model state are never cast. A policy whose
         parameters are not float32 (`float16`, `float64`) always casts.
-      num_microbatches: cuts the batch into so many pieces, whose gradients are averaged
-        in float32; the memory of activations shrinks accordingly.
-      ema_decay: of the averaged parameters, in [0, 1]; the state needs `ema=True`.
+      num_microbatches: number of pieces that the batch is cut into. Their gradients are
+        averaged in float32; the memory of activations shrinks accordingly.
+      ema_decay: decay of the averaged parameters, in [0, 1]; the state needs
+        `ema=True`.
       mesh: devices to split the batch over; see `mpjax.sharding`. The state is placed
         with `shard_state` first.
       axis_name: for a step inside `shard_map`: the axes over which gradients, loss,
         model state and floating aux are averaged, integer aux added up.
-      checkpoint_policy: what the backward pass keeps of the forward pass, the rest
-        being computed again: a name in `jax.checkpoint_policies` such as
-        "dots_saveable" (matmuls alone), or such a function. None keeps all. Layers
-        under a `jax.checkpoint` of their own save more.
-      donate: whether the step may reuse the memory of the state it is given, which is
-        then no longer readable.
-      keep_inputs: for casts: regular expression; floating inputs whose path it is
-        found in are not cast. By default labels and targets; empty for none.
+      checkpoint_policy: which residuals the forward pass saves; the backward pass
+        rematerializes the others. A name in `jax.checkpoint_policies` such as
+        "dots_saveable" (matmuls alone), or such a function. None saves all. Layers
+        under a `jax.checkpoint` of their own save more memory.
+      donate: whether the step may reuse the memory of its input state, which is then no
+        longer readable.
+      no_cast_inputs: regular expression, used where inputs are cast; floating inputs
+        whose path contains a match stay as they are. By default labels and targets; an
+        empty string matches none.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
@@ -164,7 +187,7 @@ def make_train_step(
     def cast_loss_fn(params, model_state, batch, key):
         if casts:
             params = cast_to_compute(rules, params, root="params")
-            batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+            batch = cast_to_compute(rules, batch, root="batch", no_cast=no_cast_inputs)
         if model_state is None:
             loss, aux = loss_fn(params, batch, key)
             return loss, (None, aux)
@@ -206,19 +229,19 @@ def make_eval_step(
     autocast: bool = True,
     mesh: jax.sharding.Mesh | None = None,
     use_ema: bool = False,
-    keep_inputs: str = LABELS,
+    no_cast_inputs: str = LABELS,
 ) -> jax.stages.Wrapped:
     """Builds a jitted evaluation step.
 
     Args:
       eval_fn: `(params, batch) -> outputs`, or `(params, model_state, batch) ->
         outputs` where the state has a model state.
-      policy: in which dtype to compute; floating outputs are cast to its output dtype
-        (the default's, for rules).
+      policy: the dtype to compute in; floating outputs are cast to its output dtype
+        (with rules, that of the default).
       autocast: as in `make_train_step`.
       mesh: devices to split the batch over.
       use_ema: whether to evaluate the averaged parameters.
-      keep_inputs: as in `make_train_step`.
+      no_cast_inputs: as in `make_train_step`.
 
     Returns:
       `eval_step(state, batch) -> outputs`, jitted; the state stays readable.
@@ -239,7 +262,7 @@ def make_eval_step(
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         if casts:
             params = cast_to_compute(rules, params, root="params")
-            batch = cast_to_compute(rules, batch, root="batch", keep=keep_inputs)
+            batch = cast_to_compute(rules, batch, root="batch", no_cast=no_cast_inputs)
         has_state = state.model_state is not None
         args = (params, state.model_state, batch) if has_state else (params, batch)
         evaluate = eval_fn if casts else autocast_function(eval_fn, rules)
@@ -259,7 +282,7 @@ def _check_ema(state: TrainState, ema_decay: float | None) -> None:
 
 
 def _warn_of_unused(rules: PolicyRules, casts: bool) -> None:
-    """Says, at the trace, which rules match nothing: most likely misspelled."""
+    """Warns while tracing of rules that match nothing: most likely misspelled."""
     unused = rules.unused_rules()
     if unused:
         where = "path of a parameter or input" if casts else "name scope of a matmul"
@@ -271,9 +294,9 @@ def _warn_of_unused(rules: PolicyRules, casts: bool) -> None:
 
 
 def _varying(state: TrainState, axis_name) -> TrainState:
-    """Marks what is differentiated as differing per device.
+    """Marks params and model state as varying over devices.
 
-    Otherwise shard_map would add up the gradients before their check and mean.
+    Otherwise shard_map would sum the gradients before their check and mean.
     """
 
     def vary(x):
@@ -304,8 +327,8 @@ def _mean_over_devices(out: Gradients, axis_name) -> Gradients:
 
 
 def _fresh(x: Any) -> jax.Array:
-    """A copy with memory of its own and without weak type."""
+    """Returns a copy with memory of its own and without weak type."""
     x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+    if is_key(x):
         return jax.random.clone(x)
     return jnp.array(x, dtype=x.dtype, copy=True)

@@ -45,6 +45,39 @@ def test_importing_the_library_imports_little_and_starts_no_backend():
     run(sys.executable, "-W", "error", "-c", code)
 
 
+LATE = {"scipy.sparse", "mpjax.numerics", "mpjax.cost"}
+
+
+def test_packages_are_loaded_when_first_asked_for():
+    code = (
+        "import sys, mpjax\n"
+        f"assert not {LATE!r} & set(sys.modules)\n"
+        "assert {'numerics', 'cost', 'sharding'} <= set(dir(mpjax))\n"
+        "assert callable(mpjax.numerics.find_nonfinite)\n"
+        "assert callable(mpjax.cost.analyze)\n"
+        "assert callable(mpjax.sharding.shard_state)\n"
+        "try:\n"
+        "    mpjax.numeric\n"
+        "except AttributeError as error:\n"
+        "    assert \"Did you mean 'numerics'?\" in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+    run(sys.executable, "-c", code)
+
+
+def test_importing_the_library_costs_little_more_than_jax_and_optax(monkeypatch):
+    """Best of five, interleaved, in seconds of CPU; from bytecode, as installed."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    code = "import time; import {}; print(time.process_time())"
+    base, ours = "jax, optax", "jax, optax, mpjax"
+    seconds = {base: [], ours: []}
+    for _ in range(5):
+        for names, seen in seconds.items():
+            seen.append(float(run(sys.executable, "-c", code.format(names))))
+    assert min(seconds[ours]) - min(seconds[base]) <= 0.15, seconds
+
+
 def test_files_stay_small():
     long = {
         str(path.relative_to(ROOT)): num_lines

@@ -251,17 +251,6 @@ def test_any_object_with_the_protocol_is_a_loss_scale():
             as_loss_scale(other)
 
 
-def test_all_finite():
-    finite = {"a": jnp.ones(3), "b": jnp.arange(3), "key": jax.random.key(0)}
-    assert bool(mpjax.all_finite(finite))
-    assert bool(mpjax.all_finite({}))
-    for bad in (jnp.inf, -jnp.inf, jnp.nan):
-        assert not bool(mpjax.all_finite({**finite, "c": jnp.array([1, bad])}))
-        half = jnp.array([0, bad], jnp.float16)
-        assert not bool(mpjax.all_finite([half]))
-    assert not bool(mpjax.all_finite(jnp.array([1j * jnp.inf])))
-
-
 def test_scales_under_a_trace_take_traced_values():
     made = jax.jit(lambda x: mpjax.StaticLossScale(x).scale(jnp.ones(())))
     assert float(made(8)) == 8

@@ -70,9 +70,9 @@ def test_first_matching_rule_wins_and_unused_rules_are_told():
 
 def test_bad_rules():
     with pytest.raises(ValueError, match="not a regular expression"):
-        mpjax.PolicyRules([("[", "float32")])
+        mpjax.PolicyRules([("[", "float32")], default="float32")
     with pytest.raises(ValueError, match="unknown policy"):
-        mpjax.PolicyRules([("a", "float33")])
+        mpjax.PolicyRules([("a", "float33")], default="float32")
 
 
 def test_cast_by_rules_touches_floating_arrays_only():
@@ -96,9 +96,19 @@ def test_cast_by_rules_touches_floating_arrays_only():
 def test_kept_inputs_stay():
     rules = resolve("mixed_float16")
     batch = {"image": jnp.ones(2), "Labels": jnp.full(2, 2049.0)}
-    out = cast_to_compute(rules, batch, root="batch", keep="(?i)label")
+    out = cast_to_compute(rules, batch, root="batch", no_cast="(?i)label")
     assert out["image"].dtype == jnp.float16
     assert out["Labels"] is batch["Labels"]
     pair = (jnp.ones(2), jnp.ones(2))
-    out = cast_to_compute(rules, pair, root="batch", keep="^1$")
+    out = cast_to_compute(rules, pair, root="batch", no_cast="^1$")
     assert (out[0].dtype, out[1].dtype) == (jnp.float16, jnp.float32)
+
+
+def test_rules_must_say_their_default():
+    with pytest.raises(TypeError, match="default"):
+        mpjax.PolicyRules([("head", "float32")])  # pyright: ignore[reportCallIssue]
+
+
+def test_presets_cannot_be_changed():
+    with pytest.raises(TypeError):
+        mpjax.PRESETS["mine"] = "f16"  # pyright: ignore[reportIndexIssue]

@@ -94,6 +94,67 @@ def test_minus_zero_stays_minus_zero():
     assert np.signbit(np.asarray(state.params["w"]))[0]
 
 
+def drop_extra_args(tx):
+    """A wrapper that passes no extra arguments on, as `optax.lookahead` does."""
+    return optax.GradientTransformation(
+        tx.init, lambda grads, state, params=None: tx.update(grads, state, params)
+    )
+
+
+SCALED = functools.partial(mpjax.with_loss_scale, optax.adam(0.1))
+WRAPPED = {
+    "with_loss_scale": SCALED,
+    "chain": lambda: optax.chain(SCALED(), optax.add_decayed_weights(0.5)),
+    "masked": lambda: optax.masked(SCALED(), True),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        lambda learning_rate: mpjax.with_loss_scale(optax.adam(learning_rate))
+    )(learning_rate=0.1),
+    "drops_extra_args": lambda: drop_extra_args(SCALED()),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_step_is_decided_once_and_each_array_selected_once(name):
+    tx = WRAPPED[name]()
+    params, model_state, shape = jnp.ones((7, 5)), jnp.zeros((7, 5)), (7, 5)
+    state = mpjax.TrainState.create(
+        params=params, tx=tx, model_state=model_state, ema=True
+    )
+
+    def loss_fn(params, model_state, batch, key):
+        return jnp.sum(params * batch), (model_state + batch, None)
+
+    step = mpjax.make_train_step(
+        loss_fn, tx, policy="float32", ema_decay=0.9, donate=False
+    )
+    batch = jnp.full(shape, 1e-3)
+    eqns = [eqn for eqn, _, _ in walk(jax.make_jaxpr(step)(state, batch))]
+    selected = [
+        eqn
+        for eqn in eqns
+        if eqn.primitive.name == "select_n" and eqn.outvars[0].aval.shape == shape
+    ]
+    arrays = [x for x in jax.tree.leaves(state) if x.shape == shape]
+    assert len(selected) == len(arrays) == 5  # params, EMA, model state, two moments
+    # One check of the norm; one of the new model state, beside what was in the old.
+    checked = [e.invars[0].aval.shape for e in eqns if e.primitive.name == "is_finite"]
+    assert sorted(checked) == [(), shape, shape]
+    constants = [x for e in eqns for x in e.invars if hasattr(x, "val")]
+    assert not any(np.isnan(x.val) for x in constants if np.ndim(x.val) == 0)
+
+    for bad in (np.nan, np.inf):
+        after, metrics = step(state, batch.at[1, 2].set(bad))
+        assert not metrics["grads_finite"]
+        assert_same_bits(everything(after), everything(state))
+        scaling = mpjax.loss_scale_state(after.opt_state)
+        assert type(scaling) is mpjax.LossScaleState
+        assert float(scaling.loss_scale.loss_scale) == 2.0**14
+        assert int(scaling.num_skipped) == 1
+    after, metrics = step(state, batch)
+    assert metrics["grads_finite"]
+    assert int(after.step) == 1
+
+
 def test_what_wraps_the_loss_scale_stays_too():
     """A decay and a schedule outside of with_loss_scale would move on zero updates."""
     tx = optax.chain(
@@ -123,7 +184,7 @@ def test_a_model_state_that_overflows_skips_the_step():
         new = {**model_state, "peak": model_state["peak"] + batch["peak"]}
         return params["w"][0].astype(jnp.float32), (new, None)
 
-    step = mpjax.make_train_step(loss_fn, tx, donate=False, keep_inputs="peak")
+    step = mpjax.make_train_step(loss_fn, tx, donate=False, no_cast_inputs="peak")
     state, metrics = step(state, {"peak": jnp.float32(1)})
     assert bool(metrics["grads_finite"])  # an infinity that was there is no overflow
     after, metrics = step(state, {"peak": jnp.float32(jnp.inf)})
@@ -336,6 +397,20 @@ def test_errors_at_the_first_call_say_what_to_do():
     with_ema = mpjax.TrainState.create(params=PARAMS, tx=tx, ema=True)
     with pytest.raises(ValueError, match="an average"):
         mpjax.make_train_step(linear_loss, tx)(with_ema, batch)
+
+
+def test_a_state_is_replaced_field_by_field():
+    tx = mpjax.with_loss_scale(optax.sgd(0.5))
+    state = mpjax.TrainState.create(params=PARAMS, tx=tx)
+    params = {"w": np.ones(4), "b": 2}
+    new = state.replace(params=params, step=7)
+    assert new.params is params
+    assert new.step == 7
+    assert new.opt_state is state.opt_state
+    halve = jax.jit(lambda s: s.replace(params=jax.tree.map(lambda p: p / 2, s.params)))
+    assert_same_bits(halve(state).params["w"], PARAMS["w"] / 2)
+    with pytest.raises(TypeError, match=r"no field 'parms'.*step, params, opt_state"):
+        state.replace(parms=params)
 
 
 def test_train_state_survives_flax_serialization_and_orbax(tmp_path):

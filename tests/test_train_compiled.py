@@ -10,6 +10,7 @@ from helpers.tools import batch_norm_model, regression_batch, rich_optimizer
 
 import mpjax
 from mpjax._jaxpr.core import walk
+from mpjax._tree import is_key
 
 
 def mlp_loss(params, batch, key):
@@ -123,9 +124,7 @@ def test_the_state_is_donated_whole():
     num_aliases = len(re.findall(r"may-alias|must-alias", aliases))
     assert num_aliases >= len(leaves) - 1
     memory = step.lower(state, batch).compile().memory_analysis()
-    state_bytes = sum(
-        x.nbytes for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    )
+    state_bytes = sum(x.nbytes for x in leaves if not is_key(x))
     assert memory.alias_size_in_bytes >= 0.99 * state_bytes
     pointers = {x.unsafe_buffer_pointer() for x in state.params}
     new_state, _ = step(state, batch)
@@ -138,9 +137,7 @@ def test_donation_spares_the_callers_parameters():
     tx = mpjax.with_loss_scale(optax.contrib.schedule_free_sgd(0.1))
     state = mpjax.TrainState.create(params=params, tx=tx, ema=True)
     pointers = [
-        x.unsafe_buffer_pointer()
-        for x in jax.tree.leaves(state)
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if not is_key(x)
     ]
     assert len(set(pointers)) == len(pointers)
     step = mpjax.make_train_step(mlp_loss, tx, ema_decay=0.9)

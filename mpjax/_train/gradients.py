@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mpjax._autocast import autocast
 from mpjax._autocast.hoist import hoist_casts_out_of_scans
 from mpjax._jaxpr.passes import apply_passes
-from mpjax._tree import float0_to_zeros, is_inexact, sum_of_squares, to_full
+from mpjax._tree import float0_to_zeros, is_inexact, is_key, sum_of_squares, to_full
 from mpjax._xla_cpu.convolutions import put_channels_last
 from mpjax._xla_cpu.hints import prevent_fusion
 from mpjax.optimizer import scale_loss
@@ -156,9 +156,7 @@ def cast_like(tree: Any, like: Any) -> Any:
     """Casts each array to the dtype of its counterpart; keys pass through."""
 
     def cast(x, target):
-        if jnp.issubdtype(target.dtype, jax.dtypes.extended):
-            return x
-        return jnp.asarray(x, target.dtype)
+        return x if is_key(target) else jnp.asarray(x, target.dtype)
 
     return jax.tree.map(cast, tree, like)
 

@@ -1,6 +1,7 @@
 """The update of the whole training state, or of none of it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,9 +9,14 @@ import jax.numpy as jnp
 
 from mpjax._struct import replace_leaves
 from mpjax._train.gradients import Gradients
-from mpjax._tree import is_inexact, to_full
+from mpjax._tree import is_inexact, select, to_full
 from mpjax._xla_cpu.hints import order_after
-from mpjax.optimizer import LossScaled, LossScaleState, loss_scale_state, select
+from mpjax.optimizer import (
+    DecidedState,
+    LossScaleState,
+    is_loss_scale_state,
+    loss_scale_state,
+)
 
 
 def apply_gradients(
@@ -18,11 +24,14 @@ def apply_gradients(
 ) -> tuple[Any, dict[str, Any]]:
     """Takes one step, unless something is not finite.
 
+    Whether the step is taken is decided here, once, and every array of the training
+    state is selected here, once. The optimizer gets the decision in its state.
+
     Args:
       state: the `TrainState`.
       out: gradients, loss, new model state and aux of the step.
       tx: the optimizer, wrapped by `with_loss_scale`.
-      ema_decay: of the averaged parameters, or None.
+      ema_decay: decay of the averaged parameters, or None.
       key: PRNG key of the new state.
 
     Returns:
@@ -33,23 +42,25 @@ def apply_gradients(
     """
     scale = loss_scale_state(state.opt_state).loss_scale
     finite = jnp.isfinite(out.squares)
-    sound = _no_new_nonfinite(out.model_state, state.model_state)
-    finite = jax.lax.optimization_barrier(finite if sound is None else finite & sound)
-    updates, opt_state, finite = _update(tx, out.scaled, state, finite, sound)
+    if any(map(is_inexact, jax.tree.leaves(state.model_state))):
+        finite &= model_state_is_finite(out.model_state, state.model_state)
+    updates, opt_state = _update(tx, out.scaled, state, finite)
+    scaling = loss_scale_state(opt_state)
+    finite = scaling.grads_finite  # on all devices of with_loss_scale's axis_name
     params = jax.tree.map(_apply_update, state.params, updates)
     params = select(finite, params, state.params)
-    # Of the same value as `finite`: the rest waits for the parameters.
-    keep = functools.partial(select, order_after(finite, params))
+    # The same decision, but all that it selects waits for the parameters.
+    select_if_finite = functools.partial(select, order_after(finite, params))
+    average = _average(state, params, ema_decay)
     new_state = replace_leaves(
         state,
         step=state.step + jnp.where(finite, 1, 0),
         params=params,
-        opt_state=_keep_all_but_scale(keep, opt_state, state.opt_state),
-        model_state=keep(out.model_state, state.model_state),
-        ema_params=keep(_average(state, params, ema_decay), state.ema_params),
+        opt_state=_select_all_but_scale(select_if_finite, opt_state, state.opt_state),
+        model_state=select_if_finite(out.model_state, state.model_state),
+        ema_params=select_if_finite(average, state.ema_params),
         key=key,
     )
-    scaling = loss_scale_state(new_state.opt_state)
     metrics = {
         "loss": out.loss,
         "grad_norm": scale.unscale(jnp.sqrt(out.squares)),
@@ -61,38 +72,47 @@ def apply_gradients(
     return new_state, _with_aux(metrics, out.aux)
 
 
-def _update(tx, scaled: Any, state: Any, finite: Any, sound: Any) -> Any:
-    """Calls the optimizer; what wraps the loss scale is told to skip by a NaN.
-
-    Returns:
-      Updates, the new state, and whether the step is taken: with an `axis_name` the
-      loss scale has asked every device.
-    """
-    old, params = state.opt_state, state.params
-    new: Any
-    if isinstance(tx, LossScaled):
-        updates, new = tx.update(scaled, old, params, grads_finite=finite)
-        return updates, new, new.grads_finite
-    if sound is not None:
-        scaled = jax.tree.map(lambda g: jnp.where(sound, g, jnp.nan), scaled)
-    return *tx.update(scaled, old, params), finite
+def model_state_is_finite(new: Any, old: Any) -> jax.Array:
+    """Whether no float of a model state is Inf or NaN now that was finite before."""
+    finite = [
+        jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
+        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+        if is_inexact(o)
+    ]
+    return jnp.stack(finite).all()
 
 
-def _keep_all_but_scale(keep, new: Any, old: Any) -> Any:
-    """Keeps the state of an optimizer, but for the loss scale, which has moved.
+def _update(tx: Any, scaled: Any, state: Any, finite: jax.Array) -> tuple[Any, Any]:
+    """Returns updates and optimizer state as if the step is taken; nothing selected.
 
-    What it wraps is kept already; once more makes it wait for the parameters.
+    Only the loss scale and its counters follow `finite`.
     """
 
-    def is_scale(node):
-        return isinstance(node, LossScaleState)
+    def decide(node):
+        if not is_loss_scale_state(node):
+            return node
+        return DecidedState(*node._replace(grads_finite=finite))
+
+    def undecide(node):
+        return LossScaleState(*node) if is_loss_scale_state(node) else node
+
+    decided = jax.tree.map(decide, state.opt_state, is_leaf=is_loss_scale_state)
+    updates, decided = tx.update(scaled, decided, state.params)
+    return updates, jax.tree.map(undecide, decided, is_leaf=is_loss_scale_state)
+
+
+def _select_all_but_scale(
+    select_if_finite: Callable[[Any, Any], Any], new: Any, old: Any
+) -> Any:
+    """Selects an optimizer's state, but for the loss scale and its counters."""
 
     def choose(new, old):
-        if not is_scale(new):
-            return keep(new, old)
-        return new._replace(inner_state=keep(new.inner_state, old.inner_state))
+        if not is_loss_scale_state(new):
+            return select_if_finite(new, old)
+        inner_state = select_if_finite(new.inner_state, old.inner_state)
+        return new._replace(inner_state=inner_state)
 
-    return jax.tree.map(choose, new, old, is_leaf=is_scale)
+    return jax.tree.map(choose, new, old, is_leaf=is_loss_scale_state)
 
 
 def _apply_update(param: jax.Array, update: jax.Array) -> jax.Array:
@@ -109,16 +129,6 @@ def _average(state: Any, params: Any, decay: float | None) -> Any:
         state.ema_params,
         params,
     )
-
-
-def _no_new_nonfinite(new: Any, old: Any) -> jax.Array | None:
-    """Whether no Inf or NaN is new in a model state; None if it has no floats."""
-    sound = [
-        jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
-        for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-        if is_inexact(o)
-    ]
-    return jnp.stack(sound).all() if sound else None
 
 
 def _with_aux(metrics: dict[str, Any], aux: Any) -> dict[str, Any]:

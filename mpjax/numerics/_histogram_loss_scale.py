@@ -15,17 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax._settings import (
-    LARGEST_LOSS_SCALE,
-    int_array,
+from mpjax._struct import (
     is_count,
-    multiply,
+    pytree_dataclass,
+    replace_leaves,
     require,
-    scale_array,
     set_field,
 )
-from mpjax._struct import pytree_dataclass, replace_leaves
-from mpjax._tree import is_floating
+from mpjax._tree import int_array, is_floating, multiply
+from mpjax.loss_scale import LARGEST_LOSS_SCALE, scale_array
 from mpjax.numerics._formats import best_shift_limit, format_of
 from mpjax.numerics._histogram import (
     ExponentHistogram,

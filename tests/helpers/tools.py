@@ -7,16 +7,14 @@ import optax
 import pytest
 
 import mpjax
+from mpjax._tree import is_key
 
 
 def leaf_bytes(tree):
     """The bytes of every leaf by path, PRNG keys by their data."""
 
     def data(x):
-        is_key = isinstance(x, jax.Array) and jnp.issubdtype(
-            x.dtype, jax.dtypes.prng_key
-        )
-        return np.asarray(jax.random.key_data(x) if is_key else x)
+        return np.asarray(jax.random.key_data(x) if is_key(x) else x)
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {

@@ -76,7 +76,7 @@ def trajectory(loss_scale, grads, dtype):
 
     def step(scale, grads):
         scaled = scale.scale(grads).astype(dtype)
-        scale = scale.observe({"w": scaled}).adjust(mpjax.all_finite(scaled))
+        scale = scale.observe({"w": scaled}).adjust(jnp.isfinite(scaled).all())
         out = scale.loss_scale, scale.ceiling, scale.num_finite_steps
         return scale, (out, scaled)
 
