@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,7 @@ from mpjax import cost
 from mpjax._jaxpr.passes import through
 from mpjax._xla_cpu.convolutions import with_plain_convolutions
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason='compiling for a GPU needs pip install "jax[cuda13]"',
-)
+pytestmark = pytest.mark.h100
 SIZES = [
     ("mlp", 2048),
     ("mlp", 8192),
