@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loops import CELLS, WIDTH, W, X, evaluate, in_half, scans
+from helpers.cells import CELLS, WIDTH, W, X, evaluate, in_half, scans
 from helpers.tools import assert_same_bits, thinned
 from jax import lax
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loops import (
+from helpers.cells import (
     BATCH,
     CELLS,
     LENGTH,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers.loops import layer, over
+from helpers.cells import layer, over
 from jax.experimental.layout import Format, Layout
 
 import mpjax
