@@ -18,7 +18,7 @@ from helpers.cells import (
     over,
     stacked,
 )
-from helpers.tools import assert_same_bits
+from helpers.tools import assert_same_bits, thinned
 from jax import lax, nn
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding
@@ -29,7 +29,7 @@ from mpjax._autocast.inline import gives_constants, with_loops_side_by_side
 from mpjax._autocast.residuals import with_fewer_stacks
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr, walk
 
-POLICIES = ["float32", "mixed_bfloat16"]
+POLICIES = ["mixed_bfloat16", "float32"]
 
 
 def layers(run):
@@ -86,7 +86,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", thinned(POLICIES))
 @pytest.mark.parametrize("name", PAIRS)
 def test_they_are_cut_as_those_outside(name, policy):
     inside, outside = (
