@@ -204,7 +204,15 @@ def check_matmuls(closed, traced, half):
         assert dtypes == {half} or outer, eqn
 
 
-@pytest.mark.parametrize("name", CASES)
+# Layers of the other libraries do the same by other code.
+AGAIN = ("equinox", "haiku")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in CASES if not n.startswith(AGAIN)]
+    + thinned([n for n in CASES if n.startswith(AGAIN)], 4),
+)
 def test_a_layer_is_half_in_every_matmul(name):
     case, traced = traced_in_float32(name)
     for fn in forms_of(case, "mixed_bfloat16"):
@@ -216,7 +224,7 @@ def test_a_layer_is_half_in_every_matmul(name):
 def cases_and_halves():
     """Some layers of each library in bfloat16; all, and in float16, as time allows."""
     for index, name in enumerate(CASES):
-        again = name.startswith(("equinox", "haiku"))
+        again = name.startswith(AGAIN)
         rest = pytest.mark.weekly if again or index % 2 else pytest.mark.slow
         marks = [rest] if index % 4 else []
         yield pytest.param(name, "bfloat16", id=f"{name}-bfloat16", marks=marks)
