@@ -44,7 +44,7 @@ def truth(name, seed):
 
 
 @pytest.mark.parametrize("policy", thinned(POLICIES, rest="weekly"))
-@pytest.mark.parametrize("name", thinned(CASES, 4))
+@pytest.mark.parametrize("name", thinned(CASES, 4, rest="weekly"))
 def test_gradients_are_no_worse_than_hand_cast(name, policy):
     """Geometric mean over seeds of the ratio; 2 % for the luck of the draw."""
     dtype, scale = POLICIES[policy]

@@ -34,7 +34,7 @@ def float32(case):
 
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
 @pytest.mark.parametrize(
-    "row", thinned(benchmark.all_rows(), 3), ids=lambda row: row.name
+    "row", thinned(benchmark.all_rows(), 3, rest="weekly"), ids=lambda row: row.name
 )
 def test_every_row_takes_the_same_steps(row, case, float32):
     if not row.is_installed():
