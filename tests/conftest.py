@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and one hypothesis profile, for every test."""
+"""Eight virtual CPU devices for every test, and the hypothesis profiles."""
 
 import os
 
@@ -11,5 +11,8 @@ import hypothesis
 
 hypothesis.settings.register_profile(
     "mpjax", deadline=None, max_examples=60, derandomize=True
+)
+hypothesis.settings.register_profile(
+    "weekly", hypothesis.settings.get_profile("mpjax"), max_examples=600
 )
 hypothesis.settings.load_profile("mpjax")

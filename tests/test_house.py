@@ -1,10 +1,13 @@
-"""Linting, formatting, types, layers, and what importing mpjax may import."""
+"""Linting, formatting, types, layers, imports, and where primitives are named."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mpjax._jaxpr.primitives import PRIMITIVES
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -78,14 +81,68 @@ def test_importing_the_library_costs_little_more_than_jax_and_optax(monkeypatch)
     assert min(seconds[ours]) - min(seconds[base]) <= 0.15, seconds
 
 
-def test_files_stay_small():
-    long = {
-        str(path.relative_to(ROOT)): num_lines
-        for folder in ("mpjax", "experiments", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-        if (num_lines := len(path.read_text().splitlines())) > 400
+def sets_of_primitives(source):
+    """Line and text of each literal of two or more names of primitives, all such.
+
+    A set, tuple, list or dict by its keys; a string of names between spaces.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Dict):
+            elements = node.keys
+        elif isinstance(node, ast.Set | ast.Tuple | ast.List):
+            elements = node.elts
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            elements = [ast.Constant(name) for name in node.value.split()]
+        else:
+            continue
+        names = {getattr(element, "value", None) for element in elements}
+        if len(names) > 1 and names <= PRIMITIVES.keys():
+            found.append(f"{node.lineno}: {ast.unparse(node)[:60]}")
+    return found
+
+
+def test_facts_about_primitives_stand_in_one_table():
+    """No other file of the library holds a set of JAX's primitive names."""
+    own = {
+        "mpjax/_jaxpr/primitives.py",
+        "mpjax/cost/_hlo.py",  # names of HLO instructions, some of them the same
     }
-    assert long == {}
+    found = {
+        name: literals
+        for path in sorted((ROOT / "mpjax").rglob("*.py"))
+        if (name := path.relative_to(ROOT).as_posix()) not in own
+        and (literals := sets_of_primitives(path.read_text()))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "X = {'scan', 'while'}",
+        "X = frozenset(['reduce_sum', 'cumsum'])",
+        "if eqn.primitive.name in ('exp', 'log'): pass",
+        "X = {'exp': 11, 'log2': 16}",
+        "X = _names('reshape squeeze\\n  transpose')",
+    ],
+)
+def test_a_set_of_primitives_is_found(source):
+    assert len(sets_of_primitives(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if eqn.primitive.name == 'scan': pass",
+        "X = ['copy']",
+        "X = ('name', 'path')",
+        "X = {'reduce_precision': 1, 'other': 2}",
+        "X = 'a sign and a name'",
+    ],
+)
+def test_other_literals_are_no_sets_of_primitives(source):
+    assert sets_of_primitives(source) == []
 
 
 def test_everything_public_is_documented():

@@ -154,7 +154,7 @@ def test_there_are_functions_enough():
 # --- Types, and values.
 
 
-@pytest.mark.parametrize("name", thinned(FUNCTIONS))
+@pytest.mark.parametrize("name", thinned(FUNCTIONS, 4))
 def test_outputs_have_the_types_that_they_had(name):
     fn, args = FUNCTIONS[name]
     assert_near(autocast(fn)(*args), jax.jit(fn)(*args))
@@ -183,7 +183,7 @@ def test_all_their_matmuls_are_half(name):
 # --- To the bit.
 
 
-@pytest.mark.parametrize("name", thinned(WITHOUT_MATMUL))
+@pytest.mark.parametrize("name", thinned(WITHOUT_MATMUL, 4))
 def test_a_function_without_a_matmul_is_unchanged(name):
     fn, args = WITHOUT_MATMUL[name]
     assert_unchanged(fn, *args)
@@ -210,7 +210,7 @@ def assert_exact(name, dtype, *, run):
         assert_same_bits(autocast(fn)(*args), jax.jit(fn)(*args))
 
 
-@pytest.mark.parametrize("name", thinned(MATMULS | CALLS | AFTER_A_MATMUL))
+@pytest.mark.parametrize("name", thinned(MATMULS | CALLS | AFTER_A_MATMUL, 4))
 def test_float64_is_unchanged(name):
     with jax.enable_x64(True):
         assert_exact(name, np.float64, run=name not in AFTER_A_MATMUL)
@@ -221,7 +221,7 @@ ATTENTION = ("attention", "causal")
 
 
 @pytest.mark.parametrize("policy_dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", thinned(MATMULS | CALLS | OPS))
+@pytest.mark.parametrize("name", thinned(MATMULS | CALLS | OPS, 4))
 def test_explicit_half_is_unchanged(name, policy_dtype):
     if name in ATTENTION and policy_dtype == "float16":
         fn, args = MATMULS[name]
@@ -234,12 +234,16 @@ def test_explicit_half_is_unchanged(name, policy_dtype):
 NO_INTEGERS = (*ATTENTION, "preferred type", "convolve", "convolve2d")
 
 
-@pytest.mark.parametrize("name", [name for name in MATMULS if name not in NO_INTEGERS])
+@pytest.mark.parametrize(
+    "name", thinned([name for name in MATMULS if name not in NO_INTEGERS])
+)
 def test_integers_are_unchanged(name):
     assert_exact(name, np.int32, run=True)
 
 
-@pytest.mark.parametrize("name", [name for name in MATMULS if name not in ATTENTION])
+@pytest.mark.parametrize(
+    "name", thinned([name for name in MATMULS if name not in ATTENTION])
+)
 def test_complex_numbers_are_unchanged(name):
     assert_exact(name, np.complex64, run=True)
 

@@ -5,6 +5,7 @@ import time
 
 import jax
 import pytest
+from helpers.tools import thinned
 
 import mpjax
 from experiments.models.small import CASES
@@ -36,7 +37,7 @@ def below(num_frames, fn):
     return below(num_frames - 1, fn) if num_frames else fn()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES, 4, rest="weekly"))
 def test_tracing_takes_at_most_twice_as_long(name):
     """The least of interleaved rounds, more of them where other work disturbs."""
     case = CASES[name]()

@@ -1,6 +1,5 @@
 """Memory and matmuls of autocast in code compiled for an H100, none being needed."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("h100.py")
+SCRIPT = Path(__file__).parents[1] / "helpers/h100.py"
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason='compiling for a GPU needs pip install "jax[cuda13]"',
-)
+pytestmark = pytest.mark.h100
 
 
 @pytest.fixture(scope="module")

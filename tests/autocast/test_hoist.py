@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loops import CELLS, WIDTH, W, X, evaluate, in_half, scans
+from helpers.cells import CELLS, WIDTH, W, X, evaluate, in_half, scans
 from helpers.tools import assert_same_bits, thinned
 from jax import lax
 
@@ -36,7 +36,7 @@ def num_casts_of_constants(closed):
 
 
 @pytest.mark.parametrize("policy", thinned(["mixed_bfloat16", "mixed_float16"]))
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", thinned(CELLS))
 def test_it_is_the_same_to_the_bit(name, policy):
     closed = in_half(jax.make_jaxpr(jax.value_and_grad(CELLS[name]))(W, X), policy)
     assert_same_bits(evaluate(hoisted(closed), W, X), evaluate(closed, W, X))

@@ -125,6 +125,10 @@ def loss_of(case):
     return loss
 
 
+def gradient_of(case):
+    return jax.value_and_grad(loss_of(case), argnums_of(case), has_aux=True)
+
+
 def forms_of(case, policy):
     """Both ways to autocast a gradient."""
     options = {"argnums": argnums_of(case), "has_aux": True}
@@ -140,12 +144,17 @@ def compiled(fn, *args):
 
 
 @functools.cache
-def float32(name):
-    """A case, what it gives in float32, and its jaxpr."""
+def traced_in_float32(name):
+    """A case, and the jaxpr of its gradient."""
     case = CASES[name]()
-    grad = jax.value_and_grad(loss_of(case), argnums_of(case), has_aux=True)
-    args = case.params, case.x
-    return case, compiled(grad, *args), jax.make_jaxpr(grad)(*args)
+    return case, jax.make_jaxpr(gradient_of(case))(case.params, case.x)
+
+
+@functools.cache
+def computed_in_float32(name):
+    """What the gradient of a case gives."""
+    case, _ = traced_in_float32(name)
+    return compiled(gradient_of(case), case.params, case.x)
 
 
 def numbers(tree):
@@ -195,19 +204,38 @@ def check_matmuls(closed, traced, half):
         assert dtypes == {half} or outer, eqn
 
 
+# Layers of the other libraries do the same by other code.
+AGAIN = ("equinox", "haiku")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in CASES if not n.startswith(AGAIN)]
+    + thinned([n for n in CASES if n.startswith(AGAIN)], 4),
+)
+def test_a_layer_is_half_in_every_matmul(name):
+    case, traced = traced_in_float32(name)
+    for fn in forms_of(case, "mixed_bfloat16"):
+        closed = jax.make_jaxpr(fn)(case.params, case.x)
+        check_jaxpr(open_jaxpr(closed))
+        check_matmuls(closed, traced, "bfloat16")
+
+
 def cases_and_halves():
-    """Every layer in both formats; in float16 only when time allows."""
-    for name in CASES:
-        again = name.startswith(("equinox", "haiku"))
-        marks = [pytest.mark.slow] if again else []
+    """Some layers of each library in bfloat16; all, and in float16, as time allows."""
+    for index, name in enumerate(CASES):
+        again = name.startswith(AGAIN)
+        rest = pytest.mark.weekly if again or index % 2 else pytest.mark.slow
+        marks = [rest] if index % 4 else []
         yield pytest.param(name, "bfloat16", id=f"{name}-bfloat16", marks=marks)
-        slow = pytest.mark.slow
-        yield pytest.param(name, "float16", id=f"{name}-float16", marks=slow)
+        weekly = pytest.mark.weekly
+        yield pytest.param(name, "float16", id=f"{name}-float16", marks=weekly)
 
 
 @pytest.mark.parametrize(("name", "half"), list(cases_and_halves()))
 def test_a_layer_is_near_float32(name, half):
-    case, truth, traced = float32(name)
+    case, traced = traced_in_float32(name)
+    truth = computed_in_float32(name)
     forms = forms_of(case, f"mixed_{half}")
     for fn in forms:
         closed = jax.make_jaxpr(fn)(case.params, case.x)
@@ -242,7 +270,8 @@ def check_state(state, truth, before, bound):
 
 @pytest.mark.parametrize("name", [n for n in CASES if "BatchNorm" in n])
 def test_batch_norm_moves_its_statistics_in_training_only(name):
-    case, ((_, (_, state)), _), _ = float32(name)
+    case, _ = traced_in_float32(name)
+    (_, (_, state)), _ = computed_in_float32(name)
     moved = leaf_bytes(state) != leaf_bytes(case.state)
     assert moved == ("train" in name)
 
@@ -343,7 +372,7 @@ def weighed(fn):
     return loss
 
 
-@pytest.mark.parametrize("name", thinned(LINALG))
+@pytest.mark.parametrize("name", thinned(LINALG, 4))
 def test_linear_algebra_keeps_every_bit(name):
     """Its matmuls ask for the highest precision; but for those of QR's gradient."""
     fn = LINALG[name]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loops import CELLS, W, X, evaluate
+from helpers.cells import CELLS, W, X, evaluate
 from helpers.tools import assert_same_bits
 
 import mpjax

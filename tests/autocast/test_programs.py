@@ -19,6 +19,7 @@ from mpjax import autocast
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
 
 N = 4
+NUM_EXAMPLES = hypothesis.settings().max_examples
 rng = np.random.default_rng(0)
 X, W = rng.uniform(-1, 1, (2, N, N)).astype(np.float32)
 HALVES = [jnp.asarray(X.T, jnp.bfloat16), jnp.asarray(W.T, jnp.float16)]
@@ -212,7 +213,7 @@ def assert_well_typed(fn, plain, *args):
     return closed
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=NUM_EXAMPLES // 4)
 @hypothesis.given(programs(ONE, TWO), st.sampled_from(sorted(POLICIES)))
 def test_values(program, policy):
     fn = function(program)
@@ -223,7 +224,7 @@ def test_values(program, policy):
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=0.03)
 
 
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=2 * NUM_EXAMPLES)
 @hypothesis.given(programs(ONE, TWO, ROUGH), st.sampled_from(sorted(POLICIES)))
 def test_types(program, policy):
     fn = function(program)
@@ -233,7 +234,7 @@ def test_types(program, policy):
     assert len(float32) < len(eqns(traced, *LOW))
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=NUM_EXAMPLES // 4)
 @hypothesis.given(programs(ONE, TWO, ROUGH), st.sampled_from(sorted(POLICIES)))
 def test_gradients(program, policy):
     fn = function(program)

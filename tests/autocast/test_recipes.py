@@ -217,7 +217,7 @@ HAS_BATCH_NORM = ("linen", "nnx", "haiku")
 
 
 @pytest.mark.parametrize("policy", thinned(POLICIES))
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", thinned(RECIPES))
 def test_a_recipe_trains(name, policy):
     state, losses, closed = RECIPES[name](policy)
     _, full_losses, _ = RECIPES[name]("float32")

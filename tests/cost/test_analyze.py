@@ -101,6 +101,16 @@ def test_a_train_step(policy):
     assert report.flops > sum(report.matmul_flops.values())
 
 
+def test_dynamic_loss_scaling_moves_nothing_more():
+    """On any device, as compiled for an H100 in test_train_step.py."""
+    plain, dynamic = (
+        cost.analyze(*mlp_step("mixed_float16", loss_scale=scale))
+        for scale in (mpjax.NoOpLossScale(), mpjax.DynamicLossScale())
+    )
+    assert dynamic.moved_bytes <= 1.01 * plain.moved_bytes
+    assert dynamic.temporary_bytes <= 1.01 * plain.temporary_bytes
+
+
 def test_flops_of_a_scan_count_its_length():
     def fn(x, w):
         return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=7)[0]

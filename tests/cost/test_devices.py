@@ -1,6 +1,5 @@
 """The data of devices, and code for GPUs that the machine does not have."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -63,10 +62,6 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
     assert isinstance(error.value, RuntimeError)
 
 
-PLUGIN = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason='compiling for a GPU needs pip install "jax[cuda13]"',
-)
 KEEPS_GOING = """
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
@@ -85,7 +80,7 @@ assert jnp.ones(3).sum() == 3
 """
 
 
-@PLUGIN
+@pytest.mark.h100
 def test_a_process_that_computes_on_a_cpu_can_compile_for_gpus():
     done = subprocess.run(
         [sys.executable, "-c", KEEPS_GOING],

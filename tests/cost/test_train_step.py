@@ -2,13 +2,12 @@
 
 import dataclasses
 import importlib
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers.loops import layer, over
+from helpers.cells import layer, over
 from jax.experimental.layout import Format, Layout
 
 import mpjax
@@ -18,10 +17,7 @@ from mpjax import cost
 from mpjax._jaxpr.passes import apply_passes
 from mpjax._xla_cpu.convolutions import put_channels_last
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason='compiling for a GPU needs pip install "jax[cuda13]"',
-)
+pytestmark = pytest.mark.h100
 SIZES = [
     ("mlp", 2048),
     ("mlp", 8192),

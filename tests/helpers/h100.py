@@ -1,8 +1,9 @@
 """Compiles models for an H100 that need not be there; prints JSON.
 
-    python h100.py       # needs pip install "jax[cuda13]"
+    python tests/helpers/h100.py       # needs pip install "jax[cuda13]"
 
-Run by test_h100.py in a process of its own: the settings must precede JAX.
+tests/autocast/test_h100.py runs it in a process of its own: the settings must precede
+JAX.
 """
 
 import functools

@@ -85,9 +85,10 @@ def regression_batch(size=16, seed=0, spike=None):
     return {"x": jnp.asarray(x), "label": jnp.asarray(label)}
 
 
-def thinned(values, step=2):
-    """Every `step`-th value as it is; those between are run only with `-m slow`."""
+def thinned(values, step=2, rest="slow"):
+    """Every `step`-th value as it is; those between are marked, slow or weekly."""
+    mark = getattr(pytest.mark, rest)
     return [
-        pytest.param(value, marks=[pytest.mark.slow] if index % step else [])
+        pytest.param(value, marks=[mark] if index % step else [])
         for index, value in enumerate(values)
     ]

@@ -57,7 +57,7 @@ def test_the_state_of_a_counting_step_is_donated():
     assert sizes[0] == pytest.approx(sizes[1], abs=64)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_counting_in_every_100th_step_costs_at_most_5_percent(policy):
     """In seconds of the processor, which other work disturbs least."""

@@ -8,6 +8,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
+from helpers.tools import thinned
 
 from experiments.benchmarks import speed as benchmark
 from experiments.benchmarks.baselines import warmup as start
@@ -32,7 +33,9 @@ def float32(case):
 
 
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
-@pytest.mark.parametrize("row", benchmark.all_rows(), ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", thinned(benchmark.all_rows(), 3, rest="weekly"), ids=lambda row: row.name
+)
 def test_every_row_takes_the_same_steps(row, case, float32):
     if not row.is_installed():
         pytest.skip(row.needs[1])

@@ -1,4 +1,4 @@
-"""Loops as people write them, and how they are read and evaluated."""
+"""Recurrent cells and layers, the loops over them, and how these are evaluated."""
 
 import functools
 
