@@ -49,13 +49,13 @@ class Config:
     """How often to measure."""
 
     num_seeds: int = 3
-    """Seeds 0, 1, … for parameters and inputs, over which errors are averaged."""
+    """Errors are averaged over this many seeds for parameters and inputs: 0, 1, …"""
 
     num_rounds: int = 21
     """How often each gradient is timed."""
 
     output: Path | None = None
-    """The result file; a name in experiments/results by default."""
+    """Result file; a name in experiments/results by default."""
 
     def __post_init__(self):
         require_positive(self, "num_seeds", "num_rounds")

@@ -74,32 +74,31 @@ class Config:
     """What to train."""
 
     networks: str = "mlp,gru"
-    """Networks, separated by commas: mlp, gru."""
+    """Comma-separated networks: mlp, gru."""
 
     loss_scales: str = (
         "none,static:2**10,dynamic,histogram,"
         "dynamic:1,histogram:1,dynamic:2**24,histogram:2**24"
     )
-    """Loss scales, separated by commas."""
+    """Comma-separated loss scales."""
 
     num_steps: int = 150
     """Steps per run, skipped ones included."""
 
     num_seeds: int = 3
-    """Number of seeds, 0, 1, …, for parameters and shuffling."""
+    """Runs per loss scale; their seeds, for parameters and shuffling, are 0, 1, …"""
 
     sample_every: int = 20
-    """Steps between two comparisons with the float32 gradient."""
+    """Compare with the float32 gradient every so many steps."""
 
     num_rounds: int = 31
     """How often each step is timed."""
 
     dataset: str = "mnist"
-    """Images to train on: mnist, or digits, which needs no network."""
+    """Images to train on: mnist, or digits (scikit-learn's, offline)."""
 
     output: Path | None = None
-    """The result file, and with the ending .png the plot; a name in experiments/results
-    by default."""
+    """Result file; a plot goes beside it. A name in experiments/results by default."""
 
     def __post_init__(self):
         names = ("num_steps", "num_seeds", "sample_every", "num_rounds")

@@ -67,15 +67,14 @@ class Config:
     """What to compile, and for what."""
 
     device: str = "h100"
-    """GPU to compile for, which this machine need not have: a100, b200, h100, h200,
-    v100; or "present", the device that it has."""
+    """GPU, which need not be in this machine: a100, b200, h100, h200, v100; or
+    "present", the device that is."""
 
     workloads: str = ",".join(BATCH_SIZES)
-    """Models to train, separated by commas."""
+    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru."""
 
     output: Path | None = None
-    """The result file, and with the ending .png the plot; a name in experiments/results
-    by default."""
+    """Result file; a plot goes beside it. A name in experiments/results by default."""
 
     def __post_init__(self):
         parse_workloads(self.workloads)

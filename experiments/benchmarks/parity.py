@@ -45,13 +45,13 @@ class Config:
     """What to train; the defaults are the Keras guide's network over five seeds."""
 
     policies: str = "float32,mixed_float16,mixed_bfloat16"
-    """Precision policies, separated by commas."""
+    """Comma-separated precision policies."""
 
     loss_scales: str = "none,static:128,dynamic"
-    """Loss scales, separated by commas."""
+    """Comma-separated loss scales."""
 
     num_seeds: int = 5
-    """Number of seeds, 0, 1, …, per policy and loss scale."""
+    """Runs per policy and loss scale; their seeds are 0, 1, …"""
 
     autocast: bool = True
     """How a mixed policy is applied: --autocast runs matmuls in half and sensitive ops
@@ -67,13 +67,13 @@ class Config:
     """Examples per step."""
 
     dataset: str = "mnist"
-    """Images to train on: mnist, or digits, which needs no network."""
+    """Images to train on: mnist, or digits (scikit-learn's, offline)."""
 
     workdir: Path = Path("runs/parity")
     """Directory that keeps the runs, so that they are not repeated."""
 
     output: Path | None = None
-    """The result file; a name in experiments/results by default."""
+    """Result file; a name in experiments/results by default."""
 
     def __post_init__(self):
         require_positive(self, "num_seeds", "num_units", "num_epochs", "batch_size")

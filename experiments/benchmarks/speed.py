@@ -84,12 +84,11 @@ class Config:
     """What to time."""
 
     workloads: str = "mlp"
-    """Models to train, separated by commas: mlp, convnet, transformer_block,
-    transformer, bigru."""
+    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru."""
 
     baselines: str = ""
-    """A regular expression: times only the baselines whose name it is found in, and
-    those that they are compared with. Empty for all."""
+    """Regular expression; times the baselines whose name it is found in and those that
+    they are compared with. Empty for all."""
 
     batch_size: int | None = None
     """Examples per step; by default each model has its own for a CPU and for a GPU."""
@@ -104,8 +103,7 @@ class Config:
     """Seed for parameters, data and the order within rounds."""
 
     max_minutes: float | None = None
-    """Stop starting new baselines after this many minutes of compiling, for each
-    model; no limit by default."""
+    """Stop starting new baselines after this many minutes of compiling per model."""
 
     output_dir: Path | None = None
     """Directory of the result files; experiments/results by default."""
