@@ -4,7 +4,7 @@ import pytest
 
 from experiments.benchmarks import memory
 from experiments.benchmarks.workloads import WORKLOADS, mlp
-from experiments.harness.errors import ConfigError
+from experiments.harness.errors import ConfigError, ExperimentError
 from experiments.harness.workdir import read_json
 
 
@@ -32,8 +32,14 @@ def test_it_leaves_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     assert "compiled for cpu" in capsys.readouterr().out
 
 
-def test_bad_flags_are_told():
+def test_bad_flags_are_reported():
     with pytest.raises(ConfigError, match=r"one of present, a100.*got 'h1000'"):
         memory.Config(device="h1000")
     with pytest.raises(ConfigError, match=r"some of mlp.*got 'resnet'"):
         memory.Config(workloads="mlp,resnet")
+
+
+def test_a_missing_cuda_plugin_is_an_error_for_people(monkeypatch):
+    monkeypatch.setattr("mpjax.cost._compile._PLUGINS", ("no_such_plugin",))
+    with pytest.raises(ExperimentError, match=r'pip install "jax\[cuda13\]"'):
+        memory.measure("mlp", mlp(8), 4, "h100")
