@@ -36,7 +36,6 @@ from experiments.benchmarks._output import (
     save_table,
 )
 from experiments.benchmarks._timing import median_ratio, time_rounds
-from experiments.benchmarks.workloads import rmsprop
 from experiments.data import mnist
 from experiments.data.on_device import DeviceDataset
 from experiments.harness import cli, results
@@ -47,6 +46,7 @@ from experiments.harness.results import Column
 from experiments.mnist_mlp import make_loss_fn
 from experiments.models.gru import GRU
 from experiments.models.mlp import MLP
+from experiments.models.optimizers import rmsprop
 from mpjax._struct import replace_leaves
 from mpjax.numerics import exponent_histogram, representable_fraction
 

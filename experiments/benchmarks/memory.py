@@ -25,7 +25,7 @@ import mpjax
 from experiments.benchmarks._output import RESULTS, save_figure, save_table
 from experiments.benchmarks.workloads import WORKLOADS, Workload, parse_workloads
 from experiments.harness import cli, results
-from experiments.harness.errors import ConfigError, ExperimentError
+from experiments.harness.errors import ConfigError
 from experiments.harness.plots import decorate
 from experiments.harness.results import Column
 from mpjax import cost
@@ -92,7 +92,7 @@ def main(config: Config) -> dict[str, Any]:
       What the result file holds.
 
     Raises:
-      ExperimentError: if this machine cannot compile for the device.
+      RuntimeError: if this machine cannot compile for the device.
       WorkdirError: if the file cannot be written.
     """
     device = None if config.device == "present" else config.device
@@ -133,7 +133,7 @@ def measure(
     runs: list[dict[str, Any]] = []
     for step_name, (policy, checkpoint_policy) in STEPS.items():
         step, state = make_step(workload, policy, checkpoint_policy=checkpoint_policy)
-        report = _analyze(step, state, batch, device)
+        report = cost.analyze(step, state, batch, device=device)
         roofline_s = report.roofline_s
         run = {
             "workload": name,
@@ -203,15 +203,6 @@ def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def _analyze(step: Any, state: Any, batch: Any, device: str | None) -> cost.CostReport:
-    try:
-        return cost.analyze(step, state, batch, device=device)
-    except RuntimeError as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            raise
-        raise ExperimentError(str(error)) from error
 
 
 def _key() -> jax.Array:

@@ -13,6 +13,7 @@ from experiments.benchmarks._flags import parse_names
 from experiments.models import small
 from experiments.models.deep_convnet import DeepConvNet
 from experiments.models.mlp import MLP
+from experiments.models.optimizers import rmsprop
 
 NUM_CLASSES = 10
 # Small enough that the loss of random labels falls from the first step on.
@@ -38,11 +39,6 @@ class Workload:
     loss_fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, None]]
     tx: optax.GradientTransformation
     batch_sizes: dict[str, int]
-
-
-def rmsprop(learning_rate: float) -> optax.GradientTransformation:
-    """Returns RMSprop with Keras's constants: rho 0.9, epsilon 1e-7 inside the root."""
-    return optax.rmsprop(learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
 
 
 def mlp(num_units: int = 4096) -> Workload:

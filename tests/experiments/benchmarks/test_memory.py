@@ -4,7 +4,7 @@ import pytest
 
 from experiments.benchmarks import memory
 from experiments.benchmarks.workloads import WORKLOADS, mlp
-from experiments.harness.errors import ConfigError, ExperimentError
+from experiments.harness.errors import ConfigError
 from experiments.harness.workdir import read_json
 
 
@@ -37,9 +37,3 @@ def test_bad_flags_are_reported():
         memory.Config(device="h1000")
     with pytest.raises(ConfigError, match=r"some of mlp.*got 'resnet'"):
         memory.Config(workloads="mlp,resnet")
-
-
-def test_a_missing_cuda_plugin_is_an_error_for_people(monkeypatch):
-    monkeypatch.setattr("mpjax.cost._compile._PLUGINS", ("no_such_plugin",))
-    with pytest.raises(ExperimentError, match=r'pip install "jax\[cuda13\]"'):
-        memory.measure("mlp", mlp(8), 4, "h100")
