@@ -1,18 +1,27 @@
-"""Lists the experiments: `python -m experiments`."""
+"""Lists the commands of this package: `python -m experiments`."""
 
-import ast
-from pathlib import Path
+import argparse
+from collections.abc import Sequence
+
+from experiments.registry import COMMANDS
 
 
-def main() -> None:
-    """Prints the first line of each module here that can be run, and its command."""
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if path.stem != "__main__" and "cli.run(" in text:
-            doc = ast.get_docstring(ast.parse(text)) or ""
-            print(
-                f"{doc.partition(chr(10))[0]}\n    python -m experiments.{path.stem}\n"
-            )
+def main(args: Sequence[str] | None = None) -> None:
+    """Prints every command with its summary, by group.
+
+    Args:
+      args: command-line arguments, of which there are none but --help; those of this
+        process if None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description="Lists the commands of this package; each has a --help of its own.",
+    )
+    parser.parse_args(args)
+    for group, commands in COMMANDS.items():
+        print(f"{group}:\n")
+        for command in commands:
+            print(f"    python -m {command.module}\n        {command.summary}\n")
 
 
 if __name__ == "__main__":

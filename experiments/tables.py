@@ -1,22 +1,26 @@
 """Writes the tables of README.md from the files in experiments/results.
 
-    python -m experiments.tables
+    python -m experiments.tables            # writes README.md
+    python -m experiments.tables --check    # changes nothing
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a file
-there without its ending.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is the name
+of a result file without its ending. Everything else in README.md stays as it is.
 """
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from experiments import mnist_convnet
 from experiments.benchmarks import accuracy, loss_scales, memory, parity, speed
-from experiments.harness import precisions
+from experiments.harness import cli, precisions
+from experiments.harness.errors import ExperimentError
 from experiments.harness.results import Column, markdown_table
-from experiments.harness.workdir import read_json
+from experiments.harness.workdir import write_text
 
-ROOT = Path(__file__).parent.parent
+README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
     accuracy.NAME: accuracy.COLUMNS,
@@ -30,43 +34,104 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to do with README.md."""
+
+    check: bool = False
+    """Change nothing; exit with 1 and name the tables that are out of date."""
+
+
+def main(config: Config) -> list[str]:
+    """Writes the tables of README.md, or checks them.
+
+    Returns:
+      The names of the tables that were out of date.
+
+    Raises:
+      ExperimentError: if a result file is missing or damaged; with `check`, also if
+        a table is out of date.
+    """
+    old = README.read_text()
+    new = render(old)
+    pairs = zip(TABLE.finditer(old), TABLE.finditer(new), strict=True)
+    outdated = [before[1] for before, after in pairs if before[0] != after[0]]
+    if outdated and config.check:
+        raise ExperimentError(
+            f"tables of {README.name} are out of date: {', '.join(outdated)}. "
+            "`python -m experiments.tables` writes them."
+        )
+    if outdated:
+        write_text(README, new)
+        print(f"written to {README}: {', '.join(outdated)}")
+    else:
+        print(f"the tables of {README} are up to date")
+    return outdated
+
+
 def render(text: str) -> str:
     """Returns a Markdown text with its tables made anew.
 
     Raises:
-      WorkdirError: if a result file is missing or damaged.
+      ExperimentError: if a result file is missing or damaged.
     """
 
     def replace(match: re.Match[str]) -> str:
         name = match[1]
-        table = table_of(read_json(RESULTS / f"{name}.json"))
+        path = RESULTS / f"{name}.json"
+        try:
+            table = render_result(json.loads(path.read_text()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ExperimentError(
+                f"cannot make a table of {path} ({type(error).__name__}: {error}); "
+                "restore the file, or make it anew with the command that it names."
+            ) from error
         return f"<!-- table: {name} -->\n{table}<!-- end -->"
 
     return TABLE.sub(replace, text)
 
 
-def table_of(result: dict[str, Any]) -> str:
-    """Returns the table of a result file, with a line that says where it was made."""
-    where = result["environment"]
-    versions = where["versions"]
+def render_result(result: dict[str, Any]) -> str:
+    """Returns the table of a result file, with a line that says how it was made."""
+    result = in_todays_names(result)
+    environment = result["environment"]
+    versions = environment["versions"]
+    command, today = environment["command"], environment["command_today"]
     made = (
-        f"`{where['command']}` on {where['device']}, Python {where['python']}, "
-        f"jax {versions['jax']}, flax {versions['flax']}, optax {versions['optax']}, "
-        f"float32 matmul precision {where['float32_matmul_precision']}."
+        f"`{command}`{'' if today == command else f' (today `{today}`)'} on "
+        f"{environment['device']}, Python {environment['python']}, jax "
+        f"{versions['jax']}, flax {versions['flax']}, optax {versions['optax']}, "
+        f"float32 matmul precision {environment['float32_matmul_precision']}."
     )
     columns = COLUMNS[result["experiment"]]
     left_out = result.get("left_out", {})
     missing = "".join(
-        f"Left out: {name} ({why}).\n\n" for name, why in left_out.items()
+        f"Left out: {name} ({reason}).\n\n" for name, reason in left_out.items()
     )
     return f"\n{markdown_table(columns, result['runs'])}\n{missing}{made}\n"
 
 
-def main() -> None:
-    """Rewrites README.md."""
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+def in_todays_names(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a result file holds, in today's names.
+
+    A file that was made before an experiment, module, flag or key was renamed says so
+    in `renamed_from`: today's name → the name then. Its `command` stays as it was run;
+    `command_today` is added beside it: the same command in today's names.
+    """
+    names = {then: today for today, then in result.get("renamed_from", {}).items()}
+
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {names.get(key, key): value for key, value in values.items()}
+
+    experiment, environment = result["experiment"], result["environment"]
+    words = environment["command"].split()
+    command_today = " ".join(names.get(word, word) for word in words)
+    return rename(result) | {
+        "experiment": names.get(experiment, experiment),
+        "environment": environment | {"command_today": command_today},
+        "runs": [rename(run) for run in result["runs"]],
+    }
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Config, doc=__doc__)

@@ -1,17 +1,16 @@
-"""Autocast beside casting by hand: how true the gradient is, and step times.
+"""Gradient errors of autocast and of casting by hand, and their step times.
 
     python -m experiments.benchmarks.accuracy                  # 4 min on 2 CPU cores
 
-Eight small models (`experiments.models.small`), in bfloat16 and float16. The error of
-a gradient is that against float64, ||g - g64|| / ||g64||, the mean over seeds; in
-float16 it is taken through a loss scaled by 2**10. Times are of a jitted gradient,
-interleaved: the ratio is the median over rounds of the ratio within a round.
+Eight small models (`experiments.models.small`) in bfloat16 and float16. The error is
+||g - g64|| / ||g64||, where g64 is the gradient in float64, averaged over seeds; in
+float16 the gradient is taken through a loss scaled by 2**10. The step times are those
+of jitted gradients, interleaved: the ratio is the median over rounds of the ratio
+within a round.
 """
 
 import dataclasses
-import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,15 @@ import jax.numpy as jnp
 from tqdm.auto import tqdm
 
 import mpjax
+from experiments.benchmarks._output import RESULTS, save_table
+from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
 from experiments.harness.results import Column
-from experiments.harness.workdir import write_json
 from experiments.models import small
 
-NAME = "autocast"
+NAME = "accuracy"
+# By policy: the dtype, and the scale of the loss.
 FORMATS = {
     "mixed_bfloat16": (jnp.bfloat16, 1.0),
     "mixed_float16": (jnp.float16, 2.0**10),
@@ -45,23 +46,30 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How much to measure."""
+    """How often to measure."""
 
     num_seeds: int = 3
-    """Seeds 0, 1, … of parameters and inputs, over which errors are averaged."""
+    """Errors are averaged over this many seeds for parameters and inputs: 0, 1, …"""
 
     num_rounds: int = 21
     """How often each gradient is timed."""
 
     output: Path | None = None
-    """The result file; a name in experiments/results by default."""
+    """Result file; a name in experiments/results by default."""
 
     def __post_init__(self):
         require_positive(self, "num_seeds", "num_rounds")
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measures every model and writes the table; returns what the file holds."""
+    """Measures every model, and writes the table.
+
+    Returns:
+      What the result file holds.
+
+    Raises:
+      WorkdirError: if it cannot be written.
+    """
     rows = []
     for name in tqdm(small.CASES, desc="models", disable=None):
         cases = [small.CASES[name](seed) for seed in range(config.num_seeds)]
@@ -83,58 +91,52 @@ def main(config: Config) -> dict[str, Any]:
     }
     machine = table["environment"]["machine"]
     file = f"{NAME}_{machine}_jax{jax.__version__}.json"
-    output = config.output or Path(__file__).parents[1] / "results" / file
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, table)
-    results.print_table(f"autocast, {machine}, jax {jax.__version__}", COLUMNS, rows)
+    title = f"gradient errors, {machine}, jax {jax.__version__}"
+    save_table(config.output or RESULTS / file, table, title, COLUMNS)
     return table
 
 
 def _forms(policy: str, dtype: Any, scale: float) -> dict[str, Callable[[Any], Any]]:
-    """The gradient of a case in each form, by the name of its column."""
-    by_case = lambda c: (c.loss, c.params, c.inputs)
+    """Returns functions from a case to its gradient, by the key of their column."""
+    unpack = lambda c: (c.loss, c.params, c.inputs)
     return {
-        "error_float32": lambda c: small.gradient(*by_case(c)),
+        "error_float32": lambda c: small.gradient(*unpack(c)),
         "error_hand_cast": lambda c: small.gradient(
             small.hand_cast(c.loss, dtype), c.params, c.inputs, scale=scale
         ),
         "error_autocast": lambda c: small.autocast_gradient(
-            *by_case(c), policy, scale=scale
+            *unpack(c), policy, scale=scale
         ),
         "error_inner_autocast": lambda c: small.inner_autocast_gradient(
-            *by_case(c), policy, scale=scale
+            *unpack(c), policy, scale=scale
         ),
     }
 
 
 def _error(gradient: Callable[[Any], Any], cases: list, truths: list) -> float:
+    """Returns the mean over cases of the error against their true gradients."""
     pairs = zip(cases, truths, strict=True)
     return statistics.mean(small.relative_error(gradient(c), t) for c, t in pairs)
 
 
 def _time_ratio(case: Any, policy: str, dtype: Any, num_rounds: int) -> dict[str, Any]:
-    """Median step times of autocast and by hand, and the median of their ratio."""
+    """Returns median step times by autocast and by hand, and their ratio."""
     forms = {
         "hand_cast_ms": jax.value_and_grad(small.hand_cast(case.loss, dtype)),
         "autocast_ms": mpjax.autocast(jax.value_and_grad(case.loss), policy),
     }
     args = jax.device_put((case.params, case.inputs))
     steps = {form: jax.jit(fn).lower(*args).compile() for form, fn in forms.items()}
-    times: dict[str, list[float]] = {form: [] for form in forms}
-    order = [*forms]
-    shuffle = random.Random(0).shuffle
-    for form in order:
-        jax.block_until_ready(steps[form](*args))
-    for _ in range(num_rounds):
-        shuffle(order)
-        for form in order:
-            start = time.perf_counter()
-            jax.block_until_ready(steps[form](*args))
-            times[form].append(1000 * (time.perf_counter() - start))
-    pairs = zip(times["autocast_ms"], times["hand_cast_ms"], strict=True)
+    calls = {
+        form: lambda step=step: jax.block_until_ready(step(*args))
+        for form, step in steps.items()
+    }
+    for call in calls.values():
+        call()
+    times_ms = time_rounds(calls, num_rounds)
     return {
-        **{form: statistics.median(values) for form, values in times.items()},
-        "time_ratio": statistics.median(a / b for a, b in pairs),
+        **{form: statistics.median(times) for form, times in times_ms.items()},
+        "time_ratio": median_ratio(times_ms["autocast_ms"], times_ms["hand_cast_ms"]),
     }
 
 

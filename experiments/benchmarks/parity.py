@@ -1,13 +1,14 @@
-"""Does half precision reach the float32 result? mnist_mlp over policies and seeds.
+"""Test accuracy of `mnist_mlp` over policies, loss scales and seeds.
 
     python -m experiments.benchmarks.parity                    # 2 h on 2 CPU cores
     python -m experiments.benchmarks.parity --num-units 512    # 15 min
     python -m experiments.benchmarks.parity --num-units 512 --batch-size 256 \\
       --num-epochs 10
 
-Trains `mnist_mlp` for every policy, loss scale and seed, and writes mean ± standard
-deviation per cell. Started again, it goes on with the runs that are missing. Cells that
-the result file holds, and this command does not ask for, stay in it.
+Does half precision reach the float32 result? Trains `mnist_mlp` for every policy, loss
+scale and seed, and writes mean ± standard deviation over seeds. Started again, it
+trains only what is missing. Rows of the result file that this command does not ask for
+stay in it.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any
 
 import mpjax
 from experiments import mnist_mlp
+from experiments.benchmarks._output import RESULTS, mean_and_deviation, save_table
 from experiments.data import mnist
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive, split_policies
@@ -25,9 +27,9 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.loss_scales import split_loss_scales
 from experiments.harness.results import Column
 from experiments.harness.stop import Interrupted, StopRequest, on_signals
-from experiments.harness.workdir import read_json, write_json, writing
+from experiments.harness.workdir import read_json
 
-NAME = "mnist_mlp_parity"
+NAME = "parity"
 COLUMNS = (
     Column("policy", "policy"),
     Column("loss scale", "loss_scale"),
@@ -40,37 +42,38 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to run; the defaults are the guide's network over five seeds."""
+    """What to train; the defaults are the Keras guide's network over five seeds."""
 
     policies: str = "float32,mixed_float16,mixed_bfloat16"
-    """Precision policies, separated by commas."""
+    """Comma-separated precision policies."""
 
     loss_scales: str = "none,static:128,dynamic"
-    """Loss scales, separated by commas."""
+    """Comma-separated loss scales."""
 
     num_seeds: int = 5
-    """Seeds 0, 1, … per policy and loss scale."""
+    """Runs per policy and loss scale; their seeds are 0, 1, …"""
 
     autocast: bool = True
-    """As in mnist_mlp."""
+    """How a mixed policy is applied: --autocast runs matmuls in half and sensitive ops
+    in float32, --no-autocast casts parameters and inputs to half."""
 
     num_units: int = 4096
-    """As in mnist_mlp."""
+    """Units in each of the two hidden layers."""
 
     num_epochs: int = 5
-    """As in mnist_mlp."""
+    """Passes over the training set."""
 
     batch_size: int = 8192
-    """As in mnist_mlp."""
+    """Examples per step."""
 
     dataset: str = "mnist"
-    """As in mnist_mlp."""
+    """Images to train on: mnist, or digits (scikit-learn's, offline)."""
 
     workdir: Path = Path("runs/parity")
-    """Where the runs are kept."""
+    """Directory that keeps the runs, so that they are not repeated."""
 
     output: Path | None = None
-    """The result file; a name in experiments/results by default."""
+    """Result file; a name in experiments/results by default."""
 
     def __post_init__(self):
         require_positive(self, "num_seeds", "num_units", "num_epochs", "batch_size")
@@ -82,12 +85,12 @@ class Config:
             self.run_config(policy, loss_scale, seed=0)
 
     def cells(self) -> list[tuple[str, str]]:
-        """Every policy with every loss scale."""
+        """Returns every policy with every loss scale."""
         lists = split_policies(self.policies), split_loss_scales(self.loss_scales)
         return list(dict.fromkeys(itertools.product(*lists)))
 
     def shape(self) -> str:
-        """What tells one table from another."""
+        """Returns what distinguishes one table from another, for file names."""
         shape = f"{self.num_units}x{self.batch_size}x{self.num_epochs}"
         suffix = "" if self.dataset == "mnist" else f"-{self.dataset}"
         return shape + suffix + ("" if self.autocast else "-cast")
@@ -95,7 +98,7 @@ class Config:
     def run_config(
         self, policy: str, loss_scale: str, *, seed: int
     ) -> mnist_mlp.Config:
-        """The settings of one run, which goes on where it has been begun."""
+        """Returns the settings of one run, which resumes if it was begun before."""
         cell = f"{policy}-{loss_scale}-{seed}".replace(":", "_").replace(" ", "")
         workdir = self.workdir / self.shape() / cell
         return mnist_mlp.Config(
@@ -114,10 +117,13 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs what is missing and writes the table; returns what the file holds.
+    """Trains what is missing, and writes the table.
+
+    Returns:
+      What the result file holds.
 
     Raises:
-      ExperimentError: of the kind that fits; the runs that are finished are kept.
+      ExperimentError: if a run fails or is interrupted; finished runs are kept.
       NonFiniteTrainingError: if the gradients of a run stay non-finite.
     """
     dataset = mnist.load(config.dataset)
@@ -126,9 +132,7 @@ def main(config: Config) -> dict[str, Any]:
             for policy, loss_scale in config.cells():
                 run = config.run_config(policy, loss_scale, seed=seed)
                 _run(run, dataset, stop)
-    output = config.output or (
-        Path(__file__).parents[1] / "results" / f"{NAME}_{config.shape()}.json"
-    )
+    output = config.output or RESULTS / f"{NAME}_{config.shape()}.json"
     cells = [_runs(config, policy, loss_scale) for policy, loss_scale in config.cells()]
     table = {
         "experiment": NAME,
@@ -140,11 +144,7 @@ def main(config: Config) -> dict[str, Any]:
         "environment": results.environment(),
         "runs": _merge(output, [_aggregate(runs) for runs in cells]),
     }
-    with writing(output.parent):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, table)
-    results.print_table(f"parity, {config.shape()}", COLUMNS, table["runs"])
-    print(f"written to {output}")
+    save_table(output, table, f"parity, {config.shape()}", COLUMNS)
     return table
 
 
@@ -158,7 +158,7 @@ def _run(run: mnist_mlp.Config, dataset: mnist.ImageDataset, stop: StopRequest) 
 
 
 def _runs(config: Config, policy: str, loss_scale: str) -> list[dict[str, Any]]:
-    """The result of each seed."""
+    """Returns the result of each seed."""
     configs = (
         config.run_config(policy, loss_scale, seed=seed)
         for seed in range(config.num_seeds)
@@ -167,23 +167,23 @@ def _runs(config: Config, policy: str, loss_scale: str) -> list[dict[str, Any]]:
 
 
 def _merge(output: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with those of an older file that are not made anew, sorted."""
+    """Returns the rows and those of an older file that they do not replace, sorted."""
     made = [(row["policy"], row["loss_scale"]) for row in rows]
     older = read_json(output)["runs"] if output.exists() else []
     rows = rows + [r for r in older if (r["policy"], r["loss_scale"]) not in made]
     policies = [*mpjax.PRESETS]
 
-    def place(row):
+    def sort_key(row):
         policy, loss_scale = row["policy"], row["loss_scale"]
         known = policies.index(policy) if policy in policies else len(policies)
         kinds = ("none", "static", "dynamic", "histogram")
         return known, policy, kinds.index(loss_scale.partition(":")[0]), loss_scale
 
-    return sorted(rows, key=place)
+    return sorted(rows, key=sort_key)
 
 
 def _made_by(cell: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The devices, versions and commits of a cell's runs, each once."""
+    """Returns devices, versions and commits of a cell's runs, without repetitions."""
     keys = ("device", "commit", "versions")
     made_by = []
     for result in cell:
@@ -194,6 +194,7 @@ def _made_by(cell: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _aggregate(cell: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the row of a policy and loss scale, from the results of its seeds."""
     runs = [run for result in cell for run in result["runs"]]
     accuracies = [run["test_accuracy"] for run in runs]
     losses = [run["test_loss"] for run in runs]
@@ -201,21 +202,13 @@ def _aggregate(cell: list[dict[str, Any]]) -> dict[str, Any]:
         "policy": runs[0]["policy"],
         "loss_scale": runs[0]["loss_scale"],
         "num_seeds": len(runs),
-        "test_accuracy": _spread(accuracies),
-        "test_loss": _spread(losses),
+        "test_accuracy": mean_and_deviation(accuracies),
+        "test_loss": mean_and_deviation(losses),
         "num_skipped": statistics.mean(run["num_skipped"] for run in runs),
         "test_accuracies": accuracies,
         "test_losses": losses,
         "made_by": _made_by(cell),
     }
-
-
-def _spread(values: list[Any]) -> str:
-    """Mean ± sample standard deviation; nan if a run has no number."""
-    if None in values:
-        return "nan"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured: models to train, of the size that people run, one per kind."""
+"""The models that are measured: one of each kind, of the size that people train."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.benchmarks._flags import parse_names
 from experiments.models import small
 from experiments.models.deep_convnet import DeepConvNet
 from experiments.models.mlp import MLP
+from experiments.models.optimizers import rmsprop
 
 NUM_CLASSES = 10
 # Small enough that the loss of random labels falls from the first step on.
@@ -19,16 +21,16 @@ LEARNING_RATE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A model to train.
+class Workload:
+    """A model and everything that its training step needs.
 
     Attributes:
-      title: what it is.
+      title: what it is, for headings.
       init_params: `key -> params`, float32.
       make_batch: `(key, batch_size) -> batch`, examples along axis 0.
       loss_fn: `(params, batch, key) -> (loss, None)`, written in float32.
-      tx: its optimizer, without loss scaling.
-      batch_sizes: by platform, "cpu" and "gpu".
+      tx: the optimizer, without loss scaling.
+      batch_sizes: examples per step by platform, "cpu" and "gpu".
     """
 
     title: str
@@ -39,15 +41,10 @@ class Work:
     batch_sizes: dict[str, int]
 
 
-def rmsprop(learning_rate: float) -> optax.GradientTransformation:
-    """RMSprop with the constants of Keras: rho 0.9, epsilon 1e-7 inside the root."""
-    return optax.rmsprop(learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
-
-
-def mlp(num_units: int = 4096) -> Work:
-    """The network of the Keras guide: 784, twice `num_units`, 10."""
+def mlp(num_units: int = 4096) -> Workload:
+    """The network of the Keras guide: 784 inputs, two hidden layers, 10 classes."""
     model = MLP(num_units=(num_units, num_units))
-    return Work(
+    return Workload(
         title=f"MLP 784-{num_units}-{num_units}-10, RMSprop",
         init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
         make_batch=_images,
@@ -57,10 +54,10 @@ def mlp(num_units: int = 4096) -> Work:
     )
 
 
-def convnet() -> Work:
-    """DeepConvNet, without its dropout: 28 x 28 pixels."""
+def convnet() -> Workload:
+    """DeepConvNet on 28 x 28 pixels, without its dropout."""
     model = DeepConvNet(dropout_rate=0.0)
-    return Work(
+    return Workload(
         title="DeepConvNet, Adam",
         init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
         make_batch=_images,
@@ -70,9 +67,9 @@ def convnet() -> Work:
     )
 
 
-def transformer_block(width: int = 1024, length: int = 1024) -> Work:
-    """Causal self-attention, heads of 64, and a gelu MLP, on (B, T, D) vectors."""
-    return _of_case(
+def transformer_block(width: int = 1024, length: int = 1024) -> Workload:
+    """Causal self-attention with heads of 64, and a gelu MLP, on (B, T, D) vectors."""
+    return _from_case(
         f"transformer block, {width} wide, {length} long, Adam",
         lambda: small.transformer_block(
             width=width, length=length, num_heads=width // 64
@@ -81,9 +78,9 @@ def transformer_block(width: int = 1024, length: int = 1024) -> Work:
     )
 
 
-def transformer(width: int = 512, length: int = 512, num_layers: int = 6) -> Work:
-    """Such blocks one after the other, in a `scan` over layers."""
-    return _of_case(
+def transformer(width: int = 512, length: int = 512, num_layers: int = 6) -> Workload:
+    """Transformer blocks one after the other, in a `scan` over layers."""
+    return _from_case(
         f"transformer, {num_layers} layers, {width} wide, {length} long, Adam",
         lambda: small.transformer(
             width=width, length=length, num_heads=width // 64, num_layers=num_layers
@@ -92,22 +89,31 @@ def transformer(width: int = 512, length: int = 512, num_layers: int = 6) -> Wor
     )
 
 
-def bigru(width: int = 256, length: int = 200) -> Work:
+def bigru(width: int = 256, length: int = 200) -> Workload:
     """A bidirectional GRU over (B, T, D) vectors."""
-    return _of_case(
+    return _from_case(
         f"bidirectional GRU, {width} wide, {length} steps, Adam",
         lambda: small.bigru(width=width, length=length),
         batch_sizes={"cpu": 32, "gpu": 256},
     )
 
 
-WORKS: dict[str, Callable[[], Work]] = {
+WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mlp": mlp,
     "convnet": convnet,
     "transformer_block": transformer_block,
     "transformer": transformer,
     "bigru": bigru,
 }
+
+
+def parse_workloads(text: str) -> list[str]:
+    """Returns the names that --workloads lists.
+
+    Raises:
+      ConfigError: if one of them is unknown.
+    """
+    return parse_names("--workloads", text, WORKLOADS)
 
 
 def _images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
@@ -128,26 +134,27 @@ def _classification_loss(model: Any):
     return loss_fn
 
 
-def _like(key: jax.Array, x: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+def _random_like(key: jax.Array, x: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    """Returns values of the kind of `x`: integers in its range, or normal floats."""
     if np.issubdtype(x.dtype, np.integer):
         return jax.random.randint(key, shape, 0, int(x.max()) + 1)
     return jax.random.normal(key, shape)
 
 
-def _of_case(
+def _from_case(
     title: str, make_case: Callable[[], small.Case], batch_sizes: dict[str, int]
-) -> Work:
+) -> Workload:
     case = make_case()
 
     def make_batch(key, batch_size):
         leaves, treedef = jax.tree.flatten(case.inputs)
         keys = jax.random.split(key, len(leaves))
         return treedef.unflatten(
-            _like(key, x, (batch_size, *x.shape[1:]))
+            _random_like(key, x, (batch_size, *x.shape[1:]))
             for key, x in zip(keys, leaves, strict=True)
         )
 
-    return Work(
+    return Workload(
         title=title,
         init_params=lambda key: jax.tree.map(jnp.asarray, case.params),
         make_batch=make_batch,

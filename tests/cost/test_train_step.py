@@ -12,7 +12,7 @@ from jax.experimental.layout import Format, Layout
 
 import mpjax
 from experiments.benchmarks import memory
-from experiments.benchmarks.workloads import WORKS
+from experiments.benchmarks.workloads import WORKLOADS
 from mpjax import cost
 from mpjax._jaxpr.passes import apply_passes
 from mpjax._xla_cpu.convolutions import put_channels_last
@@ -30,14 +30,14 @@ SIZES = [
 
 @pytest.mark.parametrize(("name", "batch_size"), SIZES)
 def test_half_takes_at_most_three_fifths_of_the_temporaries(name, batch_size):
-    runs = memory.measure(name, WORKS[name](), batch_size, "h100")
+    runs = memory.measure(name, WORKLOADS[name](), batch_size, "h100")
     ratios = {run["name"]: run["temporaries_ratio"] for run in runs}
     assert ratios["mixed_float16"] <= 0.60
     assert ratios["mixed_bfloat16"] <= 0.60
 
 
 def test_a_loss_in_a_jit_of_its_own_costs_the_same():
-    work = WORKS["bigru"]()
+    work = WORKLOADS["bigru"]()
     jitted = dataclasses.replace(work, loss_fn=jax.jit(work.loss_fn))
     alone, inside = (
         report_of(each, "mixed_bfloat16", batch_size=256) for each in (work, jitted)
@@ -48,7 +48,7 @@ def test_a_loss_in_a_jit_of_its_own_costs_the_same():
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_dynamic_loss_scaling_moves_nothing_more(policy):
-    work = WORKS["mlp"]()
+    work = WORKLOADS["mlp"]()
     plain, dynamic = (
         report_of(work, policy, scale)
         for scale in (mpjax.NoOpLossScale(), mpjax.DynamicLossScale())
@@ -80,7 +80,7 @@ def test_a_scan_over_layers_stacks_up_a_third_of_float32():
 
 def test_what_is_not_timed_as_it_does_not_pay():
     """See experiments/benchmarks/baselines/tuned.py."""
-    work = WORKS["mlp"]()
+    work = WORKLOADS["mlp"]()
     scale = mpjax.DynamicLossScale()
     plain = report_of(work, "mixed_bfloat16", scale)
     auto = Format(Layout.AUTO)
@@ -128,7 +128,7 @@ def test_plain_convolutions_cost_nothing(form, dtype):
 def test_microbatches_cast_weights_once(autocast, monkeypatch):
     def moved_bytes():
         how = {"num_microbatches": 4, "autocast": autocast}
-        return report_of(WORKS["mlp"](), "mixed_bfloat16", **how).moved_bytes
+        return report_of(WORKLOADS["mlp"](), "mixed_bfloat16", **how).moved_bytes
 
     once = moved_bytes()
     for module in ("mpjax._train.gradients", "mpjax._autocast.api"):

@@ -1,4 +1,4 @@
-"""What a row of the benchmark is."""
+"""What a baseline of the speed benchmark is."""
 
 import dataclasses
 import importlib.util
@@ -7,22 +7,22 @@ from typing import Any
 
 import jax
 
-from experiments.benchmarks.workloads import Work
+from experiments.benchmarks.workloads import Workload
 
 FLOAT32 = "by hand, float32"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What every row starts from.
+    """What every baseline starts from.
 
     Attributes:
-      work: the model.
-      params: float32 initial values; a row copies what it changes.
-      batch: on the device.
+      workload: the model.
+      params: float32 initial values; a baseline copies what it changes.
+      batch: the examples, on the device.
     """
 
-    work: Work
+    workload: Workload
     params: Any
     batch: Any
 
@@ -32,9 +32,10 @@ class Step:
     """A training step, ready to be timed.
 
     Attributes:
-      run: takes so many steps (one by default), waits for the last, and returns the
-        loss before that. Python goes on meanwhile, as it does in a training loop.
-      temporary_bytes: of the compiled step; None where the library does not say.
+      run: `run(num_steps=1)` takes steps one after the other without waiting, as
+        a training loop does, then waits for the last and returns the loss before it.
+      temporary_bytes: what the compiled step needs beside its arguments and outputs;
+        None where the library does not say.
     """
 
     run: Callable[..., float]
@@ -42,27 +43,27 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One way to take the step.
+class Baseline:
+    """One way to take the training step.
 
     Attributes:
-      name: in the table.
-      build: `case -> step`.
-      reference: the row that its time is divided by.
-      works: the models that it can train; None for all.
-      needs: the module that must be installed, and how.
+      name: its name in the table.
+      build: `case -> step`; compiles the step.
+      reference: name of the baseline that its time is divided by.
+      workloads: names of the models that it can train; None for all.
+      needs: the module that must be installed, and the command that installs it.
       platform: "gpu" for what is of no use elsewhere; None for all.
     """
 
     name: str
     build: Callable[[Case], Step]
     reference: str
-    works: tuple[str, ...] | None = None
+    workloads: tuple[str, ...] | None = None
     needs: tuple[str, str] | None = None
     platform: str | None = None
 
     def is_installed(self) -> bool:
-        """Whether the library that it needs is here."""
+        """Returns whether the library that it needs is installed."""
         return self.needs is None or importlib.util.find_spec(self.needs[0]) is not None
 
 
@@ -73,14 +74,14 @@ def jax_step(
     loss: Callable[[Any], Any],
     compiler_options: dict[str, Any] | None = None,
 ) -> Step:
-    """Compiles `step(state, batch) -> (state, out)`, which is given the state to keep.
+    """Compiles `step(state, batch) -> (state, out)`.
 
     Args:
-      step: jitted, with its first argument donated.
-      state: its memory is given away.
+      step: a jitted function that donates its first argument.
+      state: its first argument, whose memory it takes.
       batch: its second argument.
-      loss: what of `out` is the loss.
-      compiler_options: XLA's, beside its defaults.
+      loss: returns the loss from `out`.
+      compiler_options: options of XLA that differ from its defaults.
     """
     compiled = step.lower(state, batch).compile(compiler_options)
 
@@ -95,6 +96,6 @@ def jax_step(
     return Step(run, compiled.memory_analysis().temp_size_in_bytes)
 
 
-def copied(tree: Any) -> Any:
-    """Returns arrays with memory of their own, so that a step may take it."""
+def copy_arrays(tree: Any) -> Any:
+    """Returns a copy of every array, whose memory a step may take."""
     return jax.tree.map(lambda x: x.copy(), tree)

@@ -1,6 +1,6 @@
-"""Keras 3 on JAX: the network of its guide, by `train_on_batch`, as a user has it.
+"""Keras 3 on JAX: the network of its guide, trained by `train_on_batch`.
 
-That waits for the loss of each step.
+`train_on_batch` waits for the loss of each step, as it does for every user of it.
 """
 
 import functools
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.baselines.baseline import Case, Row, Step
+from experiments.benchmarks.baselines.baseline import Baseline, Case, Step
 from experiments.benchmarks.workloads import LEARNING_RATE
 
 
 def sequential(case: Case, *, policy: str) -> Step:
-    """Two hidden layers and a softmax in float32, compiled with RMSprop."""
+    """Builds two hidden layers and a softmax in float32, compiled with RMSprop."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     module: Any = importlib.import_module("keras")
     if module.backend.backend() != "jax":
@@ -47,15 +47,15 @@ def sequential(case: Case, *, policy: str) -> Step:
     return Step(run)
 
 
-def rows() -> list[Row]:
-    """Float32 and both mixed policies; float16 scales its loss."""
+def baselines() -> list[Baseline]:
+    """Returns float32 and both mixed policies; float16 scales its loss."""
     needs = ("keras", "pip install keras")
     return [
-        Row(
+        Baseline(
             f"Keras, {policy}",
             functools.partial(sequential, policy=policy),
             "Keras, float32",
-            works=("mlp",),
+            workloads=("mlp",),
             needs=needs,
         )
         for policy in ("float32", "mixed_float16", "mixed_bfloat16")

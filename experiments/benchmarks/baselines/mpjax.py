@@ -1,4 +1,4 @@
-"""mpjax: by autocast and by casts, with and without what it can do beside."""
+"""mpjax: by autocast and by casts, alone and with each of its options."""
 
 import functools
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import mpjax
 from experiments.benchmarks.baselines.baseline import (
     FLOAT32,
+    Baseline,
     Case,
-    Row,
     Step,
-    copied,
+    copy_arrays,
     jax_step,
 )
 
-# Of transformers a CPU takes two examples.
+# By number: the models trained so. A CPU's batch of transformers has two examples.
 NUM_MICROBATCHES = {
     2: ("transformer_block", "transformer"),
     4: ("mlp", "convnet", "bigru"),
@@ -21,11 +21,11 @@ NUM_MICROBATCHES = {
 
 
 def train_step(case: Case, **kwargs: Any) -> Step:
-    """`make_train_step` with its arguments; no loss scaling unless one is given."""
-    return jax_step(*parts(case, **kwargs))
+    """Builds a train step; see `step_and_args`."""
+    return jax_step(*step_and_args(case, **kwargs))
 
 
-def parts(
+def step_and_args(
     case: Case,
     *,
     policy: str,
@@ -33,37 +33,48 @@ def parts(
     master_weights: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """Returns the step, its state and batch, and what of its output is the loss."""
-    tx = mpjax.with_master_weights(case.work.tx) if master_weights else case.work.tx
+    """Returns the arguments of `jax_step` for a train step.
+
+    Args:
+      case: what it starts from.
+      policy: precision policy of the step, and of the parameters it is given.
+      loss_scale: no loss scaling if None.
+      master_weights: whether the optimizer keeps the parameters in float32.
+      kwargs: other arguments of `make_train_step`.
+    """
+    tx = case.workload.tx
+    if master_weights:
+        tx = mpjax.with_master_weights(tx)
     tx = mpjax.with_loss_scale(tx, loss_scale or mpjax.NoOpLossScale())
-    params = mpjax.get_policy(policy).cast_to_param(copied(case.params))
+    params = mpjax.get_policy(policy).cast_to_param(copy_arrays(case.params))
     ema = "ema_decay" in kwargs
     state = mpjax.TrainState.create(params=params, tx=tx, ema=ema)
-    step = mpjax.make_train_step(case.work.loss_fn, tx, policy=policy, **kwargs)
+    step = mpjax.make_train_step(case.workload.loss_fn, tx, policy=policy, **kwargs)
     return step, state, case.batch, lambda metrics: metrics["loss"]
 
 
-def rows() -> list[Row]:
-    """Float32, and in both halves by autocast, plain, dynamic and with each option."""
+def baselines() -> list[Baseline]:
+    """Returns float32 and both halves: by autocast, by casts, and with each option."""
     part = functools.partial
-    found = [Row("mpjax, float32", part(train_step, policy="float32"), FLOAT32)]
+    found = [Baseline("mpjax, float32", part(train_step, policy="float32"), FLOAT32)]
     dynamic = mpjax.DynamicLossScale()
     for half in ("float16", "bfloat16"):
         plain = f"mpjax, {half}"
         build = part(train_step, policy=f"mixed_{half}")
         found += [
-            Row(plain, build, FLOAT32),
-            Row(f"{plain}, dynamic", part(build, loss_scale=dynamic), plain),
-            Row(f"{plain}, casts", part(build, autocast=False), plain),
+            Baseline(plain, build, FLOAT32),
+            Baseline(f"{plain}, dynamic", part(build, loss_scale=dynamic), plain),
+            Baseline(f"{plain}, casts", part(build, autocast=False), plain),
         ]
     scaled = part(train_step, policy="mixed_float16", loss_scale=dynamic)
-    beside = "mpjax, float16, dynamic"
+    reference = "mpjax, float16, dynamic"
     half_params = part(scaled, policy="float16", master_weights=True)
     found += [
-        Row(f"{beside}, master weights", half_params, beside),
-        Row(f"{beside}, EMA", part(scaled, ema_decay=0.999), beside),
+        Baseline(f"{reference}, master weights", half_params, reference),
+        Baseline(f"{reference}, EMA", part(scaled, ema_decay=0.999), reference),
     ]
-    for num, works in NUM_MICROBATCHES.items():
+    for num, workloads in NUM_MICROBATCHES.items():
         build = part(scaled, num_microbatches=num)
-        found.append(Row(f"{beside}, {num} microbatches", build, beside, works))
+        name = f"{reference}, {num} microbatches"
+        found.append(Baseline(name, build, reference, workloads))
     return found

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.baselines.baseline import Case, Row, Step
+from experiments.benchmarks.baselines.baseline import Baseline, Case, Step
 from experiments.benchmarks.workloads import LEARNING_RATE
 
 
 def sequential(case: Case, *, half: str | None) -> Step:
-    """Linear layers with relu, RMSprop; with a gradient scaler for float16."""
+    """Builds linear layers with relu and RMSprop; float16 has a gradient scaler."""
     t: Any = importlib.import_module("torch")
     device = "cuda" if t.cuda.is_available() else "cpu"
-    # As JAX does by default: TF32 where a GPU has it.
+    # JAX's default: TF32 where a GPU has it.
     t.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     layers: list[Any] = []
     for name in sorted(case.params):
@@ -26,7 +26,7 @@ def sequential(case: Case, *, half: str | None) -> Step:
         linear.bias.data = t.from_numpy(bias)
         layers += [linear, t.nn.ReLU()]
     model = t.nn.Sequential(*layers[:-1]).to(device)
-    # Its epsilon stands outside of the root, that of Keras inside.
+    # PyTorch adds epsilon to the root, Keras inside it.
     eps = 1e-7**0.5
     optimizer = t.optim.RMSprop(
         model.parameters(), lr=LEARNING_RATE, alpha=0.9, eps=eps
@@ -53,15 +53,15 @@ def sequential(case: Case, *, half: str | None) -> Step:
     return Step(run)
 
 
-def rows() -> list[Row]:
-    """Float32 and bfloat16, for the MLP."""
+def baselines() -> list[Baseline]:
+    """Returns float32 and bfloat16, for the MLP."""
     needs = ("torch", "pip install torch")
     return [
-        Row(
+        Baseline(
             f"PyTorch, {half or 'float32'}",
             functools.partial(sequential, half=half),
             "PyTorch, float32",
-            works=("mlp",),
+            workloads=("mlp",),
             needs=needs,
         )
         for half in (None, "bfloat16")

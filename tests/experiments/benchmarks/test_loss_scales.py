@@ -6,7 +6,8 @@ import jax
 import pytest
 
 import mpjax
-from experiments import loss_scales, mnist_mlp, tables
+from experiments import mnist_mlp, tables
+from experiments.benchmarks import loss_scales
 from experiments.harness.errors import ConfigError
 from experiments.harness.loss_scales import parse_loss_scale
 from mpjax.numerics._histogram_loss_scale import HistogramLossScale
@@ -56,7 +57,7 @@ def test_every_experiment_takes_the_flag():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"networks": "mlp,cnn"}, "no 'cnn'; there are mlp, gru"),
+        ({"networks": "mlp,cnn"}, "--networks must be some of mlp, gru, got 'cnn'"),
         ({"loss_scales": "dynamic,histogram:3"}, "--loss-scales: .*power of two"),
         ({"num_steps": 0}, "--num-steps"),
     ],
@@ -90,5 +91,5 @@ def test_it_compares_and_leaves_a_table_and_a_plot(tmp_path):
     assert high["paths"][0][:2] == [(0, 2.0**24), (1, 2.0**23)]
     assert "time_ratio" in histogram
     assert "time_ratio" not in high
-    assert "| mlp | histogram |" in tables.table_of(result)
+    assert "| mlp | histogram |" in tables.render_result(result)
     assert config.output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"

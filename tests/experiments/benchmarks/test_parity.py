@@ -1,16 +1,15 @@
-"""The parity table, the list of experiments, and --help."""
+"""The parity table."""
 
 import dataclasses
 import json
 import statistics
-import sys
 
 import pytest
 
-import experiments.__main__ as listing
-from experiments import mnist_convnet, mnist_mlp
+from experiments import mnist_mlp
 from experiments.benchmarks import parity
-from experiments.harness import cli, stop
+from experiments.benchmarks._output import mean_and_deviation
+from experiments.harness import stop
 
 
 @pytest.fixture
@@ -76,41 +75,8 @@ def test_settings_within_a_loss_scale_are_not_split(config):
 
 
 def test_a_run_without_a_number_makes_no_mean():
-    assert parity._spread([0.5, None]) == "nan"
-    assert parity._spread([0.5]) == "0.5000 ± 0.0000"
-
-
-@pytest.mark.parametrize("module", [mnist_convnet, mnist_mlp, parity])
-def test_help_names_every_flag_with_its_text(module, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.run(module.main, module.Config, doc=module.__doc__)
-    assert exit_info.value.code == 0
-    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert module.__doc__.splitlines()[0] in out
-    for field in dataclasses.fields(module.Config):
-        flag = "--" + field.name.replace("_", "-")
-        _, _, after = out.partition(f" {flag}")
-        help_text, _, _ = after.partition("(default")
-        assert len(help_text.split()) >= 3, flag
-
-
-@pytest.mark.parametrize("flag", ["--num_units", "--num-units"])
-def test_flags_are_spelled_with_either_line(flag, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["experiment", flag, "7"])
-    seen = []
-    cli.run(seen.append, mnist_mlp.Config, doc=None)
-    assert seen[0].num_units == 7
-
-
-def test_the_list_has_every_experiment(capsys):
-    listing.main()
-    out = capsys.readouterr().out
-    for module in (mnist_convnet, mnist_mlp, parity):
-        name = module.__name__
-        assert f"{module.__doc__.splitlines()[0]}\n    python -m {name}\n" in out
-    assert "__main__" not in out
-    assert "errors" not in out
+    assert mean_and_deviation([0.5, None]) == "nan"
+    assert mean_and_deviation([0.5]) == "0.5000 ± 0.0000"
 
 
 @pytest.mark.slow

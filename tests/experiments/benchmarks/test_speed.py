@@ -1,4 +1,4 @@
-"""Every row trains the same network; ratios are within a round; what lacks is named."""
+"""Every baseline trains the same network; ratios are within a round."""
 
 import math
 import re
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from helpers.tools import thinned
 
-from experiments.benchmarks import speed as benchmark
-from experiments.benchmarks.baselines import warmup as start
-from experiments.benchmarks.baselines.baseline import FLOAT32, Case, Row, Step
-from experiments.benchmarks.workloads import WORKS, mlp
+from experiments.benchmarks import speed
+from experiments.benchmarks.baselines import warmup
+from experiments.benchmarks.baselines.baseline import FLOAT32, Baseline, Case, Step
+from experiments.benchmarks.workloads import WORKLOADS, mlp
 from experiments.harness.errors import ConfigError
 from experiments.harness.workdir import read_json
 
@@ -21,25 +21,30 @@ from experiments.harness.workdir import read_json
 @pytest.fixture(scope="module")
 def case():
     keys = jax.random.split(jax.random.key(0))
-    work = mlp(64)
-    return Case(work, work.init_params(keys[0]), work.make_batch(keys[1], 32))
+    workload = mlp(64)
+    params = workload.init_params(keys[0])
+    return Case(workload, params, workload.make_batch(keys[1], 32))
 
 
 @pytest.fixture(scope="module")
 def float32(case):
-    (row, *_) = benchmark.all_rows()
-    assert row.name == FLOAT32
-    return start.start(row, case)
+    (baseline, *_) = speed.all_baselines()
+    assert baseline.name == FLOAT32
+    return warmup.warm_up(baseline, case)
 
 
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
 @pytest.mark.parametrize(
-    "row", thinned(benchmark.all_rows(), 3, rest="weekly"), ids=lambda row: row.name
+    "baseline",
+    thinned(speed.all_baselines(), 3, rest="weekly"),
+    ids=lambda baseline: baseline.name,
 )
-def test_every_row_takes_the_same_steps(row, case, float32):
-    if not row.is_installed():
-        pytest.skip(row.needs[1])
-    assert start.is_right(start.start(row, case).losses, float32.losses)
+def test_every_baseline_takes_the_same_steps(baseline, case, float32):
+    if not baseline.is_installed():
+        pytest.skip(baseline.needs[1])
+    assert warmup.matches_reference(
+        warmup.warm_up(baseline, case).losses, float32.losses
+    )
 
 
 def test_keras_scales_the_loss_in_float16(case):
@@ -51,28 +56,29 @@ def test_keras_scales_the_loss_in_float16(case):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    rows = {row.name: row for row in benchmark.all_rows()}
+    baselines = {baseline.name: baseline for baseline in speed.all_baselines()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keras.optimizers, "LossScaleOptimizer", Scaler)
         for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
-            step = rows[f"Keras, {policy}"].build(case)
+            step = baselines[f"Keras, {policy}"].build(case)
             assert len(made) == (policy == "mixed_float16")
     step.run(2)
     assert int(made[0].iterations) == 2
     assert float(made[0].dynamic_scale) == 2.0**15
 
 
-def test_rows_are_named_once_and_compared_with_others_that_exist():
-    rows = benchmark.all_rows()
-    names = [row.name for row in rows]
+def test_baselines_are_named_once_and_compared_with_others_that_exist():
+    baselines = speed.all_baselines()
+    names = [baseline.name for baseline in baselines]
     assert len(set(names)) == len(names)
-    assert {row.reference for row in rows} <= set(names)
-    assert {work for row in rows for work in row.works or ()} <= set(WORKS)
+    assert {baseline.reference for baseline in baselines} <= set(names)
+    for baseline in baselines:
+        assert set(baseline.workloads or ()) <= set(WORKLOADS)
 
 
-def test_what_a_row_is_compared_with_comes_along():
-    rows, _ = benchmark.choose(benchmark.all_rows(), "convnet", "float16, EMA|EMA$")
-    assert [row.name for row in rows] == [
+def test_what_a_baseline_is_compared_with_comes_along():
+    baselines, _ = speed.choose(speed.all_baselines(), "convnet", "float16, EMA|EMA$")
+    assert [baseline.name for baseline in baselines] == [
         FLOAT32,
         "mpjax, float16",
         "mpjax, float16, dynamic",
@@ -81,22 +87,22 @@ def test_what_a_row_is_compared_with_comes_along():
 
 
 def test_a_library_that_is_not_here_is_named_and_left_out():
-    there = Row(FLOAT32, lambda case: None, FLOAT32)
-    missing = Row("other", lambda case: None, FLOAT32, needs=("no_such", "pip it"))
-    rows, left_out = benchmark.choose([there, missing], "mlp", "")
-    assert [row.name for row in rows] == [FLOAT32]
+    there = Baseline(FLOAT32, lambda case: None, FLOAT32)
+    missing = Baseline("other", lambda case: None, FLOAT32, needs=("no_such", "pip it"))
+    baselines, left_out = speed.choose([there, missing], "mlp", "")
+    assert [baseline.name for baseline in baselines] == [FLOAT32]
     assert left_out == {"other": "pip it"}
 
 
 def test_ratios_are_medians_of_ratios_within_a_round():
     times = {FLOAT32: [10.0, 20.0, 40.0], "half": [5.0, 5.0, 20.0]}
     step = Step(lambda num_steps: 0.0, 3_000_000)
-    begun = dict.fromkeys(times, start.Started(step, (2.2, 2.0), 1.0))
-    row = Row("half", lambda case: None, FLOAT32)
-    found = benchmark.summary(row, times, begun)
+    compiled = dict.fromkeys(times, warmup.Compiled(step, (2.2, 2.0), 1.0))
+    baseline = Baseline("half", lambda case: None, FLOAT32)
+    found = speed.summarize(baseline, times, compiled)
     assert (found["ratio"], found["speedup"]) == (0.5, 2.0)
     assert found["temporary_mb"] == 3.0
-    assert found["is_right"]
+    assert found["matches_reference"]
 
 
 @pytest.mark.parametrize(
@@ -109,14 +115,14 @@ def test_ratios_are_medians_of_ratios_within_a_round():
         ((1.99, 2.01), False),  # It climbs.
     ],
 )
-def test_a_wrong_loss_is_told(losses, expected):
-    assert start.is_right(losses, (2.2, 2.0)) == expected
+def test_a_wrong_loss_is_reported(losses, expected):
+    assert warmup.matches_reference(losses, (2.2, 2.0)) == expected
 
 
-def test_rounds_time_every_row_once_in_changing_order():
+def test_rounds_time_every_baseline_once_in_changing_order():
     seen = []
     steps = {name: Step(lambda _, name=name: seen.append(name)) for name in "abc"}
-    times = benchmark.time_rounds(steps, 6, seed=0)
+    times = speed.time_steps(steps, 6, 0, dict.fromkeys(steps, 1))
     rounds = [seen[i : i + 3] for i in range(0, 18, 3)]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1
@@ -131,42 +137,43 @@ def test_short_steps_are_timed_together_and_given_one_by_one():
         time.sleep(0.002 * num_steps)
         return 0.0
 
-    num_steps = benchmark._num_steps(Step(run))
+    num_steps = speed.num_steps_to_time(Step(run))
     assert 5 <= num_steps <= 25
-    times = benchmark.time_rounds({"a": Step(run)}, 2, 0, {"a": num_steps})
+    times = speed.time_steps({"a": Step(run)}, 2, 0, {"a": num_steps})
     assert taken[0] == 1
     assert taken[-2:] == [num_steps, num_steps]
     assert all(t >= 2.0 for t in times["a"])
 
 
 def test_many_steps_end_where_as_many_single_ones_do(case):
-    (row,) = [r for r in benchmark.all_rows() if r.name == "mpjax, bfloat16, dynamic"]
-    one, many = row.build(case), row.build(case)
+    baselines = {baseline.name: baseline for baseline in speed.all_baselines()}
+    baseline = baselines["mpjax, bfloat16, dynamic"]
+    one, many = baseline.build(case), baseline.build(case)
     losses = [one.run() for _ in range(4)]
     assert many.run(4) == losses[-1] != losses[0]
 
 
 def test_what_is_of_use_on_a_gpu_alone_is_not_timed_elsewhere():
     for platform, found in (("cpu", False), ("gpu", True)):
-        rows, _ = benchmark.choose(benchmark.all_rows(), "mlp", "", platform)
-        assert any(row.platform == "gpu" for row in rows) == found
+        baselines, _ = speed.choose(speed.all_baselines(), "mlp", "", platform)
+        assert any(baseline.platform == "gpu" for baseline in baselines) == found
 
 
-def test_a_row_that_fails_costs_the_others_nothing(case):
+def test_a_baseline_that_fails_costs_the_others_nothing(case):
     def fail(case):
         raise MemoryError("out of memory\nallocating")
 
-    there, *_ = benchmark.all_rows()
-    rows = [there, Row("greedy", fail, FLOAT32)]
-    begun, failures = start.start_all(rows, case)
-    assert set(begun) == {FLOAT32}
+    there, *_ = speed.all_baselines()
+    baselines = [there, Baseline("greedy", fail, FLOAT32)]
+    compiled, failures = warmup.warm_up_all(baselines, case)
+    assert set(compiled) == {FLOAT32}
     assert failures == {"greedy": "MemoryError: out of memory"}
     with pytest.raises(MemoryError):
-        start.start_all([Row(FLOAT32, fail, FLOAT32)], case)
+        warmup.warm_up_all([Baseline(FLOAT32, fail, FLOAT32)], case)
 
 
-def test_a_row_that_is_left_out_keeps_no_memory(case):
-    there, *_ = benchmark.all_rows()
+def test_a_baseline_that_is_left_out_keeps_no_memory(case):
+    there, *_ = speed.all_baselines()
     kept, seen = [], []
 
     def greedy(case):
@@ -182,8 +189,12 @@ def test_a_row_that_is_left_out_keeps_no_memory(case):
         seen.append(kept[0]())
         return there.build(case)
 
-    rows = [there, Row("greedy", greedy, FLOAT32), Row("after", after, FLOAT32)]
-    start.start_all(rows, case)
+    baselines = [
+        there,
+        Baseline("greedy", greedy, FLOAT32),
+        Baseline("after", after, FLOAT32),
+    ]
+    warmup.warm_up_all(baselines, case)
     assert seen == [None]
 
 
@@ -192,11 +203,13 @@ def test_a_row_that_is_left_out_keeps_no_memory(case):
     [(0.0123, "0.01230"), (1.39, "1.390"), (99.4, "99.40"), (305000, "305000")],
 )
 def test_a_time_has_four_digits_and_no_exponent(ms, text):
-    assert benchmark.digits(ms) == text
+    assert speed.format_ms(ms) == text
 
 
 @pytest.mark.parametrize("slow_part", ["compiling", "first step"])
-def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(slow_part, monkeypatch):
+def test_a_baseline_slow_beyond_measure_is_left_out_unless_asked_for(
+    slow_part, monkeypatch
+):
     def build(is_slow):
         def run(num_steps=1):
             time.sleep(0.3 * (is_slow and slow_part == "first step"))
@@ -205,39 +218,39 @@ def test_a_row_slow_beyond_measure_is_left_out_unless_asked_for(slow_part, monke
         time.sleep(0.3 * (is_slow and slow_part == "compiling"))
         return Step(run)
 
-    monkeypatch.setattr(start, "MAX_FIRST_S", 0.2)
-    rows = [
-        Row(FLOAT32, lambda case: build(False), FLOAT32),
-        Row("quick", lambda case: build(False), FLOAT32),
-        Row("sluggish", lambda case: build(True), FLOAT32),
+    monkeypatch.setattr(warmup, "MAX_FIRST_S", 0.2)
+    baselines = [
+        Baseline(FLOAT32, lambda case: build(False), FLOAT32),
+        Baseline("quick", lambda case: build(False), FLOAT32),
+        Baseline("sluggish", lambda case: build(True), FLOAT32),
     ]
-    begun, left_out = start.start_all(rows, None, is_patient=False)
-    assert set(begun) == {FLOAT32, "quick"}
+    compiled, left_out = warmup.warm_up_all(baselines, None, time_limit=True)
+    assert set(compiled) == {FLOAT32, "quick"}
     assert re.search(r"its first step took \d+ s.*ask for it", left_out["sluggish"])
-    begun, left_out = start.start_all(rows, None, is_patient=True)
-    assert begun["sluggish"].losses == (1.0, 1.0)
+    compiled, left_out = warmup.warm_up_all(baselines, None, time_limit=False)
+    assert compiled["sluggish"].losses == (1.0, 1.0)
     assert not left_out
 
 
-def test_after_some_minutes_no_further_row_is_begun(case):
-    there, *_ = benchmark.all_rows()
-    rows = [there, Row("late", there.build, FLOAT32)]
-    begun, left_out = start.start_all(rows, case, max_minutes=1e-9)
-    assert set(begun) == {FLOAT32}
+def test_after_some_minutes_no_further_baseline_is_begun(case):
+    there, *_ = speed.all_baselines()
+    baselines = [there, Baseline("late", there.build, FLOAT32)]
+    compiled, left_out = warmup.warm_up_all(baselines, case, max_minutes=1e-9)
+    assert set(compiled) == {FLOAT32}
     assert left_out == {"late": "1e-09 minutes had gone by"}
 
 
 @pytest.mark.slow
 def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
-    config = benchmark.Config(
-        works="convnet",
-        rows="mpjax, bfloat16$",
+    config = speed.Config(
+        workloads="convnet",
+        baselines="mpjax, bfloat16$",
         batch_size=4,
         num_rounds=2,
         output_dir=tmp_path,
     )
-    (table,) = benchmark.main(config)
-    (file,) = tmp_path.glob("benchmark_convnet_*.json")
+    (table,) = speed.main(config)
+    (file,) = tmp_path.glob("speed_convnet_*.json")
     assert read_json(file) == table
     assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert [run["name"] for run in table["runs"]] == [FLOAT32, "mpjax, bfloat16"]
@@ -247,17 +260,17 @@ def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"works": "mpl"}, "must be some of mlp, convnet.*got 'mpl'"),
-        ({"rows": "("}, "no regular expression"),
+        ({"workloads": "mpl"}, "must be some of mlp, convnet.*got 'mpl'"),
+        ({"baselines": "("}, "no regular expression"),
         ({"num_rounds": 0}, "num-rounds"),
         ({"max_minutes": 0.0}, "max-minutes"),
     ],
 )
-def test_bad_flags_are_told(flags, message):
+def test_bad_flags_are_reported(flags, message):
     with pytest.raises(ConfigError, match=message):
-        benchmark.Config(**flags)
+        speed.Config(**flags)
 
 
-def test_a_pattern_found_nowhere_lists_the_rows():
-    with pytest.raises(ConfigError, match=r"in no row of mlp.*mpjax, float32"):
-        benchmark.choose(benchmark.all_rows(), "mlp", "jaxamp")
+def test_a_pattern_found_nowhere_lists_the_baselines():
+    with pytest.raises(ConfigError, match=r"in no baseline of mlp.*mpjax, float32"):
+        speed.choose(speed.all_baselines(), "mlp", "jaxamp")

@@ -1,0 +1,59 @@
+"""What the benchmarks leave: a table as JSON, on the terminal, and a plot beside it."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.harness import results
+from experiments.harness.plots import DPI
+from experiments.harness.results import Column
+from experiments.harness.workdir import whole_file, write_json, writing
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def save_table(
+    path: Path, table: dict[str, Any], title: str, columns: Sequence[Column]
+) -> None:
+    """Writes a table as JSON, its directory included, and prints it.
+
+    Args:
+      path: of the result file.
+      table: what the file is to hold; its `runs` are the rows.
+      title: above the printed table.
+      columns: of the printed table.
+
+    Raises:
+      WorkdirError: if the file cannot be written.
+    """
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, table)
+    results.print_table(title, columns, table["runs"])
+    print(f"written to {path}")
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG.
+
+    Raises:
+      WorkdirError: if the file cannot be written.
+    """
+    with writing(path.parent), whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> str:
+    """Returns mean ± sample standard deviation; "nan" if a value is missing.
+
+    >>> mean_and_deviation([0.5, 0.7])
+    '0.6000 ± 0.1414'
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "nan"
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return f"{statistics.mean(known):.4f} ± {deviation:.4f}"

@@ -1,0 +1,59 @@
+"""The commands of this package, in the groups that `python -m experiments` lists."""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A module that runs as `python -m MODULE`.
+
+    Attributes:
+      module: its full name; it has a `Config` and a `main`.
+      summary: what it does, in one line.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, tuple[Command, ...]] = {
+    "Reproduce a source": (
+        Command(
+            "experiments.mnist_mlp",
+            "The Keras mixed-precision guide on MNIST: float32 beside mixed_float16.",
+        ),
+        Command(
+            "experiments.mnist_convnet",
+            "DeepConvNet on MNIST: trained in float32 and mixed, evaluated in six "
+            "precisions.",
+        ),
+    ),
+    "Measure": (
+        Command(
+            "experiments.benchmarks.speed",
+            "Step times of mpjax beside other libraries, interleaved.",
+        ),
+        Command(
+            "experiments.benchmarks.memory",
+            "Memory of a training step in mixed precision, over batch sizes.",
+        ),
+        Command(
+            "experiments.benchmarks.accuracy",
+            "Gradient errors of autocast and of casting by hand, and their step times.",
+        ),
+        Command(
+            "experiments.benchmarks.loss_scales",
+            "Loss scales in float16: skipped steps, underflow, gradient errors, step "
+            "times.",
+        ),
+        Command(
+            "experiments.benchmarks.parity",
+            "Test accuracy of `mnist_mlp` over policies, loss scales and seeds.",
+        ),
+    ),
+    "Maintain": (
+        Command(
+            "experiments.tables",
+            "Writes the tables of README.md from the files in experiments/results.",
+        ),
+    ),
+}
