@@ -28,10 +28,15 @@ from experiments.data.on_device import DeviceDataset
 from experiments.harness import cli, loop, plots, precisions, results
 from experiments.harness.config import BaseConfig, require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import (
+    atomic_write,
+    translate_os_errors,
+    write_json,
+    write_text,
+)
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Column, Result
 from experiments.harness.weights import read_weights, write_weights
-from experiments.harness.workdir import whole_file, write_json, write_text, writing
 from experiments.models.deep_convnet import DeepConvNet
 
 NAME = "mnist_convnet"
@@ -147,7 +152,10 @@ def main(config: Config, dataset: ImageDataset | None = None) -> Result:
     report(result, config, dataset.name)
     if config.export is not None:
         source = result.workdir / config.policy_names()[0] / WEIGHTS
-        with writing(config.export.parent), whole_file(config.export) as temporary:
+        with (
+            translate_os_errors(config.export.parent),
+            atomic_write(config.export) as temporary,
+        ):
             temporary.write_bytes(source.read_bytes())
         print(f"weights: {config.export}")
     return result
@@ -182,7 +190,7 @@ def report(result: Result, config: Config, dataset_name: str) -> None:
         results.markdown_table(COLUMNS, result.runs),
         results.markdown_table(precisions.COLUMNS, rows),
     )
-    with writing(workdir):
+    with translate_os_errors(workdir):
         plots.training_figure(workdir / "training.png", title, training)
         precisions.draw(workdir / "precisions.png", title, rows)
         write_text(workdir / "result.md", "\n".join((title + "\n", *tables)))
@@ -202,7 +210,7 @@ def train_policy(
     task, eval_step = make_task(config, policy, model, dataset)
     trained = loop.train(task, config, directory)
     params = trained.state.params
-    with writing(directory):
+    with translate_os_errors(directory):
         write_weights(directory / WEIGHTS, params, architecture="DeepConvNet")
     test = mnist_mlp.evaluate(eval_step, trained.state, test_set, "test")
     print(f"{policy}: test accuracy {test['test_accuracy']:.2%}", flush=True)

@@ -22,10 +22,10 @@ from experiments.data.on_device import DeviceDataset
 from experiments.harness import cli, loop, numerics, plots, results
 from experiments.harness.config import BaseConfig, require, require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import translate_os_errors, write_text
 from experiments.harness.numerics_plots import numerics_figure
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Column, Result
-from experiments.harness.workdir import write_text, writing
 from experiments.models.mlp import MLP
 from mpjax.numerics import tap
 
@@ -121,7 +121,7 @@ def report(result: Result, config: Config, dataset_name: str) -> None:
         for run in result.runs
     }
     table = results.markdown_table(COLUMNS, result.runs)
-    with writing(result.workdir):
+    with translate_os_errors(result.workdir):
         plots.training_figure(result.workdir / "training.png", title, rows)
         write_text(result.workdir / "result.md", f"{title}\n\n{table}")
         for policy in rows if config.numerics else ():

@@ -13,8 +13,8 @@ from typing import Any
 from experiments import mnist_convnet
 from experiments.benchmarks import accuracy, loss_scales, memory, parity, speed
 from experiments.harness import precisions
+from experiments.harness.files import read_json
 from experiments.harness.results import Column, markdown_table
-from experiments.harness.workdir import read_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

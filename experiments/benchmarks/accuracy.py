@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 import mpjax
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
+from experiments.harness.files import write_json
 from experiments.harness.results import Column
-from experiments.harness.workdir import write_json
 from experiments.models import small
 
 NAME = "autocast"

@@ -31,9 +31,9 @@ from experiments.data.on_device import DeviceDataset
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import atomic_write, write_json
 from experiments.harness.loss_scales import parse_loss_scale, split_loss_scales
 from experiments.harness.results import Column
-from experiments.harness.workdir import whole_file, write_json
 from experiments.mnist_mlp import make_loss_fn, rmsprop
 from experiments.models.gru import GRU
 from experiments.models.mlp import MLP
@@ -207,7 +207,7 @@ def draw(path: Path, runs: dict[tuple[str, str], dict[str, Any]]) -> None:
         axes.grid(alpha=0.25)
     handles, labels = panels[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 
 

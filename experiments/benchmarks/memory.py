@@ -25,9 +25,9 @@ import mpjax
 from experiments.benchmarks.workloads import WORKS, Work
 from experiments.harness import cli, results
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import atomic_write, write_json
 from experiments.harness.plots import DPI, decorate
 from experiments.harness.results import Column
-from experiments.harness.workdir import whole_file, write_json
 from mpjax import cost
 
 NAME = "memory"
@@ -190,7 +190,7 @@ def draw(path: Path, device: str, runs: list[dict[str, Any]]) -> None:
     axes[1, 0].set_ylabel("to float32")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 

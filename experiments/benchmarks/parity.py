@@ -22,10 +22,10 @@ from experiments.data import mnist
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive, split_policies
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.loss_scales import split_loss_scales
 from experiments.harness.results import Column
 from experiments.harness.stop import Interrupted, StopRequest, on_signals
-from experiments.harness.workdir import read_json, write_json, writing
 
 NAME = "mnist_mlp_parity"
 COLUMNS = (
@@ -140,7 +140,7 @@ def main(config: Config) -> dict[str, Any]:
         "environment": results.environment(),
         "runs": _merge(output, [_aggregate(runs) for runs in cells]),
     }
-    with writing(output.parent):
+    with translate_os_errors(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, table)
     results.print_table(f"parity, {config.shape()}", COLUMNS, table["runs"])

@@ -43,9 +43,9 @@ from experiments.benchmarks.workloads import WORKS, mlp
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import atomic_write, write_json
 from experiments.harness.plots import DPI
 from experiments.harness.results import Column
-from experiments.harness.workdir import whole_file, write_json
 
 NAME = "benchmark"
 PEERS = ("keras", "mixed-precision-for-jax", "torch")
@@ -329,7 +329,7 @@ def draw(path: Path, title: str, runs: list[dict[str, Any]]) -> None:
     figure.suptitle(f"{title}\n(full colour: mpjax)", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.01)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 

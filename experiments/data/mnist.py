@@ -122,7 +122,9 @@ def _from_cache(path: Path, *, report: bool = True) -> dict[str, np.ndarray] | N
         return check(cache.read_npz(path))
     except DataError as error:
         if report:
-            cache.say(f"the cached {path} is damaged ({error}); fetching MNIST again")
+            cache.report(
+                f"the cached {path} is damaged ({error}); fetching MNIST again"
+            )
         return None
 
 
@@ -154,13 +156,15 @@ def _from_anywhere(directory: Path) -> tuple[str, dict[str, np.ndarray]]:
     }
     reasons = []
     for source, fetch in sources.items():
-        cache.say(f"MNIST: trying the {source}")
+        cache.report(f"MNIST: trying the {source}")
         try:
             arrays = check(fetch())
         except DataError as error:
             reasons.append(f"{source}: {error}")
         else:
-            cache.say(f"MNIST: from the {source}, checked; to be cached in {directory}")
+            cache.report(
+                f"MNIST: from the {source}, checked; to be cached in {directory}"
+            )
             return source, arrays
     raise DataError(
         "MNIST cannot be had.\n  - "

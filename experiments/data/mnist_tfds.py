@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data import cache
-from experiments.harness.errors import DataError
+from experiments.harness.errors import DataError, first_line
 
 VERSION = "3.0.1"
 FILES = {
@@ -76,7 +76,7 @@ def read(data_dir: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # TFDS raises what its readers raise: anything
         raise DataError(
-            f"TFDS cannot read {directory} ({_first_line(error)}); delete that "
+            f"TFDS cannot read {directory} ({first_line(error)}); delete that "
             "directory and run again"
         ) from error
 
@@ -186,13 +186,13 @@ def _probe() -> None:
 
 
 def _prepare_locked(data_dir: Path, target: Path) -> None:
-    with cache.explained(data_dir):
+    with cache.translate_os_errors(data_dir):
         for left_by_a_killed_run in data_dir.glob(f"{SCRATCH_PREFIX}*"):
             shutil.rmtree(left_by_a_killed_run)
         scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=data_dir))
     try:
         _run(data_dir, scratch)
-        with cache.explained(target):
+        with cache.translate_os_errors(target):
             target.parent.mkdir(exist_ok=True)
             os.replace(_dataset_dir(scratch), target)
     finally:
@@ -286,13 +286,9 @@ def _tfds():
         return importlib.import_module("tensorflow_datasets")
     except Exception as error:  # a TFDS that does not fit its protobuf: a TypeError
         raise DataError(
-            f"TFDS, or what it needs, cannot be imported ({_first_line(error)}); pip "
+            f"TFDS, or what it needs, cannot be imported ({first_line(error)}); pip "
             "install 'mpjax[experiments]'"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _main(data_dir: Path, scratch: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.harness.errors import CheckpointError
-from experiments.harness.workdir import write_json
+from experiments.harness.files import write_json
 
 
 class Checkpoints:

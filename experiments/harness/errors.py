@@ -26,3 +26,8 @@ class WorkdirError(ExperimentError):
 
 class CheckpointError(ExperimentError):
     """No checkpoint can be restored."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the type and the first line of an error's message, in 200 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

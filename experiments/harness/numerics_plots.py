@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.harness.files import atomic_write
 from experiments.harness.numerics import HI, LO
 from experiments.harness.plots import DPI, decorate
-from experiments.harness.workdir import whole_file
 
 BACKWARD = " (backward)"
 # Exponents of float16's smallest subnormal, smallest normal and largest number.
@@ -57,7 +57,7 @@ def numerics_figure(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     for axes in (values, cotangents, weights, lost):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, framealpha=0.6)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from experiments.harness.workdir import whole_file
+from experiments.harness.files import atomic_write
 
 DPI = 130
 MAX_MARKERS = 25
@@ -48,7 +48,7 @@ def training_figure(path: Path, title: str, runs: dict[str, list[dict[str, Any]]
     decorate(step_time, "median ms per step, without compilation", None)
     if accuracy.get_legend_handles_labels()[0]:
         accuracy.legend(loc="lower right", frameon=False)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import mpjax
+from experiments.harness.files import atomic_write
 from experiments.harness.plots import DPI, decorate
 from experiments.harness.results import Column
-from experiments.harness.workdir import whole_file
 
 BATCH_SIZE = 2000
 REFERENCE = "float64"
@@ -163,7 +163,7 @@ def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     figure.legend(title="trained in", frameon=False, loc="outside right center")
     decorate(accuracy, "test accuracy, %", None)
     decorate(changed, "images whose prediction is not float64's", None)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.harness.files import write_text
 from experiments.harness.tensorboard import EventFile
-from experiments.harness.workdir import write_text
 
 
 class Recorder:

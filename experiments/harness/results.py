@@ -17,8 +17,9 @@ import rich.table
 
 from experiments.harness.command import command_line
 from experiments.harness.config import BaseConfig
+from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.stop import on_signals
-from experiments.harness.workdir import opened, read_json, write_json, writing
+from experiments.harness.workdir import open_workdir
 
 # As /proc/cpuinfo has them, the widest first.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
@@ -92,7 +93,11 @@ def run_policies(
       WorkdirError: if the working directory cannot be used.
       Interrupted: after a signal; what is finished or saved is kept.
     """
-    with opened(config, experiment) as workdir, on_signals() as stop, writing(workdir):
+    with (
+        open_workdir(config, experiment) as workdir,
+        on_signals() as stop,
+        translate_os_errors(workdir),
+    ):
         config = dataclasses.replace(config, workdir=workdir)
         made_in = environment()
         file = workdir / "result.json"

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from experiments.harness.checkpoints import digest
 from experiments.harness.errors import ExperimentError
-from experiments.harness.workdir import whole_file
+from experiments.harness.files import atomic_write
 
 
 class WeightsError(ExperimentError):
@@ -32,7 +32,7 @@ def write_weights(path: Path, params: Any, *, architecture: str) -> None:
     flat = flatten_dict(jax.device_get(params), sep=".")
     arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}
     metadata = {"architecture": architecture, "sha256": digest(arrays)}
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(save(arrays, metadata))
 
 

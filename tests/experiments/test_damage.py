@@ -14,7 +14,7 @@ from experiments import mnist_mlp
 from experiments.harness import cli, results
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.errors import CheckpointError
-from experiments.harness.workdir import read_json
+from experiments.harness.files import read_json
 
 
 class Stop(Exception):

@@ -14,7 +14,7 @@ from experiments.benchmarks.baselines import warmup as start
 from experiments.benchmarks.baselines.baseline import FLOAT32, Case, Row, Step
 from experiments.benchmarks.workloads import WORKS, mlp
 from experiments.harness.errors import ConfigError
-from experiments.harness.workdir import read_json
+from experiments.harness.files import read_json
 
 
 @pytest.fixture(scope="module")
