@@ -34,9 +34,10 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.files import atomic_write, write_json
 from experiments.harness.loss_scales import parse_loss_scale, split_loss_scales
 from experiments.harness.results import Column
-from experiments.mnist_mlp import make_loss_fn, rmsprop
+from experiments.models.classification import make_loss_fn
 from experiments.models.gru import GRU
 from experiments.models.mlp import MLP
+from experiments.models.optimizers import rmsprop
 from mpjax._struct import replace_leaves
 from mpjax.numerics import exponent_histogram, representable_fraction
 

@@ -12,6 +12,7 @@ import optax
 from experiments.models import small
 from experiments.models.deep_convnet import DeepConvNet
 from experiments.models.mlp import MLP
+from experiments.models.optimizers import rmsprop
 
 NUM_CLASSES = 10
 # Small enough that the loss of random labels falls from the first step on.
@@ -39,11 +40,6 @@ class Work:
     batch_sizes: dict[str, int]
 
 
-def rmsprop(learning_rate: float) -> optax.GradientTransformation:
-    """RMSprop with the constants of Keras: rho 0.9, epsilon 1e-7 inside the root."""
-    return optax.rmsprop(learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
-
-
 def mlp(num_units: int = 4096) -> Work:
     """The network of the Keras guide: 784, twice `num_units`, 10."""
     model = MLP(num_units=(num_units, num_units))
@@ -62,8 +58,8 @@ def convnet() -> Work:
     model = DeepConvNet(dropout_rate=0.0)
     return Work(
         title="DeepConvNet, Adam",
-        init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
-        make_batch=_images,
+        init_params=lambda key: model.init(key, jnp.zeros((1, 28, 28)))["params"],
+        make_batch=_square_images,
         loss_fn=_classification_loss(model),
         tx=optax.adam(LEARNING_RATE),
         batch_sizes={"cpu": 128, "gpu": 4096},
@@ -116,6 +112,11 @@ def _images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         "image": jax.random.uniform(image_key, (batch_size, 784)),
         "label": jax.random.randint(label_key, (batch_size,), 0, NUM_CLASSES),
     }
+
+
+def _square_images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+    batch = _images(key, batch_size)
+    return {**batch, "image": batch["image"].reshape(batch_size, 28, 28)}
 
 
 def _classification_loss(model: Any):

@@ -52,12 +52,12 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Evaluates the same weights in each precision.
 
-    `N` denotes the number of images, `D` their pixels.
+    `N` denotes the number of images.
 
     Args:
       model: a Linen module that computes in the dtype of its parameters and input.
       params: its parameters.
-      images: (N, D) float32.
+      images: (N, ...) float32.
       labels: integers (N,).
       precisions: names in `PRECISIONS`; without `float64` nothing is compared.
 

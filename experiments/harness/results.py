@@ -156,17 +156,6 @@ def markdown_table(columns: Sequence[Column], runs: list[dict[str, Any]]) -> str
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
-    """One epoch as a line of text."""
-    return (
-        f"epoch {row['epoch']:{len(str(num_epochs))}d}/{num_epochs}  "
-        f"{row['ms_per_step']:7.1f} ms/step  "
-        f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  "
-        f"val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}  "
-        f"scale {row['loss_scale']:g}  skipped {row['num_skipped']}"
-    )
-
-
 def median(values: list[float]) -> float | None:
     """The upper median: a value that was measured; None of no values."""
     return sorted(values)[len(values) // 2] if values else None

@@ -2,9 +2,11 @@
 
 from mpjax.cost._analyze import CostReport, analyze
 from mpjax.cost._compare import PolicyCosts, compare
+from mpjax.cost._compile import CompileError
 from mpjax.cost._devices import Device, device_names, get_device
 
 __all__ = [
+    "CompileError",
     "CostReport",
     "Device",
     "PolicyCosts",

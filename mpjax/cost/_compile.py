@@ -12,6 +12,10 @@ from mpjax.cost._devices import Device
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
+class CompileError(RuntimeError):
+    """A step cannot be compiled for a device here; the message says what to do."""
+
+
 def compile_for(device: Device, step: Any, *args: Any) -> Any:
     """Compiles without running.
 
@@ -24,7 +28,7 @@ def compile_for(device: Device, step: Any, *args: Any) -> Any:
       A `jax.stages.Compiled`.
 
     Raises:
-      RuntimeError: if code for that GPU cannot be made here; it says what to do.
+      CompileError: if code for that GPU cannot be made here; it says what to do.
     """
     jitted = step if hasattr(step, "lower") else jax.jit(step)
     if device.target is None:
@@ -42,7 +46,7 @@ def compile_for(device: Device, step: Any, *args: Any) -> Any:
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(
+        raise CompileError(
             f"XLA cannot compile for {device.name} with this CUDA: {_first_line(error)}"
             f"{_hint(device)}"
         ) from error
@@ -61,14 +65,14 @@ def peak_bytes(compiled: Any) -> int:
 
 def _gpu(device: Device) -> Any:
     if not any(map(importlib.util.find_spec, _PLUGINS)):
-        raise RuntimeError(
+        raise CompileError(
             f"compiling for {device.name} needs JAX's CUDA plugin, though no GPU: "
             'pip install "jax[cuda13]"'
         )
     try:
         return _topology(target_config(device)).devices[0]
     except (NotImplementedError, jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise RuntimeError(
+        raise CompileError(
             f"JAX's CUDA plugin did not start ({_first_line(error)}). Where there is "
             "no GPU, set JAX_PLATFORMS=cpu before JAX computes anything: "
             'jax.config.update("jax_platforms", "cpu").'
