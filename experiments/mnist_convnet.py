@@ -188,18 +188,27 @@ def train_and_evaluate(
     Returns:
       The run as plain values, `precisions` among them.
     """
-    splits = split(
-        dataset,
-        len(dataset.x_train) - config.num_val,
-        batch_size=config.batch_size,
-        flag=f"--num-val {config.num_val}",
-    )
+    splits = make_splits(config, dataset)
     task = make_task(config, policy, splits)
     run, state = train_policy(EXPERIMENT, task, config, policy, directory)
     with translate_os_errors(directory):
         write_weights(directory / WEIGHTS, state.params, architecture="DeepConvNet")
     rows = evaluate(config, state.params, policy, splits.test)
     return {**run, "num_epochs": config.num_epochs, "precisions": rows}
+
+
+def make_splits(config: Config, dataset: ImageDataset) -> Splits:
+    """Holds out the last training images.
+
+    Raises:
+      ConfigError: if that leaves no image to train on.
+    """
+    return split(
+        dataset,
+        len(dataset.x_train) - config.num_val,
+        batch_size=config.batch_size,
+        flag=f"--num-val {config.num_val}",
+    )
 
 
 def make_task(config: Config, policy: str, splits: Splits) -> Task:
@@ -232,7 +241,7 @@ def evaluate(
 
 
 def adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    """Adam with a learning rate that rises over a tenth of the steps, then falls to 0."""
+    """Adam whose learning rate rises over a tenth of the steps, then falls to zero."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, round(WARM_UP * num_steps)), max(2, num_steps)
     )
@@ -243,8 +252,8 @@ def _check_target(path: Path) -> None:
     """Raises ConfigError, before the training, where --export cannot be written."""
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(
-            f"--export: cannot write {path}; expected a file in a directory that exists "
-            "and can be written."
+            f"--export: cannot write {path}; expected a file in a directory "
+            "that exists and can be written."
         )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 
 from experiments.data.mnist import ImageDataset
 from experiments.data.mnist_config import MnistConfig
-from experiments.data.splits import split
+from experiments.data.splits import Splits, split
 from experiments.harness import cli
 from experiments.harness.config import require, require_positive
 from experiments.harness.experiment import Experiment, Metric, Task
@@ -90,7 +90,7 @@ def main(config: Config, dataset: ImageDataset | None = None) -> Result:
     dataset = dataset or config.load_dataset()
 
     def train_one(config, policy, directory):
-        task = make_task(config, policy, dataset)
+        task = make_task(config, policy, make_splits(config, dataset))
         return train_policy(EXPERIMENT, task, config, policy, directory)[0]
 
     result = run_policies(NAME, config, train_one)
@@ -99,19 +99,23 @@ def main(config: Config, dataset: ImageDataset | None = None) -> Result:
     return result
 
 
-def make_task(config: Config, policy: str, dataset: ImageDataset) -> Task:
-    """Returns what one policy trains.
+def make_splits(config: Config, dataset: ImageDataset) -> Splits:
+    """Holds out the end of the training set.
 
     Raises:
-      ConfigError: if the split leaves no image to train on, or none to hold out.
+      ConfigError: if that leaves no image to train on, or none to hold out.
     """
     share = config.validation_split
-    splits = split(
+    return split(
         dataset,
         round(len(dataset.x_train) * (1 - share)),
         batch_size=config.batch_size,
         flag=f"--validation-split {share}",
     )
+
+
+def make_task(config: Config, policy: str, splits: Splits) -> Task:
+    """Returns what one policy trains."""
     return classification.make_task(
         MLP(num_units=(config.num_units, config.num_units)),
         splits,

@@ -157,7 +157,7 @@ class ShuffledBatches:
         return part
 
     def _place(self) -> tuple[None, jax.Array, jax.Array]:
-        """Puts the numbers of epoch and batch on the device; the order is to be made."""
+        """Puts the numbers of epoch and batch on the device; there is no order yet."""
         epoch, index = divmod(self._num_batches, self._dataset.num_batches)
         return None, jnp.asarray(epoch, jnp.int32), jnp.asarray(index, jnp.int32)
 

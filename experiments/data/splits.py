@@ -44,8 +44,8 @@ def split(
     x, y = dataset.x_train, dataset.y_train
     if not 0 < num_train < len(x):
         raise ConfigError(
-            f"{flag} leaves {max(num_train, 0)} of {len(x)} images to train on; expected "
-            "some to train on and some to hold out."
+            f"{flag} leaves {max(num_train, 0)} of {len(x)} images to train on; "
+            "expected some to train on and some to hold out."
         )
     return Splits(
         dataset.name,
