@@ -107,7 +107,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def report(text: str) -> None:
-    """Prints what is going on, on stderr."""
+    """Prints a message on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

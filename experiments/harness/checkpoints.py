@@ -23,7 +23,7 @@ from experiments.harness.files import write_json
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Attributes:
       step: number of steps taken, skipped ones included.
@@ -197,8 +197,8 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
             self._write_checksums()
             print(
-                f"checkpoint {step} is damaged ({reason}); moved to {target}, going on "
-                f"from checkpoint {intact}",
+                f"checkpoint {step} is damaged ({reason}); moved to {target}, "
+                f"continuing from checkpoint {intact}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -79,7 +79,7 @@ def test_the_one_before_is_used_and_the_result_is_the_same(
     mnist_mlp.main(with_workdir(workdir, resume=True), cli_runs.images())
     err = capsys.readouterr().err
     assert "checkpoint 12 is damaged" in err
-    assert "going on from checkpoint 8" in err
+    assert "continuing from checkpoint 8" in err
     assert_same(workdir, uninterrupted)
     kept = {path.name for path in (workdir / "mixed_float16").iterdir()}
     assert "damaged-checkpoint-12" in kept

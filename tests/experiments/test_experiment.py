@@ -42,7 +42,7 @@ class Stream:
     """Utterances made one after the other; nothing is kept but the position."""
 
     end: int | None = None
-    rows: slice = slice(0, BATCH_SIZE)
+    rows: tuple[int, int] = (0, BATCH_SIZE)
     position: int = 0
 
     def __iter__(self) -> Iterator:
@@ -64,8 +64,10 @@ class Stream:
             ),
             "labels": labels,
         }
-        cut = lambda x: (x if x.dtype == np.float32 else np.int32(x))[self.rows]
-        return jax.tree.map(cut, batch)
+        rows = slice(*self.rows)
+        return jax.tree.map(
+            lambda x: (x if x.dtype == np.float32 else np.int32(x))[rows], batch
+        )
 
     def get_state(self):
         return {"position": self.position}
@@ -75,12 +77,12 @@ class Stream:
 
     def shard(self, index, count):
         check_shard(index, count)
-        num_rows = self.rows.stop - self.rows.start
-        if num_rows % count:
-            raise ConfigError(f"{count} processes cannot share {num_rows} rows")
-        start = self.rows.start + index * num_rows // count
-        rows = slice(start, start + num_rows // count)
-        return dataclasses.replace(self, rows=rows)
+        first, end = self.rows
+        size = (end - first) // count
+        if size * count != end - first:
+            raise ConfigError(f"{count} processes cannot share {end - first} rows")
+        first += index * size
+        return dataclasses.replace(self, rows=(first, first + size))
 
 
 def apply(params, batch):

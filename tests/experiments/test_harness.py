@@ -1,4 +1,4 @@
-"""What a run prints and leaves behind, and that nothing in its loop waits."""
+"""The output and the files of a run; its loop never waits for the device."""
 
 import fcntl
 import json
@@ -84,17 +84,17 @@ def test_every_file_is_there(finished):
 
 
 def test_result_json_says_what_and_where(finished, config):
-    held = json.loads((finished.workdir / "result.json").read_text())
-    assert held["config"] == config.comparable()
-    assert held["runs"] == finished.runs
-    where = held["environment"]
+    result = json.loads((finished.workdir / "result.json").read_text())
+    assert result["config"] == config.comparable()
+    assert result["runs"] == finished.runs
+    where = result["environment"]
     assert where["device"]
     assert where["float32_matmul_precision"] == "default"
     assert where["command"].startswith("python ")
     assert where["versions"]["jax"] == jax.__version__
     assert {"commit", "python", "num_devices"} <= where.keys()
     described = json.loads((finished.workdir / "config.json").read_text())
-    assert described == {"experiment": "mnist_mlp", **held["config"]}
+    assert described == {"experiment": "mnist_mlp", **result["config"]}
     assert [run["loss_scale"] for run in finished.runs] == ["none", "dynamic"]
 
 

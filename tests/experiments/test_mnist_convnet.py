@@ -190,9 +190,9 @@ def test_a_run_leaves_weights_tables_and_plots(finished):
         assert (config.workdir / name).read_bytes().startswith(b"\x89PNG")
     text = (config.workdir / "result.md").read_text()
     assert text.count("| mixed_float16 | float16 |") == 1
-    held = json.loads((config.workdir / "precisions.json").read_text())
-    assert held["experiment"] == "mnist_convnet_precisions"
-    assert held["runs"] == [row for run in result.runs for row in run["precisions"]]
+    table = json.loads((config.workdir / "precisions.json").read_text())
+    assert table["experiment"] == "mnist_convnet_precisions"
+    assert table["runs"] == [row for run in result.runs for row in run["precisions"]]
 
 
 @pytest.mark.slow  # with the run that they share

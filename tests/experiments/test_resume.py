@@ -1,4 +1,4 @@
-"""A run that is killed or stopped, and goes on, ends where it would have ended."""
+"""A run that is killed or stopped, and resumed, gives the uninterrupted result."""
 
 import random
 import shlex
@@ -98,7 +98,7 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def wait_for_epochs(process, count):
-    """Reads stdout until so many lines have told of an epoch."""
+    """Reads stdout until `count` lines begin with "epoch"."""
     for line in process.stdout:
         count -= line.startswith("epoch")
         if not count:
