@@ -17,8 +17,8 @@ from experiments import mnist_convnet
 from experiments.benchmarks import accuracy, loss_scales, memory, parity, speed
 from experiments.harness import cli, precisions
 from experiments.harness.errors import ExperimentError
+from experiments.harness.files import write_text
 from experiments.harness.results import Column, markdown_table
-from experiments.harness.workdir import write_text
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.harness import results
+from experiments.harness.files import atomic_write, translate_os_errors, write_json
 from experiments.harness.plots import DPI
 from experiments.harness.results import Column
-from experiments.harness.workdir import whole_file, write_json, writing
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -29,7 +29,7 @@ def save_table(
     Raises:
       WorkdirError: if the file cannot be written.
     """
-    with writing(path.parent):
+    with translate_os_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, table)
     results.print_table(title, columns, table["runs"])
@@ -42,7 +42,7 @@ def save_figure(path: Path, figure: Figure) -> None:
     Raises:
       WorkdirError: if the file cannot be written.
     """
-    with writing(path.parent), whole_file(path) as temporary:
+    with translate_os_errors(path.parent), atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 

@@ -43,7 +43,7 @@ from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.loss_scales import parse_loss_scale, split_loss_scales
 from experiments.harness.results import Column
-from experiments.mnist_mlp import make_loss_fn
+from experiments.models.classification import make_loss_fn
 from experiments.models.gru import GRU
 from experiments.models.mlp import MLP
 from experiments.models.optimizers import rmsprop

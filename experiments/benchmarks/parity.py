@@ -24,10 +24,10 @@ from experiments.data import mnist
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive, split_policies
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import read_json
 from experiments.harness.loss_scales import split_loss_scales
 from experiments.harness.results import Column
 from experiments.harness.stop import Interrupted, StopRequest, on_signals
-from experiments.harness.workdir import read_json
 
 NAME = "parity"
 COLUMNS = (

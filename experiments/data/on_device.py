@@ -1,27 +1,32 @@
 """Batches of a small dataset that lives on the device whole."""
 
+import copy
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.data.dataset import check_shard
 from experiments.harness.errors import ConfigError
 
 Batch = dict[str, jax.Array]
 
 
 class DeviceDataset:
-    """Images and labels on the device; every batch is gathered there.
+    """Labelled images on the device; every batch is taken from them there.
 
-    `N` denotes the number of examples, `B` the batch size, `D` the pixels of an image.
-    A batch holds `image` (B, D), `label` int32 (B,) and `mask` bool (B,), which is
-    False for padding. Going from one to the next moves nothing between host and device.
+    `N` denotes the number of examples, `B` the batch size. A batch holds `image`
+    (B, ...), with the axes that the images have, `label` int32 (B,) and `mask` bool
+    (B,), which is False for padding. Iterating moves nothing between host and device.
 
     Attributes:
       num_examples: N.
       batch_size: B.
-      num_batches: in an epoch; the last may hold padding.
+      num_batches: batches in an epoch; the last may hold padding.
+      image_shape: shape of one image.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, batch_size: int):
@@ -30,7 +35,8 @@ class DeviceDataset:
         Args:
           images: (N, ...); uint8 are divided by 255, floats are taken as they are.
           labels: integers (N,).
-          batch_size: B, no more than N; the last batch of an epoch is padded to it.
+          batch_size: B, reduced to N where it is larger; the last batch of an epoch is
+            padded to it.
 
         Raises:
           ConfigError: without examples, or for a batch size below 1.
@@ -49,55 +55,138 @@ class DeviceDataset:
         self.num_examples = len(images)
         self.batch_size = min(batch_size, self.num_examples)
         self.num_batches = -(-self.num_examples // self.batch_size)
-        self._images = jnp.asarray(images.reshape(len(images), -1))
+        self.image_shape = images.shape[1:]
+        self._images = jnp.asarray(images)
         self._labels = jnp.asarray(labels, jnp.int32)
-        self._take = jax.jit(self._gather)
-        self._order = jax.jit(self._shuffled)
+        self._rows = (0, self.batch_size)  # the rows of each batch that it gives
 
     def in_order(self) -> Iterator[Batch]:
         """Yields one epoch in the order of the data."""
         order = jnp.arange(self.num_examples)
         index = jnp.asarray(0, jnp.int32)
         for _ in range(self.num_batches):
-            batch, index = self._take(self._images, self._labels, order, index)
+            batch, index = self.take(order, index)
             yield batch
 
-    def shuffled(self, seed: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yields batches for ever, each epoch in an order of its own.
+    def shuffled(self, seed: int) -> "ShuffledBatches":
+        """Returns an endless `Dataset`; each epoch has an order of its own.
 
         Args:
-          seed: of all orders.
-          first_step: how many batches to pass over; the rest is as without it.
+          seed: determines the orders.
         """
-        key = jax.random.key(seed)
-        first_epoch, first_batch = divmod(first_step, self.num_batches)
-        epoch = jnp.asarray(first_epoch, jnp.int32)
-        index = jnp.asarray(first_batch, jnp.int32)
-        while True:
-            order, epoch = self._order(key, epoch)
-            for _ in range(first_batch, self.num_batches):
-                batch, index = self._take(self._images, self._labels, order, index)
-                yield batch
-            first_batch = 0
+        return ShuffledBatches(self, seed)
 
-    def _shuffled(
-        self, key: jax.Array, epoch: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(key, epoch)
-        return jax.random.permutation(key, self.num_examples), epoch + 1
+    def shard(self, index: int, count: int) -> "DeviceDataset":
+        """Returns the same data with part `index` of `count` of every batch.
 
-    def _gather(
-        self, images: jax.Array, labels: jax.Array, order: jax.Array, index: jax.Array
-    ) -> tuple[Batch, jax.Array]:
-        """Returns batch number `index`, and the next number, 0 after the last.
+        `num_examples`, `batch_size` and `num_batches` stay those of the whole.
 
-        Both stay on the device: a number from the host would be a transfer.
+        Raises:
+          ValueError: if there is no such part.
+          ConfigError: if `count` does not divide the batch.
         """
-        position = index * self.batch_size + jnp.arange(self.batch_size)
-        mask = position < self.num_examples
-        chosen = order[jnp.where(mask, position, 0)]
-        image = images[chosen]
-        if image.dtype == jnp.uint8:
-            image = image.astype(jnp.float32) / 255
-        batch = {"image": image, "label": labels[chosen], "mask": mask}
-        return batch, (index + 1) % self.num_batches
+        check_shard(index, count)
+        first_row, num_rows = self._rows
+        if num_rows % count:
+            raise ConfigError(
+                f"{count} processes cannot share a batch of {num_rows} examples "
+                f"equally; choose a multiple of {count} for --batch-size."
+            )
+        part = copy.copy(self)
+        num_rows //= count
+        part._rows = (first_row + index * num_rows, num_rows)
+        return part
+
+    def take(self, order: jax.Array, index: jax.Array) -> tuple[Batch, jax.Array]:
+        """Returns batch number `index` of an order, and the next number.
+
+        Args:
+          order: a permutation of the examples, int (N,).
+          index: int32; after the last batch of an epoch comes 0. It stays on the
+            device, because a number from the host would be a transfer.
+        """
+        shape = (self.batch_size, *self._rows)
+        return _take(self._images, self._labels, order, index, shape)
+
+
+class ShuffledBatches:
+    """The endless, shuffled batches of a `DeviceDataset`: a `Dataset`."""
+
+    def __init__(self, dataset: DeviceDataset, seed: int):
+        """Begins with the first batch of the first epoch."""
+        self._dataset = dataset
+        self._seed = seed
+        self._key = jax.random.key(seed)
+        self.set_state({"num_batches": 0})
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Returns itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch; the first of an epoch shuffles the data."""
+        order, epoch, index = self._cursor or self._place()
+        if order is None or self._num_batches % self._dataset.num_batches == 0:
+            order, epoch = _shuffle(self._key, epoch, self._dataset.num_examples)
+        batch, index = self._dataset.take(order, index)
+        self._cursor = order, epoch, index
+        self._num_batches += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Returns `{"num_batches": batches given so far}`."""
+        return {"num_batches": self._num_batches}
+
+    def set_state(self, state: Any) -> None:
+        """Moves to a position that `get_state` returned.
+
+        Raises:
+          ValueError: if it is the state of another kind of data set.
+        """
+        num_batches = state.get("num_batches") if isinstance(state, dict) else None
+        if not isinstance(num_batches, int) or num_batches < 0:
+            raise ValueError(f"expected {{'num_batches': 0 or more}}, got {state!r}.")
+        self._num_batches = num_batches
+        # On the device: the order, and the numbers of the next epoch and batch.
+        self._cursor: tuple[jax.Array | None, jax.Array, jax.Array] | None = None
+
+    def shard(self, index: int, count: int) -> "ShuffledBatches":
+        """Returns part `index` of `count` of every batch; see `Dataset.shard`."""
+        part = ShuffledBatches(self._dataset.shard(index, count), self._seed)
+        part.set_state(self.get_state())
+        return part
+
+    def _place(self) -> tuple[None, jax.Array, jax.Array]:
+        """Puts the numbers of epoch and batch on the device; there is no order yet."""
+        epoch, index = divmod(self._num_batches, self._dataset.num_batches)
+        return None, jnp.asarray(epoch, jnp.int32), jnp.asarray(index, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _shuffle(
+    key: jax.Array, epoch: jax.Array, num_examples: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the order of an epoch, and the number of the next one."""
+    key = jax.random.fold_in(key, epoch)
+    return jax.random.permutation(key, num_examples), epoch + 1
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _take(
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    index: jax.Array,
+    shape: tuple[int, int, int],
+) -> tuple[Batch, jax.Array]:
+    """Returns rows `first_row` to `first_row + num_rows` of a batch; see `take`."""
+    batch_size, first_row, num_rows = shape
+    num_examples = len(labels)
+    position = index * batch_size + first_row + jnp.arange(num_rows)
+    mask = position < num_examples
+    chosen = order[jnp.where(mask, position, 0)]
+    image = images[chosen]
+    if image.dtype == jnp.uint8:
+        image = image.astype(jnp.float32) / 255
+    batch = {"image": image, "label": labels[chosen], "mask": mask}
+    return batch, (index + 1) % -(-num_examples // batch_size)

@@ -1,7 +1,7 @@
-"""Whole training states on disk, by orbax, with checksums of arrays and files.
+"""Training states on disk, by orbax, with checksums of arrays and files.
 
 A state is stored as a flat dictionary of plain arrays by name, so that a checkpoint
-does not depend on the classes that made it.
+does not depend on the classes that made it; beside it stands the position in the data.
 """
 
 import contextlib
@@ -12,24 +12,38 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.harness.errors import CheckpointError
-from experiments.harness.workdir import write_json
+from experiments.harness.errors import CheckpointError, first_line
+from experiments.harness.files import write_json
+
+
+class Checkpoint(NamedTuple):
+    """Contents of a checkpoint.
+
+    Attributes:
+      step: number of steps taken, skipped ones included.
+      state: the `TrainState`.
+      data_state: position in the training data, as JSON values.
+    """
+
+    step: int
+    state: Any
+    data_state: Any
 
 
 class Checkpoints:
     """The newest checkpoints of one run."""
 
     def __init__(self, directory: Path, *, keep: int):
-        """Opens the directory, making it if need be.
+        """Opens the directory, and makes it where there is none.
 
         Args:
-          directory: of this run's checkpoints alone.
+          directory: holds the checkpoints of this run and nothing else.
           keep: how many to keep; 0 saves none.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
@@ -38,21 +52,28 @@ class Checkpoints:
         self._checksum_file = self.directory.with_name("checkpoints.json")
         self._manager = self._open() if keep else None
 
-    def save(self, step: int, state: Any) -> None:
-        """Writes the state as it is after `step` steps; returns when it is on disk.
+    def save(self, step: int, state: Any, data_state: Any) -> None:
+        """Writes a checkpoint; returns when it is on disk.
+
+        Args:
+          step: number of steps taken.
+          state: the `TrainState` after them.
+          data_state: the position in the training data after them, as JSON values.
 
         Raises:
-          CheckpointError: if it cannot be written; those before are kept.
+          CheckpointError: if it cannot be written; earlier checkpoints are kept.
         """
         if self._manager is None or step in self._manager.all_steps():
             return
         arrays = to_arrays(state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
-            meta=ocp.args.JsonSave({"sha256": digest(arrays)}),
+            meta=ocp.args.JsonSave(
+                {"sha256": _digest(arrays, data_state), "data_state": data_state}
+            ),
         )
         try:
-            # Asked first, because orbax's threads tell of a full disk at length.
+            # Checked first, because orbax's threads report a full disk at length.
             free_bytes = shutil.disk_usage(self.directory).free
             if free_bytes < sum(array.nbytes for array in arrays.values()):
                 raise OSError(f"{free_bytes / 2**20:.1f} MiB are free on the disk")
@@ -62,35 +83,38 @@ class Checkpoints:
         except Exception as error:  # orbax and its writers raise anything
             raise CheckpointError(
                 f"cannot write checkpoint {step} to {self.directory}: "
-                f"{_first_line(error)}. Free some space, or make it writable, then "
-                "continue with --resume; the checkpoints before are kept."
+                f"{first_line(error)}. Free some space, or make it writable, then "
+                "continue with --resume; earlier checkpoints are kept."
             ) from error
 
-    def restore(self, template: Any) -> tuple[int, Any] | None:
-        """Reads the newest sound checkpoint; reports and sets aside damaged ones.
+    def restore(self, template: Any) -> Checkpoint | None:
+        """Reads the newest intact checkpoint; reports and sets aside damaged ones.
 
-        Where none is sound, they stay where they are.
+        Where none is intact, they stay where they are.
 
         Args:
           template: a state of the same structure, shapes and dtypes.
 
         Returns:
-          The number of steps and the state; None if there is no checkpoint.
+          The checkpoint; None if there is none.
 
         Raises:
-          CheckpointError: if there are checkpoints and none is sound.
+          CheckpointError: if there are checkpoints and none is intact, or if the newest
+            was written by a version that did not keep the position in the data.
         """
         if self._manager is None:
             return None
         damaged: dict[int, str] = {}
         for step in sorted(self._steps_on_disk(), reverse=True):
             try:
-                state = self._read(step, template)
+                checkpoint = self._read(step, template)
+            except _OldFormatError as error:
+                raise CheckpointError(str(error)) from error
             except Exception as error:  # orbax and its readers raise anything
-                damaged[step] = _first_line(error)
+                damaged[step] = first_line(error)
                 continue
             self._set_aside(damaged, step)
-            return step, state
+            return checkpoint
         if damaged:
             steps = ", ".join(map(str, damaged))
             raise CheckpointError(
@@ -101,7 +125,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Ends orbax's threads; what they could not write, `save` has told."""
+        """Ends orbax's threads; `save` has reported what they could not write."""
         if self._manager is not None:
             with contextlib.suppress(Exception):
                 self._manager.close()
@@ -114,29 +138,37 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
-    def _read(self, step: int, template: Any) -> Any:
+    def _read(self, step: int, template: Any) -> Checkpoint:
         assert self._manager is not None
         self._check_files(step)
-        arrays = to_arrays(template)
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(arrays), meta=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(to_arrays(template)),
+            meta=ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=args)
-        if digest(restored["state"]) != restored["meta"]["sha256"]:
+        arrays, meta = restored["state"], restored["meta"]
+        if meta == {"sha256": digest(arrays)}:
+            raise _OldFormatError(
+                f"checkpoint {step} in {self.directory} is of an older version, which "
+                "did not keep the position in the data; finish the run with that "
+                "version, or start again in another --workdir."
+            )
+        if _digest(arrays, meta["data_state"]) != meta["sha256"]:
             raise ValueError("its content does not match its checksum")
-        return from_arrays(template, restored["state"])
+        return Checkpoint(step, from_arrays(template, arrays), meta["data_state"])
 
     def _write_checksums(self) -> None:
-        """Keeps the checksums of the files of each checkpoint, beside them all."""
-        held = self._checksums()
-        for step in self._steps_on_disk():
-            name = str(step)
-            held[name] = held.get(name) or _file_checksums(self.directory / name)
-        kept = map(str, self._steps_on_disk())
-        write_json(self._checksum_file, {name: held[name] for name in kept})
+        """Writes the checksums of every checkpoint's files, beside the directory."""
+        existing = self._checksums()
+        names = [str(step) for step in self._steps_on_disk()]
+        checksums = {
+            name: existing.get(name) or _file_checksums(self.directory / name)
+            for name in names
+        }
+        write_json(self._checksum_file, checksums)
 
     def _check_files(self, step: int) -> None:
-        """Spares orbax a damaged file, of which its threads would tell at length."""
+        """Finds a damaged file before orbax's threads do, which report it at length."""
         expected = self._checksums().get(str(step), {})
         got = _file_checksums(self.directory / str(step))
         for name, checksum in expected.items():
@@ -145,18 +177,18 @@ class Checkpoints:
                 raise ValueError(f"its file {name} {what}")
 
     def _checksums(self) -> dict[str, dict[str, str]]:
-        """By step and file; none where a kill came before they were written."""
+        """Returns checksums by step and file; none if they were never written."""
         try:
             return json.loads(self._checksum_file.read_text())
         except (OSError, ValueError):
             return {}
 
     def _steps_on_disk(self) -> list[int]:
-        """Every checkpoint that was finished, also where orbax does not know it now."""
+        """Returns every finished checkpoint, those included that orbax has not seen."""
         names = [path.name for path in self.directory.iterdir() if path.is_dir()]
         return [int(name) for name in names if name.isdigit()]
 
-    def _set_aside(self, damaged: dict[int, str], sound: int) -> None:
+    def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
         if not damaged:
             return
         self.close()
@@ -165,8 +197,8 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
             self._write_checksums()
             print(
-                f"checkpoint {step} is damaged ({reason}); moved to {target}, going on "
-                f"from checkpoint {sound}",
+                f"checkpoint {step} is damaged ({reason}); moved to {target}, "
+                f"continuing from checkpoint {intact}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -180,7 +212,7 @@ def to_arrays(state: Any) -> dict[str, Any]:
 
 
 def from_arrays(template: Any, arrays: dict[str, Any]) -> Any:
-    """Rebuilds a state; every leaf has the dtype, and the place, of the template's."""
+    """Rebuilds a state; every leaf has the dtype and sharding of the template's."""
 
     def leaf(path, like):
         value = arrays[_name(path)]
@@ -201,13 +233,17 @@ def digest(arrays: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
+class _OldFormatError(Exception):
+    """A checkpoint without the position in the data."""
+
+
+def _digest(arrays: dict[str, Any], data_state: Any) -> str:
+    text = json.dumps(data_state, sort_keys=True)
+    return digest({**arrays, "data_state": np.frombuffer(text.encode(), np.uint8)})
 
 
 def _file_checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 by name, of everything below a directory."""
+    """Returns the SHA-256 of every file below a directory, by name."""
     checksums = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():

@@ -9,17 +9,19 @@ from typing import Any, NoReturn
 
 import tyro
 
+import mpjax.cost
 from experiments.harness import command
 from experiments.harness.errors import ExperimentError
 from experiments.harness.stop import Interrupted
-from mpjax import NonFiniteTrainingError
 
 
 def run(main: Callable[[Any], Any], config_type: type, *, doc: str | None) -> None:
-    """Reads the flags, runs the experiment and exits.
+    """Reads the flags, runs the command and exits.
 
-    An expected error ends as a paragraph on stderr and a non-zero exit code; anything
-    else is a defect and keeps its traceback.
+    An expected failure ends as a paragraph on stderr and a non-zero exit code: an
+    `ExperimentError`, gradients that stay non-finite, a step that cannot be compiled
+    for a GPU here, Ctrl-C, or a reader of stdout that is gone. Any other exception is a
+    defect and keeps its traceback.
 
     Args:
       main: takes the config.
@@ -33,30 +35,32 @@ def run(main: Callable[[Any], Any], config_type: type, *, doc: str | None) -> No
         fail(f"{error}\n    {command.continuation(error.flags)}", error.exit_code)
     except ExperimentError as error:
         fail(str(error), error.exit_code)
-    except NonFiniteTrainingError as error:
+    except mpjax.NonFiniteTrainingError as error:
         fail(f"training stopped: {error}", 1)
+    except mpjax.cost.CompileError as error:
+        fail(str(error), 1)
     except KeyboardInterrupt:
         text = "stopped at once; a run that has a checkpoint continues with --resume."
         fail(text, 128 + signal.SIGINT)
     except BrokenPipeError:
-        # Whoever read stdout has gone; Python's own flush at exit would say so again.
+        # The reader of stdout has gone; Python's own flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail("stopped: nobody reads the output any more.", 128 + signal.SIGPIPE)
 
 
 def fail(message: str, exit_code: int) -> NoReturn:
-    """Prints a message on stderr and exits.
+    """Prints a message on stderr, after "error:", and exits.
 
     Args:
-      message: filled to 88 columns, but for lines that begin with a space.
+      message: wrapped at 88 columns, except for lines that begin with a space.
       exit_code: of the process.
     """
     lines = f"error: {message}".splitlines()
-    print("\n".join(map(_filled, lines)), file=sys.stderr, flush=True)
+    print("\n".join(map(_wrap, lines)), file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 
-def _filled(line: str) -> str:
+def _wrap(line: str) -> str:
     if line.startswith(" "):
         return line
     return textwrap.fill(line, 88, break_on_hyphens=False, break_long_words=False)

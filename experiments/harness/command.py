@@ -10,16 +10,16 @@ RESUME_FLAGS = ("--resume", "--no-resume")
 
 
 def command_line() -> str:
-    """Returns the command, as it is kept with a result."""
+    """Returns the command as it is recorded with a result."""
     return shlex.join(["python", *_program(), *sys.argv[1:]])
 
 
 def continuation(flags: Sequence[str]) -> str:
-    """Returns the command with more flags, for the shell that started this one.
+    """Returns the command that continues this one, to paste into a shell.
 
     Args:
-      flags: to add, such as `--workdir runs/x --resume`; a `--workdir` that the command
-        has is kept.
+      flags: flags to add, such as `--workdir runs/x --resume`; a `--workdir` that the
+        command already has is kept.
     """
     given = sys.argv[1:]
     if flags:
@@ -30,7 +30,7 @@ def continuation(flags: Sequence[str]) -> str:
 
 
 def module_name() -> str:
-    """Returns `python -m experiments.NAME` or `python FILE`, however it was started."""
+    """Returns `python -m experiments.NAME` or `python FILE`, as it was started."""
     return shlex.join(["python", *_program()])
 
 
@@ -42,7 +42,7 @@ def _program() -> list[str]:
 
 
 def _python() -> str:
-    """`python` where that is this interpreter, else the path of this one."""
+    """Returns `python` if that starts this interpreter, otherwise its path."""
     found = shutil.which("python")
     if found is not None and Path(found).parent == Path(sys.executable).parent:
         return "python"

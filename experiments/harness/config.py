@@ -15,7 +15,7 @@ import mpjax
 from experiments.harness.errors import ConfigError
 from experiments.harness.loss_scales import parse_loss_scale
 
-# Fields that say where and how to run, not what.
+# Fields that do not affect the numbers: two runs may differ in them.
 NOT_COMPARED = ("workdir", "resume", "data_dir")
 
 
@@ -36,24 +36,24 @@ class BaseConfig:
     and sensitive ops in float32, --no-autocast casts parameters and inputs to half."""
 
     loss_scale: str = "auto"
-    """Loss scaling: auto (dynamic where the policy computes in float16, else none),
+    """Loss scaling: auto (dynamic if the policy computes in float16, otherwise none),
     none, static:128, dynamic, dynamic:32768, histogram, histogram:32768."""
 
     seed: int = 0
-    """Seed of initialisation, shuffling and everything else that is random."""
+    """Seed for parameters, data order and everything else that is random."""
 
     workdir: Path | None = None
-    """Where results go; runs/NAME-DATE-TIME by default."""
+    """Directory for results; runs/NAME-DATE-TIME by default."""
 
     resume: bool = False
     """Continue the run in --workdir from its newest checkpoint."""
 
     num_checkpoints: int = 2
-    """How many checkpoints to keep; 0 writes none, and such a run cannot be resumed."""
+    """Number of checkpoints to keep. 0 writes none; the run cannot be resumed."""
 
     max_consecutive_skipped: int = 20
-    """Steps in a row with non-finite gradients at the smallest loss scale before
-    training gives up."""
+    """Stop training after this many steps in a row with non-finite gradients at the
+    smallest loss scale."""
 
     def __post_init__(self):
         """Checks the settings.
@@ -75,13 +75,18 @@ class BaseConfig:
             )
 
     def policy_names(self) -> tuple[str, ...]:
-        """The policies to run, in order."""
+        """Returns the policies to run, in order, each once."""
         if self.policy is not None:
             return (self.policy,)
         return tuple(dict.fromkeys(split_policies(self.policies)))
 
     def make_policy(self, name: str) -> jmp.Policy:
-        """Returns the policy of that name; ConfigError if there is none."""
+        """Returns the policy of that name.
+
+        Raises:
+          ConfigError: if there is none, or if it needs 64-bit numbers that JAX has
+            switched off.
+        """
         try:
             policy = mpjax.get_policy(name)
         except ValueError as error:
@@ -95,31 +100,35 @@ class BaseConfig:
         return policy
 
     def make_loss_scale(self, policy: str) -> Any:
-        """Returns the loss scale for a policy; ConfigError if the flag has none."""
+        """Returns the loss scale for a policy.
+
+        Raises:
+          ConfigError: if --loss-scale cannot be read.
+        """
         try:
             return parse_loss_scale(self.loss_scale_name(policy))
         except ValueError as error:
             raise ConfigError(f"--loss-scale: {error}") from error
 
     def loss_scale_name(self, policy: str) -> str:
-        """What `auto` means for a policy; any other setting as it is."""
+        """Returns what `auto` means for a policy, and any other setting unchanged."""
         if self.loss_scale != "auto":
             return self.loss_scale
         compute_dtype = self.make_policy(policy).compute_dtype
         return "dynamic" if compute_dtype == jnp.float16 else "none"
 
     def resume_flags(self) -> tuple[str, ...]:
-        """What to add to the flags to continue the run; its `workdir` is set."""
+        """Returns the flags that continue the run; `workdir` must be set."""
         return ("--workdir", str(self.workdir), "--resume")
 
     def comparable(self) -> dict[str, Any]:
-        """The settings that make two runs the same, as JSON values."""
+        """Returns the settings that two equal runs share, as JSON values."""
         fields = dataclasses.asdict(self)
         return {k: _plain(v) for k, v in fields.items() if k not in NOT_COMPARED}
 
 
 def split_policies(text: str) -> list[str]:
-    """Splits at commas, but for those within a jmp string.
+    """Splits at commas, except for those inside a jmp string.
 
     >>> split_policies("float32, p=f32,c=f16,o=f32, p=f32,c=bf16")
     ['float32', 'p=f32,c=f16,o=f32', 'p=f32,c=bf16']
@@ -144,14 +153,14 @@ def default_workdir(experiment: str) -> Path:
 
 
 def require(holds: bool, flag: str, what: str, config: Any) -> None:
-    """Raises ConfigError unless a flag's value is what it must be."""
+    """Raises ConfigError unless the condition `holds`; names the flag and its value."""
     if not holds:
         value = getattr(config, flag.removeprefix("--").replace("-", "_"))
         raise ConfigError(f"{flag} must be {what}, got {value}.")
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raises ConfigError unless these fields are above zero, and finite."""
+    """Raises ConfigError unless these fields are positive and finite."""
     for name in names:
         flag = "--" + name.replace("_", "-")
         holds = 0 < getattr(config, name) < math.inf

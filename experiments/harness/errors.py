@@ -1,10 +1,11 @@
-"""Errors that a person can do something about; the command line shows them as text."""
+"""Errors that the user can act on; the command line prints them as text."""
 
 
 class ExperimentError(Exception):
     """An expected failure. Its message says what happened and what to do.
 
-    `exit_code` is what the process ends with.
+    Attributes:
+      exit_code: exit code of the process.
     """
 
     exit_code = 1
@@ -17,12 +18,17 @@ class ConfigError(ExperimentError):
 
 
 class DataError(ExperimentError):
-    """A dataset that cannot be had, read or kept."""
+    """A dataset that is unavailable, damaged or cannot be stored."""
 
 
 class WorkdirError(ExperimentError):
-    """A working directory that holds something else, or cannot be written."""
+    """A working directory that holds another run, or cannot be written."""
 
 
 class CheckpointError(ExperimentError):
-    """No checkpoint can be restored."""
+    """A checkpoint cannot be written, or none can be restored."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the type and the first line of an error's message, in 200 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

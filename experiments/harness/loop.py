@@ -1,11 +1,11 @@
-"""The training loop: nothing in it waits for the device but a bounded queue."""
+"""The training loop; it waits for the device only to stay a few steps ahead of it."""
 
 import collections
 import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,35 @@ import mpjax
 from experiments.harness import numerics
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import BaseConfig
+from experiments.harness.errors import DataError
+from experiments.harness.experiment import Experiment, Task, evaluate
 from experiments.harness.recorder import Recorder, weighted_mean
 from experiments.harness.stop import StopRequest, on_signals
 from mpjax.numerics import NonFinite, find_nonfinite
 
-# Steps the device may be behind the host, and how often the screen shows a new one.
-MAX_STEPS_IN_FLIGHT = 2
-REFRESH_S = 0.25
+MAX_STEPS_IN_FLIGHT = 2  # steps that the host may be ahead of the device
+REFRESH_S = 0.25  # seconds between two updates of the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What an experiment gives the loop.
+class Run:
+    """One task, made ready to train in one policy.
 
     Attributes:
-      name: of the run, shown by the progress bar.
-      state: initial `TrainState`.
+      name: shown by the progress bar.
+      experiment: what to measure.
+      task: the data, and how to evaluate.
+      state: the initial `TrainState`.
       train_step: as `mpjax.make_train_step` returns it.
-      batches: `(first_step) -> iterator` of batches on the device; the same batch for
-        the same step, whatever the first one was.
-      evaluate: `(state) -> metrics`, plain numbers, after every epoch.
       loss_scale: as given to `with_loss_scale`.
-      steps_per_epoch: batches in an epoch.
-      num_steps: batches in all.
-      epoch_line: `(row) -> str`, what an epoch prints; the row has `epoch`, the means
-        of the training metrics, those of `evaluate`, and `ms_per_step`.
     """
 
     name: str
+    experiment: Experiment
+    task: Task
     state: mpjax.TrainState
     train_step: Any
-    batches: Callable[[int], Iterator[Any]]
-    evaluate: Callable[[mpjax.TrainState], dict[str, float]]
     loss_scale: Any
-    steps_per_epoch: int
-    num_steps: int
-    epoch_line: Callable[[dict[str, Any]], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +52,8 @@ class Trained:
     """What the loop returns.
 
     Attributes:
-      state: final `TrainState`.
-      rows: all rows of metrics.
+      state: the final `TrainState`.
+      rows: all rows of metrics; see `Recorder`.
       compile_s: seconds to trace and compile the train step.
     """
 
@@ -69,61 +62,93 @@ class Trained:
     compile_s: float
 
 
-def train(task: Task, config: BaseConfig, directory: Path) -> Trained:
-    """Trains to the end, or from the newest checkpoint to the end.
+def train(run: Run, config: BaseConfig, directory: Path) -> Trained:
+    """Trains from the start, or from the newest checkpoint, to the end.
 
     Raises:
       Interrupted: after a signal, once the state is saved.
       NonFiniteTrainingError: if loss scaling cannot help; the last good checkpoint is
         kept.
-      CheckpointError: if every checkpoint is damaged.
+      CheckpointError: if no checkpoint can be restored.
+      DataError: if the data end before the training.
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(directory / "checkpoints", keep=config.num_checkpoints)
     try:
-        step, state = checkpoints.restore(task.state) or (0, task.state)
+        step, state = 0, run.state
+        if checkpoint := checkpoints.restore(run.state):
+            step, state, data_state = checkpoint
+            run.task.batches.set_state(data_state)
         recorder = Recorder(directory, first_step=step)
         try:
             with on_signals() as stop:
-                loop = _Loop(task, config, checkpoints, recorder, stop)
-                return loop.run(step, state)
+                loop = _Loop(run, config, checkpoints, recorder, stop)
+                return loop.run_from(step, state)
         finally:
             recorder.close()
     finally:
         checkpoints.close()
 
 
-class _Loop:
-    def __init__(self, task, config, checkpoints, recorder, stop: StopRequest):
-        self.task = task
-        self.config = config
-        self.checkpoints: Checkpoints = checkpoints
-        self.recorder: Recorder = recorder
-        self.stop = stop
-        self.pending: collections.deque[tuple[int, Any]] = collections.deque()
-        self.newest: tuple[int, Any] = (0, task.state)
-        limit = config.max_consecutive_skipped
-        self.guard = mpjax.NonFiniteGuard(
-            task.loss_scale, max_consecutive_skipped=limit
+def epoch_line(experiment: Experiment, row: dict[str, Any], num_epochs: int) -> str:
+    """Returns an epoch's row of metrics as a line of text."""
+    formats = {"loss": "{:.4f}"} | {m.name: m.format for m in experiment.metrics}
+    numbers = [
+        f"{split}{name} {format_.format(row[split + name])}"
+        for split in ("", "val_")
+        for name, format_ in formats.items()
+        if split + name in row
+    ]
+    return "  ".join(
+        (
+            f"epoch {row['epoch']:{len(str(num_epochs))}d}/{num_epochs}",
+            f"{row['ms_per_step']:7.1f} ms/step",
+            *numbers,
+            f"scale {row['loss_scale']:g}",
+            f"skipped {row['num_skipped']}",
         )
+    )
+
+
+class _Loop:
+    def __init__(
+        self,
+        run: Run,
+        config: BaseConfig,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        stop: StopRequest,
+    ):
+        self.run, self.task = run, run.task
+        self.config = config
+        self.checkpoints = checkpoints
+        self.recorder = recorder
+        self.stop = stop
+        # Steps that the device may not have done yet: their numbers and metrics.
+        self.pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self.newest: tuple[Any, Any] | None = None  # state and batch of the last step
+        limit = config.max_consecutive_skipped
+        self.guard = mpjax.NonFiniteGuard(run.loss_scale, max_consecutive_skipped=limit)
         for row in recorder.select("train")[-limit:]:
             self.guard.check(row)
 
-    def run(self, first_step: int, state: mpjax.TrainState) -> Trained:
+    def run_from(self, first_step: int, state: mpjax.TrainState) -> Trained:
+        """Compiles the step and runs it until `num_steps` are done."""
         if first_step >= self.task.num_steps:
             return Trained(state, self.recorder.rows, 0.0)
-        batches = self.task.batches(first_step)
-        batch = next(batches)
+        batch = next(self.task.batches, None)
+        if batch is None:
+            raise self._data_ended(first_step)
         start = time.perf_counter()
-        compiled = self.task.train_step.lower(state, batch).compile()
+        compiled = self.run.train_step.lower(state, batch).compile()
         compile_s = time.perf_counter() - start
         jax.block_until_ready((state, batch))
-        batches = itertools.chain([batch], batches)
-        with _progress_bar(self.task, first_step) as bar:
+        batches = itertools.chain([batch], self.task.batches)
+        with _progress_bar(self.run, first_step) as bar:
             state = self._steps(compiled, first_step, state, batches, bar)
         return Trained(state, self.recorder.rows, compile_s)
 
-    def _steps(self, train_step, step: int, state, batches, bar):
+    def _steps(self, train_step, step: int, state, batches: Iterator[Any], bar):
         """Runs to the last step; returns the final state."""
         task = self.task
         epoch_start, epoch_first = time.perf_counter(), step
@@ -131,7 +156,7 @@ class _Loop:
             state, metrics = train_step(state, batch)
             step += 1
             self.pending.append((step, metrics))
-            self.newest = step, state
+            self.newest = state, batch
             self._wait(bar)
             last = step == task.num_steps
             if step % task.steps_per_epoch == 0 or last:
@@ -142,10 +167,16 @@ class _Loop:
                 self._end_epoch(step, state, ms)
                 epoch_start, epoch_first = time.perf_counter(), step
             if last:
-                break
+                return state
             if self.stop.requested:
                 self._interrupt(bar, step, state)
-        return state
+        raise self._data_ended(step)
+
+    def _data_ended(self, step: int) -> DataError:
+        return DataError(
+            f"the training data ended after {step} of {self.task.num_steps} steps; "
+            "repeat them, or train for fewer steps."
+        )
 
     def _wait(self, bar) -> None:
         """Lets the host run ahead of the device by a few steps and no more."""
@@ -155,7 +186,7 @@ class _Loop:
             self._drain(bar, keep=MAX_STEPS_IN_FLIGHT)
 
     def _drain(self, bar, *, keep: int) -> None:
-        """Records the metrics of steps that are done."""
+        """Records the metrics of all steps but the last `keep`."""
         steps = [self.pending.popleft() for _ in range(len(self.pending) - keep)]
         shown = None
         for step, metrics in jax.device_get(steps):
@@ -169,31 +200,36 @@ class _Loop:
 
     def _find_nonfinite(self) -> NonFinite | None:
         """Looks for the operation that made the last step's Inf or NaN."""
-        step, state = self.newest
-        batch = next(self.task.batches(step - 1))
+        assert self.newest is not None
         tqdm.write("looking for the first Inf or NaN ...", file=sys.stdout)
-        return find_nonfinite(self.task.train_step)(state, batch)
+        return find_nonfinite(self.run.train_step)(*self.newest)
 
     def _end_epoch(self, step: int, state: mpjax.TrainState, ms_per_step: float):
+        """Evaluates, records and prints the epoch, and saves a checkpoint."""
         size = self.task.steps_per_epoch
         epoch = -(-step // size)
         rows = self.recorder.select("train", after=(epoch - 1) * size)
-        names = [n for n in rows[0] if n in ("loss", "accuracy", "grad_norm")]
-        row = {name: weighted_mean(rows, name) for name in names}
-        row |= self.task.evaluate(state)
+        averaged = {"loss", "grad_norm", *self.run.experiment.metric_names()}
+        row = {n: weighted_mean(rows, n) for n in rows[0] if n in averaged}
+        row |= evaluate(self.run.experiment, self.task, state, "val")
         row |= {"loss_scale": rows[-1]["loss_scale"]}
         row |= {"num_skipped": rows[-1]["num_skipped"], "ms_per_step": ms_per_step}
-        self.recorder.write("epoch", step, {"epoch": epoch, **row})
+        row = {"epoch": epoch, **row}
+        self.recorder.write("epoch", step, row)
         self.recorder.flush()
-        self.checkpoints.save(step, state)
-        tqdm.write(self.task.epoch_line({"epoch": epoch, **row}), file=sys.stdout)
+        self._save(step, state)
+        line = epoch_line(self.run.experiment, row, self.task.num_epochs)
+        tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+    def _save(self, step: int, state: mpjax.TrainState) -> None:
+        self.checkpoints.save(step, state, self.task.batches.get_state())
 
     def _interrupt(self, bar, step: int, state: mpjax.TrainState) -> None:
         jax.block_until_ready(state)
         self._drain(bar, keep=0)
         self.recorder.flush()
-        self.checkpoints.save(step, state)
+        self._save(step, state)
         bar.close()
         kept = f"saved after step {step}"
         if not self.config.num_checkpoints:
@@ -202,7 +238,7 @@ class _Loop:
 
 
 class _ProgressBar(tqdm):
-    """tqdm, quiet where stderr is no terminal, that shows what a step measured."""
+    """A progress bar with a step's metrics; silent where stderr is no terminal."""
 
     last_drain_s = 0.0
 
@@ -220,10 +256,10 @@ class _ProgressBar(tqdm):
         self.update(step - self.n)
 
 
-def _progress_bar(task: Task, first_step: int) -> _ProgressBar:
+def _progress_bar(run: Run, first_step: int) -> _ProgressBar:
     bar = _ProgressBar(
-        desc=task.name,
-        total=task.num_steps,
+        desc=run.name,
+        total=run.task.num_steps,
         initial=first_step,
         unit="step",
         disable=None,

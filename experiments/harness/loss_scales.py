@@ -1,4 +1,4 @@
-"""Loss scales by the text of a flag: those of mpjax, and the one of its numerics."""
+"""Loss scales from the text of a flag, `HistogramLossScale` included."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ def parse_loss_scale(text: str) -> Any:
         with settings by name: `histogram:2**16,interval=50,dtype=bfloat16`.
 
     Raises:
-      ValueError: if the text is none of these, or a setting is out of range.
+      ValueError: if the text cannot be read, or a setting is out of range.
 
     >>> float(parse_loss_scale("histogram:2**10").loss_scale)
     1024.0
@@ -44,7 +44,7 @@ def parse_loss_scale(text: str) -> Any:
 
 
 def split_loss_scales(text: str) -> list[str]:
-    """Splits at commas, but for those before a setting: `dynamic,growth_interval=9`."""
+    """Splits at commas, except before a setting, as in `dynamic,growth_interval=9`."""
     pieces = re.split(r",(?![^,]*=)", text)
     return [piece.strip() for piece in pieces if piece.strip()]
 

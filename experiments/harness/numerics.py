@@ -1,4 +1,4 @@
-"""Histograms while training: the step that counts, and the rows it leaves."""
+"""Histograms of exponents during training, and how they are recorded."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 
 from mpjax.numerics import ExponentHistogram, OpHistograms, probe
 
-# Exponents told apart: scaled gradients at one end, unscaled ones at the other.
+# Range of exponents: unscaled gradients at the low end, scaled ones at the high end.
 LO, HI = -80, 40
 HISTOGRAMS = "histograms"
 
@@ -18,7 +18,7 @@ def counting(train_step: Callable[..., Any], interval: int) -> Any:
     """Returns a train step that counts exponents in every `interval`-th step.
 
     Args:
-      train_step: made of a loss function in `mpjax.numerics.tap`.
+      train_step: made from a loss function wrapped in `mpjax.numerics.tap`.
       interval: steps from one count to the next.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The exponents of a run's numbers, as "Mixed Precision Training" draws them (fig. 3).
+"""Plots of exponents over a run, like figure 3 of "Mixed Precision Training".
 
-Every number on the plots is of the unscaled loss: what loss scaling multiplied by S is
-drawn as divided by it, and S as a shift of the format's range.
+The plots show the numbers of the unscaled loss: what loss scaling multiplied by S is
+divided by S, and S appears as a shift of the format's range.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.harness.files import atomic_write
 from experiments.harness.numerics import HI, LO
 from experiments.harness.plots import DPI, decorate
-from experiments.harness.workdir import whole_file
 
 BACKWARD = " (backward)"
 # Exponents of float16's smallest subnormal, smallest normal and largest number.
@@ -24,12 +24,12 @@ EXPONENTS = np.arange(LO, HI + 1)
 
 
 def numerics_figure(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
-    """Draws the histograms of one run, and what float16 loses of them over training.
+    """Draws the histograms of one run, and the share that float16 loses at each step.
 
     Args:
       path: the PNG to write.
       title: of the figure.
-      rows: the run's rows of metrics; those of kind "numerics" have the histograms.
+      rows: the run's rows of metrics; rows of kind "numerics" hold the histograms.
     """
     scales = {r["step"]: r["loss_scale"] for r in rows if r["kind"] == "train"}
     counted = [row for row in rows if row["kind"] == "numerics"]
@@ -57,23 +57,23 @@ def numerics_figure(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     for axes in (values, cotangents, weights, lost):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, framealpha=0.6)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 
 def shares_lost(
     rows: list[dict[str, Any]], name: str, scales: dict[int, float]
 ) -> Iterator[tuple[int, float]]:
-    """Yields what float16 loses of an operation's cotangents without loss scaling.
+    """Yields the share of an operation's cotangents that float16 loses when unscaled.
 
     Args:
-      rows: of kind "numerics".
-      name: of the operation.
-      scales: step → the loss scale that the cotangents were multiplied by.
+      rows: rows of kind "numerics".
+      name: name of the operation.
+      scales: step → the loss scale that multiplied the cotangents.
 
     Yields:
-      `(step, share)` of the numbers other than zero that are smaller than the smallest
-      subnormal.
+      `(step, share)`: the share of the nonzero numbers that are smaller than float16's
+      smallest subnormal.
     """
     for row in rows:
         found = row["operations"].get(name, {}).get("cotangents")
@@ -92,7 +92,7 @@ def _histograms(
     is_backward: bool,
     scales: dict[int, float] | None = None,
 ) -> None:
-    """Draws shares by exponent, one line an operation, with float16's range behind."""
+    """Draws the share of each exponent, a line per operation, over float16's range."""
     shown = []
     for name, found_slot in _names(rows):
         if found_slot != slot or (BACKWARD in name) != is_backward:
@@ -144,7 +144,7 @@ def _names(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _color(rows: list[dict[str, Any]], name: str) -> str:
-    """Returns the colour of an operation, forward and backward alike."""
+    """Returns the colour of an operation, the same forward and backward."""
     forward = dict.fromkeys(name.split(BACKWARD)[0] for name, _ in _names(rows))
     return f"C{list(forward).index(name.split(BACKWARD)[0]) % 10}"
 
@@ -156,7 +156,7 @@ def _shift(row: dict[str, Any], scales: dict[int, float] | None) -> int:
 
 
 def _shifted(counts: list[int], shift: int) -> np.ndarray:
-    """Moves counts to other exponents; what leaves the range is left out."""
+    """Shifts counts to other exponents; drops those that leave the range."""
     moved = np.zeros(len(counts))
     source = np.asarray(counts)
     if shift >= 0:

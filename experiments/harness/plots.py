@@ -7,14 +7,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from experiments.harness.workdir import whole_file
+from experiments.harness.experiment import Metric
+from experiments.harness.files import atomic_write
 
 DPI = 130
 MAX_MARKERS = 25
 
 
-def training_figure(path: Path, title: str, runs: dict[str, list[dict[str, Any]]]):
-    """Draws loss, accuracy, loss scale and step time of several runs.
+def training_figure(
+    path: Path, title: str, runs: dict[str, list[dict[str, Any]]], headline: Metric
+) -> None:
+    """Draws loss, headline metric, loss scale and step time of several runs.
 
     It leaves pyplot and its backend alone, so that a notebook keeps its own.
 
@@ -22,10 +25,11 @@ def training_figure(path: Path, title: str, runs: dict[str, list[dict[str, Any]]
       path: the PNG to write.
       title: of the figure.
       runs: name of a run → its rows of metrics (see `Recorder`).
+      headline: the metric to draw beside the loss.
     """
     figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
-    (loss, accuracy), (scale, step_time) = figure.subplots(2, 2)
+    (loss, metric), (scale, step_time) = figure.subplots(2, 2)
     for index, (name, rows) in enumerate(runs.items()):
         style = {"color": f"C{index}", "lw": 2.5 - 0.5 * min(index, 3)}
         train = [row for row in rows if row["kind"] == "train"]
@@ -34,7 +38,7 @@ def training_figure(path: Path, title: str, runs: dict[str, list[dict[str, Any]]
         dots = {"marker": "o", "ms": 5, "markevery": every, "label": name}
         _line(loss, train, "loss", **style | {"alpha": 0.4, "lw": 1})
         _line(loss, epochs, "val_loss", **style, **dots)
-        _line(accuracy, epochs, "val_accuracy", **style, **dots)
+        _line(metric, epochs, f"val_{headline.name}", **style, **dots)
         _line(scale, train, "loss_scale", drawstyle="steps-post", **style)
         _skips(scale, train, style["color"])
     _bars(step_time, runs)
@@ -43,17 +47,19 @@ def training_figure(path: Path, title: str, runs: dict[str, list[dict[str, Any]]
     loss.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(2, 0.6)))
     scale.set_yscale("log", base=2)
     decorate(loss, "loss (faint: training steps, dots: validation)", "step")
-    decorate(accuracy, "validation accuracy", "step")
+    direction = "" if headline.is_larger_better else " (smaller is better)"
+    decorate(metric, f"validation {headline.title}{direction}", "step")
     decorate(scale, "loss scale (crosses: skipped steps)", "step")
     decorate(step_time, "median ms per step, without compilation", None)
-    if accuracy.get_legend_handles_labels()[0]:
-        accuracy.legend(loc="lower right", frameon=False)
-    with whole_file(path) as temporary:
+    if metric.get_legend_handles_labels()[0]:
+        corner = "lower right" if headline.is_larger_better else "upper right"
+        metric.legend(loc=corner, frameon=False)
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 
 class _PlainLogFormatter(LogFormatter):
-    """Labels between the powers of ten, where there is room: 0.2, not 2 x 10^-1."""
+    """Writes minor labels, where there is room for them, as 0.2, not as 2 x 10^-1."""
 
     def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
         return f"{x:g}"
@@ -82,7 +88,7 @@ def _bars(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def decorate(axes: Axes, title: str, xlabel: str | None) -> None:
-    """Gives axes their title and the look of the others."""
+    """Gives axes a title and the house look."""
     axes.set_title(title, fontsize=10)
     if xlabel:
         axes.set_xlabel(xlabel)

@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import mpjax
+from experiments.harness.files import atomic_write
 from experiments.harness.plots import DPI, decorate
 from experiments.harness.results import Column
-from experiments.harness.workdir import whole_file
 
 BATCH_SIZE = 2000
 REFERENCE = "float64"
-# In float8 are the weights alone; it computes in float16, which holds both formats.
+# float8 applies to the weights only; computation is in float16, which holds both.
 PRECISIONS: dict[str, jmp.Policy] = {
     **{
         name: mpjax.get_policy(name)
@@ -52,21 +52,21 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Evaluates the same weights in each precision.
 
-    `N` denotes the number of images, `D` their pixels.
+    `N` denotes the number of images.
 
     Args:
       model: a Linen module that computes in the dtype of its parameters and input.
-      params: its parameters.
-      images: (N, D) float32.
+      params: parameters of the model.
+      images: (N, ...) float32.
       labels: integers (N,).
-      precisions: names in `PRECISIONS`; without `float64` nothing is compared.
+      precisions: names in `PRECISIONS`; without `float64` there is no comparison.
 
     Returns:
       A row per precision: `test_accuracy`, `num_correct`, `weight_bytes`,
-      `activation_bytes` (what the layers give for one image), and beside float64:
-      `num_changed` (images whose prediction is another), `max_logit_difference`,
+      `activation_bytes` (outputs of the layers for one image), and compared with
+      float64: `num_changed` (images with another prediction), `max_logit_difference`,
       `min_changed_margin` and `max_changed_margin` (float64's margin between the first
-      and the second class, among the changed); None where there is nothing to compare.
+      and the second class, over the changed images); None if nothing is compared.
     """
     values = {name: logits(model, params, images, name) for name in precisions}
     rows = []
@@ -91,8 +91,8 @@ def logits(
 ) -> np.ndarray:
     """Returns the logits (N, num_classes), computed in a precision, as float64.
 
-    It runs op by op, so that every intermediate value is rounded: within one compiled
-    program XLA may keep those of half precision in float32.
+    The model runs op by op, so that every intermediate value is rounded: within one
+    compiled program XLA may keep half-precision values in float32.
     """
     policy = PRECISIONS[precision]
     parts = []
@@ -106,7 +106,7 @@ def logits(
 
 
 def weight_bytes(params: Any, precision: str) -> int:
-    """Returns the bytes of all parameters as they are kept in a precision."""
+    """Returns the bytes of all parameters, stored in a precision."""
     itemsize = jnp.dtype(PRECISIONS[precision].param_dtype).itemsize
     return sum(np.size(leaf) for leaf in jax.tree.leaves(params)) * itemsize
 
@@ -114,7 +114,7 @@ def weight_bytes(params: Any, precision: str) -> int:
 def activation_bytes(
     model: nn.Module, params: Any, images: np.ndarray, precision: str
 ) -> int:
-    """Returns the bytes of what all dense and convolution layers give for one image."""
+    """Returns the bytes of all dense and convolution outputs for one image."""
     policy = PRECISIONS[precision]
 
     def layer_outputs(params, batch):
@@ -139,7 +139,7 @@ def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     Args:
       path: the PNG to write.
       title: of the figure.
-      rows: of `evaluate`, each with the `policy` that the weights were trained in.
+      rows: rows of `evaluate`, each with the `policy` that trained the weights.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(title)
@@ -163,12 +163,12 @@ def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     figure.legend(title="trained in", frameon=False, loc="outside right center")
     decorate(accuracy, "test accuracy, %", None)
     decorate(changed, "images whose prediction is not float64's", None)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
 
 
 def _cast(params: Any, policy: jmp.Policy) -> Any:
-    """The weights rounded to the policy's parameters, in its compute dtype."""
+    """Rounds weights to the policy's parameter dtype, then casts them for compute."""
     return policy.cast_to_compute(
         policy.cast_to_param(jax.tree.map(jnp.asarray, params))
     )

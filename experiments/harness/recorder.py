@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines on disk, TensorBoard events, and a list in memory."""
+"""Metrics of a run, as JSON lines, as TensorBoard events and in memory."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.harness.files import write_text
 from experiments.harness.tensorboard import EventFile
-from experiments.harness.workdir import write_text
 
 
 class Recorder:
@@ -24,8 +24,8 @@ class Recorder:
         """Opens the run's metrics, dropping rows that a resumed run will write again.
 
         Args:
-          directory: of the run.
-          first_step: rows of later steps are dropped; 0 starts anew.
+          directory: directory of the run.
+          first_step: rows of later steps are dropped; 0 drops all.
         """
         self.path = directory / "metrics.jsonl"
         self.rows = [r for r in read_rows(self.path) if r["step"] <= first_step]
@@ -61,7 +61,7 @@ class Recorder:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads JSON lines; one that is damaged or that a kill has cut is left out."""
+    """Reads JSON lines, without those that are damaged or incomplete."""
     if not path.exists():
         return []
     lines = path.read_text(errors="replace").splitlines()
@@ -69,9 +69,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def weighted_mean(rows: list[dict[str, Any]], name: str) -> float:
-    """Mean of a metric over rows, by `num_examples` where the rows have it.
+    """Returns the mean of a metric over rows, weighted by `num_examples` if present.
 
-    Non-finite rows are left out: they belong to skipped steps.
+    Non-finite values are left out, because they belong to skipped steps.
     """
     pairs = [
         (row[name], row.get("num_examples", 1))

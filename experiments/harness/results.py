@@ -1,4 +1,4 @@
-"""What a run leaves behind: result.json, a table, and where it was made."""
+"""Results of a comparison: result.json, tables, and the machine that made them."""
 
 import dataclasses
 import importlib.metadata
@@ -17,10 +17,11 @@ import rich.table
 
 from experiments.harness.command import command_line
 from experiments.harness.config import BaseConfig
+from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.stop import on_signals
-from experiments.harness.workdir import opened, read_json, write_json, writing
+from experiments.harness.workdir import open_workdir
 
-# As /proc/cpuinfo has them, the widest first.
+# Names in /proc/cpuinfo, the widest first.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 PACKAGES = ("mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "numpy")
 
@@ -30,9 +31,9 @@ class Result:
     """What an experiment returns.
 
     Attributes:
-      experiment: its name.
-      workdir: where everything is.
-      config: the settings.
+      experiment: name of the experiment.
+      workdir: the working directory.
+      config: the settings that two equal runs share.
       environment: device, versions, commit, float32 matmul precision, command.
       runs: one dictionary of plain values per policy.
     """
@@ -44,27 +45,37 @@ class Result:
     runs: list[dict[str, Any]]
 
     def run(self, policy: str) -> dict[str, Any]:
-        """Returns the run of a policy; KeyError if there is none."""
+        """Returns the run of a policy.
+
+        Raises:
+          KeyError: if there is none.
+        """
         for run in self.runs:
             if run["policy"] == policy:
                 return run
         raise KeyError(f"no run of {policy!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as JSON values."""
+        """Returns the result as JSON values."""
         return dataclasses.asdict(self) | {"workdir": str(self.workdir)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table: heading, key of the run, format string or function."""
+    """A column of a table.
+
+    Attributes:
+      heading: text above the column.
+      key: key of the value in a run.
+      format: format string or function of the value.
+    """
 
     heading: str
     key: str
     format: str | Callable[[Any], str] = "{}"
 
     def text(self, run: dict[str, Any]) -> str:
-        """The cell of a run; a dash where it has no value."""
+        """Returns the cell of a run; a dash if it has no value."""
         value = run.get(self.key)
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return "-"
@@ -78,21 +89,25 @@ def run_policies(
     config: BaseConfig,
     train_one: Callable[[BaseConfig, str, Path], dict[str, Any]],
 ) -> Result:
-    """Runs every policy of the config, each in its own directory, and keeps the result.
+    """Runs every policy of the config in a directory of its own, and writes the result.
 
-    A policy that has its result already (a resumed comparison) is not run again, and
-    the result of a finished comparison is returned as it is.
+    When a comparison is resumed, policies that have a result are not run again. The
+    result of a finished comparison is returned unchanged.
 
     Args:
-      experiment: its name.
-      config: whose `workdir` may be None.
-      train_one: `(config, policy, directory) -> run`; its config has a `workdir`.
+      experiment: name of the experiment.
+      config: the settings; a `workdir` of None makes a new one.
+      train_one: `(config, policy, directory) -> run`; this config has a `workdir`.
 
     Raises:
       WorkdirError: if the working directory cannot be used.
       Interrupted: after a signal; what is finished or saved is kept.
     """
-    with opened(config, experiment) as workdir, on_signals() as stop, writing(workdir):
+    with (
+        open_workdir(config, experiment) as workdir,
+        on_signals() as stop,
+        translate_os_errors(workdir),
+    ):
         config = dataclasses.replace(config, workdir=workdir)
         made_in = environment()
         file = workdir / "result.json"
@@ -151,24 +166,13 @@ def markdown_table(columns: Sequence[Column], runs: list[dict[str, Any]]) -> str
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def epoch_line(row: dict[str, Any], num_epochs: int) -> str:
-    """One epoch as a line of text."""
-    return (
-        f"epoch {row['epoch']:{len(str(num_epochs))}d}/{num_epochs}  "
-        f"{row['ms_per_step']:7.1f} ms/step  "
-        f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  "
-        f"val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}  "
-        f"scale {row['loss_scale']:g}  skipped {row['num_skipped']}"
-    )
-
-
 def median(values: list[float]) -> float | None:
-    """The upper median: a value that was measured; None of no values."""
+    """Returns the upper median, which is one of the values; None if there are none."""
     return sorted(values)[len(values) // 2] if values else None
 
 
 def machine() -> str:
-    """A name for files: of the GPU, or of the widest instructions of the CPU."""
+    """Returns a file name for the GPU, or for the CPU's widest instructions."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return "_".join(filter(None, ["cpu", _instructions()]))
@@ -176,7 +180,7 @@ def machine() -> str:
 
 
 def _cpu() -> str:
-    """Its name, threads, and widest instructions: half may be fast, or emulated."""
+    """Returns name, threads and widest instructions, which decide how fast half is."""
     names = _cpu_info("model name")
     name = names[0] if names else platform.processor() or platform.machine()
     details = [f"{len(names) or os.cpu_count()} threads", _instructions()]
@@ -189,7 +193,7 @@ def _instructions() -> str | None:
 
 
 def _cpu_info(field: str) -> list[str]:
-    """The values of a field of /proc/cpuinfo, one per thread; none elsewhere."""
+    """Returns a field of /proc/cpuinfo, a value per thread; [] without that file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -215,7 +219,7 @@ def _commit() -> str | None:
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed: mpjax itself, beside its own checkout."""
+    """Returns None if the package is not installed, as mpjax in its own checkout."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, fulfilled where nothing is lost."""
+"""Graceful shutdown on Ctrl-C and SIGTERM."""
 
 import contextlib
 import os
@@ -11,19 +11,20 @@ from experiments.harness.errors import ExperimentError
 
 
 class Interrupted(ExperimentError):
-    """Ctrl-C or SIGTERM; what was worth keeping is on disk.
+    """A signal stopped the run; its state is on disk.
 
     Attributes:
-      flags: to add to the same command in order to go on.
+      signal_number: SIGINT or SIGTERM.
+      flags: flags to add to the same command in order to continue.
     """
 
     def __init__(self, signal_number: int, kept: str, flags: Sequence[str] = ()):
         """Builds the message.
 
         Args:
-          signal_number: what came.
+          signal_number: SIGINT or SIGTERM.
           kept: what is on disk, such as "saved after step 12".
-          flags: to add to the same command in order to go on.
+          flags: flags to add to the same command in order to continue.
         """
         added = f" and {' '.join(flags)}" if flags else ""
         name = signal.Signals(signal_number).name
@@ -36,7 +37,11 @@ class Interrupted(ExperimentError):
 
 
 class StopRequest:
-    """Set by the first signal; the second one interrupts at once."""
+    """Whether a signal has asked the run to stop; a second signal interrupts at once.
+
+    Attributes:
+      signal_number: the first signal that came; None before.
+    """
 
     signal_number: int | None = None
 
@@ -46,7 +51,7 @@ class StopRequest:
         return self.signal_number is not None
 
     def check(self, kept: str, flags: Sequence[str] = ()) -> None:
-        """Raises `Interrupted`, with these arguments, if a signal has come."""
+        """Raises `Interrupted` with these arguments if a signal has come."""
         if self.signal_number is not None:
             raise Interrupted(self.signal_number, kept, flags)
 
@@ -68,9 +73,8 @@ _outer: StopRequest | None = None
 def on_signals() -> Iterator[StopRequest]:
     """Catches SIGINT and SIGTERM while the block runs.
 
-    Inside another such block it gives that one's request, so that a signal that comes
-    too late for one run stops the next. Elsewhere than in the main thread it does
-    nothing.
+    A block inside another one shares its request, so that a signal that comes too late
+    for one run stops the next. Outside the main thread no signal is caught.
     """
     global _outer
     if threading.current_thread() is not threading.main_thread():

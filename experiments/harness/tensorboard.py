@@ -1,7 +1,7 @@
-"""Scalars as TensorBoard events, written at once.
+"""Scalars as TensorBoard events, written by the calling thread.
 
-`tensorboardX.SummaryWriter` writes from a thread of its own: where the disk is full
-that thread dies, and the run waits for it for ever. This one raises.
+`tensorboardX.SummaryWriter` writes from a thread of its own: when the disk is full, the
+thread dies and the run waits for it forever. `EventFile` raises instead.
 """
 
 import os
@@ -15,14 +15,14 @@ from tensorboardX.summary import scalar
 
 
 class EventFile:
-    """One file of events; a run has as many as it was started times."""
+    """One file of events; every start of a run opens a new one."""
 
     def __init__(self, directory: Path, *, first_step: int = 0):
         """Opens a new file.
 
         Args:
-          directory: of the run's events.
-          first_step: TensorBoard drops what earlier files have of later steps.
+          directory: directory of the run's events.
+          first_step: TensorBoard drops events of later steps from earlier files.
         """
         directory.mkdir(parents=True, exist_ok=True)
         suffix = f".{os.getpid()}.{first_step}"

@@ -1,4 +1,4 @@
-"""Trained weights as a safetensors file, checked whole when it is read."""
+"""Trained weights as a safetensors file, verified when it is read."""
 
 from pathlib import Path
 from typing import Any
@@ -11,36 +11,36 @@ from safetensors.numpy import save
 
 from experiments.harness.checkpoints import digest
 from experiments.harness.errors import ExperimentError
-from experiments.harness.workdir import whole_file
+from experiments.harness.files import atomic_write
 
 
 class WeightsError(ExperimentError):
-    """A file of weights that is damaged, or made for another network."""
+    """A file of weights that is damaged or belongs to another network."""
 
 
 def write_weights(path: Path, params: Any, *, architecture: str) -> None:
-    """Writes weights as a whole file, in float32, `Conv_0.kernel` and so on.
+    """Writes weights atomically, in float32, under names such as `Conv_0.kernel`.
 
     Args:
-      path: of the file.
+      path: the file to write or replace.
       params: nested dictionaries of arrays, in float32 or half.
-      architecture: kept in the file's metadata, with a checksum.
+      architecture: name of the network; the metadata hold it and a checksum.
 
     Raises:
-      OSError: if it cannot be written; a file that was there is kept.
+      OSError: if the file cannot be written; an existing one is kept.
     """
     flat = flatten_dict(jax.device_get(params), sep=".")
     arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}
     metadata = {"architecture": architecture, "sha256": digest(arrays)}
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(save(arrays, metadata))
 
 
 def read_weights(path: Path, template: Any) -> Any:
-    """Reads weights for the network whose parameters are like the template.
+    """Reads the weights of a network.
 
     Args:
-      path: a file of `write_weights`, or any safetensors file with the same names.
+      path: a file from `write_weights`, or any safetensors file with the same names.
       template: nested dictionaries of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -76,7 +76,7 @@ def read_weights(path: Path, template: Any) -> Any:
 
 
 def _compare(path: Path, found: Any, expected: Any, metadata: dict[str, str]) -> None:
-    """Raises WeightsError where names, shapes or dtypes differ; says each that does."""
+    """Raises WeightsError if names, shapes or dtypes differ; lists the differences."""
     differences = [
         f"{name} is {_text(found, name)} there, expected {_text(expected, name)}"
         for name in sorted({*found, *expected})
@@ -102,6 +102,6 @@ def _text(entries: dict[str, tuple[tuple[int, ...], str]], name: str) -> str:
 
 def _damaged(path: Path, reason: str) -> WeightsError:
     return WeightsError(
-        f"the weights in {path} are damaged: {reason}. Take a sound copy of the file, "
-        "or export it again from the run with --resume --export."
+        f"the weights in {path} are damaged: {reason}. Take an intact copy of the "
+        "file, or export it again from the run with --resume --export."
     )

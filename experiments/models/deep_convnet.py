@@ -1,6 +1,4 @@
-"""DeepConvNet, of "Deep Learning from Scratch", chapter 8."""
-
-import math
+"""DeepConvNet, from "Deep Learning from Scratch", chapter 8."""
 
 import flax.linen as nn
 import jax
@@ -12,15 +10,15 @@ CONV_PADDINGS = ((16, 1), (16, 1), (32, 1), (32, 2), (64, 1), (64, 1))
 class DeepConvNet(nn.Module):
     """Three times two 3x3 convolutions and a pool, then two dense layers.
 
-    Of 28 x 28 pixels the pools leave 4 x 4 x 64. relu after each convolution and after
-    the first dense layer, then dropout. (The book drops half of the logits too, which
-    slows training down; here they are whole.) Weights are normal with variance
-    2 / fan_in (He), biases zero. It computes in the dtype of its parameters and input;
-    softmax is the loss's, in float32.
+    The pools reduce 28 x 28 pixels to 4 x 4 x 64. relu follows each convolution and the
+    first dense layer, then dropout. (The book drops half of the logits too, which slows
+    training down; here all are kept.) Weights are normal with variance 2 / fan_in (He),
+    biases zero. The network computes in the dtype of its parameters and input, and
+    leaves the softmax, in float32, to the loss.
 
     Attributes:
       num_hidden: units of the first dense layer.
-      num_classes: of the last.
+      num_classes: units of the last dense layer.
       dropout_rate: share of the hidden units that training sets to zero.
     """
 
@@ -30,15 +28,14 @@ class DeepConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns logits (B, num_classes) for square images (B, num_pixels).
+        """Returns logits (B, num_classes) for images (B, H, W) or (B, H, W, C).
 
         Args:
-          x: the images, each row by row.
-          train: whether to drop; needs a PRNG key named `dropout`.
+          x: the images.
+          train: whether to drop units; needs a PRNG key named `dropout`.
         """
         init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        side = math.isqrt(x.shape[1])
-        x = x.reshape(len(x), side, side, 1)
+        x = x[..., None] if x.ndim == 3 else x
         for index, (num_channels, padding) in enumerate(CONV_PADDINGS):
             # On CPU a convolution that pads by 2 itself has a gradient 20 times slower.
             x = _pad(x, padding - 1)
@@ -55,7 +52,7 @@ def _pad(x: jax.Array, width: int) -> jax.Array:
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    """The largest of each 2 x 2; an odd row or column at the end is left out.
+    """Takes the largest of each 2 x 2; leaves out an odd last row or column.
 
     With jax 0.12 on CPU a compiled bfloat16 forward pass over a reduction, such as
     `nn.max_pool`, fuses convolutions, pools and matmul into one, and gives NaN.

@@ -1,4 +1,4 @@
-"""A recurrent network that predicts what comes next in a sequence."""
+"""A recurrent network that predicts the next elements of a sequence."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ class GRU(nn.Module):
     """One GRU layer over time and a Dense layer at each step.
 
     Attributes:
-      num_units: of the GRU.
-      num_outputs: of the Dense layer.
+      num_units: units of the GRU.
+      num_outputs: units of the Dense layer.
     """
 
     num_units: int

@@ -9,12 +9,12 @@ import jax
 class MLP(nn.Module):
     """Dense layers with relu between them; weights glorot-uniform, as Keras has them.
 
-    It computes in the dtype of its parameters and input; softmax is the loss's, in
-    float32.
+    It computes in the dtype of its parameters and input, and leaves the softmax, in
+    float32, to the loss.
 
     Attributes:
-      num_units: of each hidden layer.
-      num_classes: of the output layer.
+      num_units: units of each hidden layer.
+      num_classes: units of the output layer.
     """
 
     num_units: Sequence[int] = (4096, 4096)
@@ -22,7 +22,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns logits (B, num_classes) for inputs (B, num_features)."""
+        """Returns logits (B, num_classes) for inputs (B, ...), which it flattens."""
+        x = x.reshape(len(x), -1)
         init = nn.initializers.glorot_uniform()
         for size in self.num_units:
             x = nn.relu(nn.Dense(size, kernel_init=init)(x))

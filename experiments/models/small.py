@@ -33,20 +33,20 @@ class Case:
 def gradient(loss, params, inputs, *, scale: float = 1.0) -> Any:
     """Returns float64 gradients, taken through a loss scaled by `scale`.
 
-    Of the same loss it is compiled once.
+    It is compiled once per loss and scale.
     """
     grads = _compiled(loss, None, scale)(params, inputs)
     return jax.tree.map(lambda g: np.asarray(g, np.float64) / scale, grads)
 
 
 def autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0) -> Any:
-    """The same with autocast around the gradient, as the train step has it."""
+    """Returns the same with autocast around the gradient, as in the train step."""
     grads = _compiled(loss, policy, scale)(params, inputs)
     return jax.tree.map(lambda g: np.asarray(g, np.float64) / scale, grads)
 
 
 def inner_autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0):
-    """The same with the gradient around autocast."""
+    """Returns the same with the gradient around autocast."""
     return gradient(_inner_autocast(loss, policy), params, inputs, scale=scale)
 
 
@@ -62,7 +62,7 @@ def _inner_autocast(loss, policy: str) -> Callable[..., Any]:
 
 
 def oracle(case: Case) -> Any:
-    """The gradient in float64."""
+    """Returns the gradient in float64."""
     with jax.enable_x64(True):
         params, inputs = cast((case.params, case.inputs), np.float64)
         return gradient(case.loss, params, inputs)
@@ -70,7 +70,7 @@ def oracle(case: Case) -> Any:
 
 @functools.cache
 def hand_cast(loss, dtype) -> Callable[[Any, Any], jax.Array]:
-    """The loss as jmp users make it: parameters and inputs cast to half."""
+    """Returns the loss as jmp users write it: parameters and inputs cast to half."""
     return lambda params, inputs: loss(cast(params, dtype), cast(inputs, dtype))
 
 
@@ -85,7 +85,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def relative_error(grads: Any, truth: Any) -> float:
-    """||grads - truth|| / ||truth||, over all leaves."""
+    """Returns ||grads - truth|| / ||truth|| over all leaves."""
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(truth), strict=True))
     error = sum(float(np.sum((g - t) ** 2)) for g, t in pairs)
     return (error / sum(float(np.sum(t**2)) for _, t in pairs)) ** 0.5
@@ -157,7 +157,7 @@ def transformer(
     num_heads: int = 4,
     num_layers: int = 3,
 ) -> Case:
-    """Such blocks one after the other, by a scan over their parameters."""
+    """Transformer blocks in a scan over their parameters."""
     rng = np.random.default_rng(seed)
     layers = [_block_params(rng, width, num_heads) for _ in range(num_layers)]
     params = jax.tree.map(lambda *xs: np.stack(xs), *layers)
@@ -206,7 +206,7 @@ def _mean_squared(x, inputs):
 
 
 def bigru(seed: int = 0, *, length: int = 100, width: int = 64) -> Case:
-    """A bidirectional GRU, read out at every step."""
+    """A bidirectional GRU with an output at every step."""
     rng = np.random.default_rng(seed)
     cell = lambda: {
         "input": _dense(rng, 32, 3 * width),

@@ -13,7 +13,11 @@ from mpjax.cost._devices import Device
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
-class MissingPluginError(RuntimeError):
+class CompileError(RuntimeError):
+    """A step cannot be compiled for a GPU here; the message says what to do."""
+
+
+class MissingPluginError(CompileError):
     """JAX's CUDA plugin, which compiles for a GPU, is not installed or does not start.
 
     The message says what to do.
@@ -34,7 +38,7 @@ def compile_for(device: Device, step: Any, *args: Any) -> Any:
 
     Raises:
       MissingPluginError: if the CUDA plugin is not installed or does not start.
-      RuntimeError: if XLA cannot compile the function for that GPU.
+      CompileError: if XLA cannot compile the function for that GPU.
     """
     jitted = step if hasattr(step, "lower") else jax.jit(step)
     if device.target is None:
@@ -52,7 +56,7 @@ def compile_for(device: Device, step: Any, *args: Any) -> Any:
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(
+        raise CompileError(
             f"XLA cannot compile for {device.name} with this CUDA: {first_line(error)}"
             f"{_hint(device)}"
         ) from error

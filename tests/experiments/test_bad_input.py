@@ -15,7 +15,7 @@ from experiments import mnist_mlp
 from experiments.benchmarks import parity
 from experiments.harness import checkpoints, cli
 from experiments.harness.recorder import read_rows
-from mpjax import NonFiniteTrainingError
+from mpjax import NonFiniteTrainingError, cost
 
 SMALL = ("--dataset", "digits", "--num-units", "4", "--num-epochs", "1")
 SMALL = (*SMALL, "--policy", "float32")
@@ -179,7 +179,7 @@ def test_nan_without_loss_scaling_is_an_error_to_a_caller_too(tmp_path):
     with pytest.raises(NonFiniteTrainingError, match="3 steps in a row") as error:
         mnist_mlp.main(config, with_nan())
     assert error.value.found.leaf == "args[1]['image']"
-    assert error.value.found.index[1] == 0
+    assert error.value.found.index[1:] == (0, 0)
 
 
 def test_a_full_disk_ends_the_run_with_an_error(tmp_path):
@@ -267,3 +267,16 @@ def test_messages_are_not_broken_within_words(capsys):
     err = capsys.readouterr().err
     assert len(re.findall(path, err)) == 2
     assert f"\n    python -m {path} x\n" in err
+
+
+def test_a_gpu_that_cannot_be_compiled_for_is_an_error_of_any_command(
+    call, monkeypatch
+):
+    monkeypatch.setattr("mpjax.cost._compile._PLUGINS", ())
+    command = SimpleNamespace(
+        main=lambda config: cost.analyze(lambda x: x + 1, 1.0, device="h100"),
+        Config=mnist_mlp.Config,
+    )
+    code, err = call(module=command)
+    assert code == 1
+    assert_paragraph(err, "needs JAX's CUDA plugin", 'pip install "jax[cuda13]"')

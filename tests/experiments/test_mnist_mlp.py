@@ -14,8 +14,11 @@ from helpers import cli_runs
 import mpjax
 from experiments import mnist_mlp
 from experiments.data.on_device import DeviceDataset
+from experiments.data.splits import split
 from experiments.harness.errors import ConfigError
+from experiments.models import classification
 from experiments.models.mlp import MLP
+from experiments.models.optimizers import rmsprop
 
 # Keras itself warns of what numpy and jax are about to remove.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:keras")
@@ -28,9 +31,11 @@ def keras():
 
 def make_state(num_units=16, policy="float32", seed=0, dataset=None):
     model = MLP(num_units=(num_units, num_units))
-    tx = mpjax.with_loss_scale(mnist_mlp.rmsprop(1e-3), mpjax.NoOpLossScale())
-    dataset = dataset or cli_runs.images()
-    return model, tx, mnist_mlp.init_state(model, tx, policy, seed, dataset)
+    tx = mpjax.with_loss_scale(rmsprop(1e-3), mpjax.NoOpLossScale())
+    config = mnist_mlp.Config(num_units=num_units)
+    splits = mnist_mlp.make_splits(config, dataset or cli_runs.images())
+    task = mnist_mlp.make_task(config, policy, splits)
+    return model, tx, task.make_state(tx, policy, seed)
 
 
 def test_parameters_are_those_of_784_u_u_10():
@@ -77,7 +82,7 @@ def test_rmsprop_takes_the_steps_of_kerass(keras, size):
     variable = keras.Variable(start)
     theirs = keras.optimizers.RMSprop(1e-3)
     theirs.build([variable])
-    tx = mnist_mlp.rmsprop(1e-3)
+    tx = rmsprop(1e-3)
     params, opt_state = jnp.asarray(start), tx.init(jnp.asarray(start))
     for gradient in gradients:
         theirs.apply([jnp.asarray(gradient)], [variable])
@@ -91,7 +96,7 @@ def test_rmsprop_takes_the_steps_of_kerass(keras, size):
 def test_loss_is_kerass_crossentropy_of_the_softmax(keras):
     model, _, state = make_state()
     batch = next(train_set(batch_size=30).in_order())
-    loss, aux = mnist_mlp.make_loss_fn(model)(state.params, batch, None)
+    loss, aux = classification.make_loss_fn(model)(state.params, batch, None)
     logits = model.apply({"params": state.params}, batch["image"])
     losses = keras.losses.sparse_categorical_crossentropy(
         batch["label"], keras.activations.softmax(logits)
@@ -104,12 +109,13 @@ def test_loss_is_kerass_crossentropy_of_the_softmax(keras):
 def test_under_mixed_float16_dots_are_half_and_the_softmax_is_not():
     model, tx, state = make_state(policy="mixed_float16")
     step = mpjax.make_train_step(
-        mnist_mlp.make_loss_fn(model), tx, policy="mixed_float16"
+        classification.make_loss_fn(model), tx, policy="mixed_float16"
     )
     batch = next(train_set().in_order())
     text = step.lower(state, batch).as_text()
     assert_half_dots_and_full_softmax(text, num_dots=8)
-    text = mnist_mlp.make_eval(model, "mixed_float16").lower(state, batch).as_text()
+    eval_step = classification.make_eval_step(model, "mixed_float16")
+    text = eval_step.lower(state, batch).as_text()
     assert_half_dots_and_full_softmax(text, num_dots=3)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
 
@@ -118,13 +124,14 @@ def test_mnists_48000_and_12000_are_the_first_and_the_last():
     y = (np.arange(60_000) % 10).astype(np.uint8)
     x = np.arange(60_000, dtype=np.float32)[:, None, None]
     data = type(cli_runs.images())("n", "the tests", x, y, x[:5], y[:5])
-    train, valid = mnist_mlp.split(mnist_mlp.Config(), data)
+    splits = mnist_mlp.make_splits(mnist_mlp.Config(), data)
+    train, valid = splits.train, splits.val
     assert (train.num_examples, valid.num_examples) == (48_000, 12_000)
     assert train.num_batches == 6
     assert [int(b["mask"].sum()) for b in train.in_order()] == [8192] * 5 + [7040]
-    assert float(next(train.in_order())["image"][0, 0]) == 0
-    assert float(next(valid.in_order())["image"][0, 0]) == 48_000
-    seen = np.concatenate([b["image"][b["mask"], 0] for b in first_epoch(train)])
+    assert float(next(train.in_order())["image"][0, 0, 0]) == 0
+    assert float(next(valid.in_order())["image"][0, 0, 0]) == 48_000
+    seen = np.concatenate([b["image"][b["mask"], 0, 0] for b in first_epoch(train)])
     np.testing.assert_array_equal(np.sort(seen), np.arange(48_000))
 
 
@@ -132,7 +139,7 @@ def test_mnists_48000_and_12000_are_the_first_and_the_last():
 def test_a_split_without_images_is_a_config_error(share):
     config = mnist_mlp.Config(validation_split=share)
     with pytest.raises(ConfigError, match="--validation-split"):
-        mnist_mlp.split(config, cli_runs.images())
+        mnist_mlp.make_splits(config, cli_runs.images())
 
 
 def test_the_padded_last_batch_gives_the_gradient_of_its_examples_alone():
@@ -142,7 +149,7 @@ def test_the_padded_last_batch_gives_the_gradient_of_its_examples_alone():
     *_, last = batches.in_order()
     assert (last["image"].shape[0], int(last["mask"].sum())) == (8192, 7040)
     alone = {name: value[:7040] for name, value in last.items()}
-    loss_fn = mnist_mlp.make_loss_fn(model)
+    loss_fn = classification.make_loss_fn(model)
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     padded = gradient(state.params, last, None)
     expected = gradient(state.params, alone, None)
@@ -156,13 +163,11 @@ def test_the_padded_last_batch_gives_the_gradient_of_its_examples_alone():
 def test_evaluation_is_what_numpy_computes():
     data = cli_runs.images(num_test=4123)
     model, _, state = make_state(dataset=data)
-    test_set = DeviceDataset(data.x_test, data.y_test, mnist_mlp.EVAL_BATCH_SIZE)
-    got = mnist_mlp.evaluate(
-        mnist_mlp.make_eval(model, "float32"), state, test_set, "test"
-    )
+    splits = split(data, 100, batch_size=50, flag="")
+    got = classification.make_evaluate(model, splits, "float32")(state, "test")
     loss, accuracy = numpy_evaluation(state.params, data.x_test, data.y_test)
-    assert got["test_accuracy"] == accuracy
-    np.testing.assert_allclose(got["test_loss"], loss, rtol=1e-5)
+    assert got["accuracy"] == accuracy
+    np.testing.assert_allclose(got["loss"], loss, rtol=1e-5)
 
 
 def test_a_short_run_on_mnist_learns_in_half_precision(real_mnist, tmp_path):

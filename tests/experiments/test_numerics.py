@@ -7,6 +7,7 @@ from helpers import cli_runs
 
 from experiments import mnist_mlp
 from experiments.harness import numerics, numerics_plots
+from experiments.harness.errors import ConfigError
 from experiments.harness.recorder import read_rows
 from mpjax.numerics import OpHistograms, exponent_histogram, representable_fraction
 
@@ -54,7 +55,7 @@ def test_it_counts_draws_and_changes_nothing(tmp_path):
 
 
 def test_an_interval_is_positive():
-    with pytest.raises(mnist_mlp.ConfigError, match="--numerics-interval"):
+    with pytest.raises(ConfigError, match="--numerics-interval"):
         mnist_mlp.Config(numerics_interval=0)
 
 

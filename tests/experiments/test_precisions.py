@@ -17,7 +17,7 @@ FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 def network():
     """The model, parameters with biases, images and labels that it mostly gets."""
     model = DeepConvNet()
-    images = np.random.default_rng(0).random((40, 784)).astype(np.float32)
+    images = np.random.default_rng(0).random((40, 28, 28)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     leaves, tree = jax.tree.flatten(jax.device_get(params))
     rng = np.random.default_rng(1)

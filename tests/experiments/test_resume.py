@@ -1,4 +1,4 @@
-"""A run that is killed or stopped, and goes on, ends where it would have ended."""
+"""A run that is killed or stopped, and resumed, gives the uninterrupted result."""
 
 import random
 import shlex
@@ -12,8 +12,6 @@ from helpers import cli_runs
 
 import mpjax
 from experiments import mnist_mlp
-from experiments.data import mnist
-from experiments.models.mlp import MLP
 
 NUM_EPOCHS = 16
 POLICIES = ("float32", "mixed_float16")
@@ -79,11 +77,11 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
     script.write_text(
         "import time\n"
         "from experiments import mnist_mlp\n"
-        "from experiments.harness import cli\n"
+        "from experiments.harness import cli, loop\n"
         "def evaluate(*args):\n"
         "    print('epoch', flush=True)\n"
         "    time.sleep(300)\n"
-        "mnist_mlp.evaluate = evaluate\n"
+        "loop.evaluate = evaluate\n"
         "cli.run(mnist_mlp.main, mnist_mlp.Config, doc=None)\n"
     )
     flags = (*FLAGS, "--workdir", tmp_path / "run")
@@ -100,7 +98,7 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def wait_for_epochs(process, count):
-    """Reads stdout until so many lines have told of an epoch."""
+    """Reads stdout until `count` lines begin with "epoch"."""
     for line in process.stdout:
         count -= line.startswith("epoch")
         if not count:
@@ -155,7 +153,8 @@ def assert_same(workdir, expected):
 
 
 def template(policy):
-    config = mnist_mlp.Config()
-    tx = mpjax.with_loss_scale(mnist_mlp.rmsprop(1e-3), config.make_loss_scale(policy))
-    data = mnist.load("digits")
-    return mnist_mlp.init_state(MLP(num_units=(24, 24)), tx, policy, 0, data)
+    config = mnist_mlp.Config(dataset="digits", num_units=24)
+    splits = mnist_mlp.make_splits(config, config.load_dataset())
+    task = mnist_mlp.make_task(config, policy, splits)
+    tx = mpjax.with_loss_scale(task.tx, config.make_loss_scale(policy))
+    return task.make_state(tx, policy, seed=0)

@@ -63,7 +63,7 @@ def run(*flags, **kwargs):
 
 
 def images(num=120, num_test=40, seed=0):
-    """Small pictures whose label is where the bright column is."""
+    """Small pictures whose label is the place of a bright column."""
     rng = np.random.default_rng(seed)
 
     def some(size):
@@ -76,7 +76,7 @@ def images(num=120, num_test=40, seed=0):
 
 
 def rows_without_times(directory):
-    """The rows of metrics, but for what a clock said."""
+    """Returns the rows of metrics without measured times."""
     rows = read_rows(directory / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
@@ -90,7 +90,7 @@ def newest_checkpoint(directory, template):
     """Returns the step and the arrays of the newest checkpoint."""
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     try:
-        step, state = checkpoints.restore(template)
+        step, state, _ = checkpoints.restore(template)
     finally:
         checkpoints.close()
     return step, {k: np.asarray(v) for k, v in to_arrays(state).items()}

@@ -5,7 +5,7 @@ import pytest
 from experiments.benchmarks import memory
 from experiments.benchmarks.workloads import WORKLOADS, mlp
 from experiments.harness.errors import ConfigError
-from experiments.harness.workdir import read_json
+from experiments.harness.files import read_json
 
 
 def test_ratios_are_to_float32_of_the_same_batch():

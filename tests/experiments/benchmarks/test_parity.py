@@ -31,20 +31,20 @@ def test_stopped_and_started_again_it_fills_the_table(config, monkeypatch, capsy
     train_policy = mnist_mlp.train_policy
     trained = []
 
-    def stop_at_the_second(run, policy, directory, dataset):
+    def stop_at_the_second(experiment, task, run, policy, directory):
         if len(trained) == 1:
             raise stop.Interrupted(15, "nothing was saved")
         trained.append(policy)
-        return train_policy(run, policy, directory, dataset)
+        return train_policy(experiment, task, run, policy, directory)
 
     monkeypatch.setattr(mnist_mlp, "train_policy", stop_at_the_second)
     with pytest.raises(stop.Interrupted, match="the runs that are finished are kept"):
         parity.main(config)
     assert not config.output.exists()
 
-    def count(run, policy, directory, dataset):
+    def count(experiment, task, run, policy, directory):
         trained.append(policy)
-        return train_policy(run, policy, directory, dataset)
+        return train_policy(experiment, task, run, policy, directory)
 
     monkeypatch.setattr(mnist_mlp, "train_policy", count)
     table = parity.main(config)

@@ -15,7 +15,7 @@ from experiments.benchmarks.baselines import warmup
 from experiments.benchmarks.baselines.baseline import FLOAT32, Baseline, Case, Step
 from experiments.benchmarks.workloads import WORKLOADS, mlp
 from experiments.harness.errors import ConfigError
-from experiments.harness.workdir import read_json
+from experiments.harness.files import read_json
 
 
 @pytest.fixture(scope="module")
