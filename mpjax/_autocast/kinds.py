@@ -36,7 +36,7 @@ def choose_kinds(low: Collection[str], high: Collection[str]) -> dict[str, Kind]
             "inside it."
         )
     kinds |= dict.fromkeys(low, Kind.HALF)
-    # A call that is to stay in float32 is left alone whole.
+    # A call that stays in float32 is left alone, with everything inside it.
     for name in high:
         kinds[name] = Kind.OPAQUE if name in containers else Kind.FLOAT32
     return kinds

@@ -52,7 +52,7 @@ def map_equations(fn: Callable[[Any], list[Any]], jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
 
     def convert(jaxpr):
@@ -74,11 +74,11 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
 
     Args:
       fn: gets a jaxpr, closed or open, and returns one with the same inputs and
-        outputs; the very object to leave it as it is.
+        outputs; the same object to leave it as it is.
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     done: dict[int, tuple[Any, Any]] = {}
 

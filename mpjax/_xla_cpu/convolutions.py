@@ -24,7 +24,7 @@ def put_half_channels_last(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
 
     def convert(eqn):
@@ -41,7 +41,7 @@ def put_channels_last(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_equations(channels_last, jaxpr) if switch.is_on else jaxpr
 

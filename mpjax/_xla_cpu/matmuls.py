@@ -41,7 +41,7 @@ def swap_transposed_matmuls(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_jaxprs(_swap, jaxpr) if switch.is_on else jaxpr
 
@@ -53,7 +53,7 @@ def add_unit_axes(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_equations(with_unit_axes, jaxpr) if switch.is_on else jaxpr
 
