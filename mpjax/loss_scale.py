@@ -141,8 +141,8 @@ class DynamicLossScale:
             if hysteresis_left == 0:
                 loss_scale = max(loss_scale * backoff_factor, min_loss_scale)
 
-    With `hysteresis=1` every overflow backs off. With more, that many overflows since
-    the last growth are forgiven less one; from then on each backs off.
+    With `hysteresis=1` every overflow backs off. With `hysteresis=n` the first n - 1
+    overflows since the last growth are forgiven; from then on each backs off.
 
     The scale stays a power of two when it began as one and factors and limits are
     powers of two; scaling is then exact.

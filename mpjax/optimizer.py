@@ -146,13 +146,13 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
 
     Args:
       loss: scalar of any floating dtype.
-      opt_state: a state that holds that of `with_loss_scale` at any depth.
+      opt_state: a state that holds the state of `with_loss_scale` at any depth.
 
     Returns:
       The scaled loss; take its gradient and give that to `tx.update`.
 
     Raises:
-      ValueError: if the state holds none, or more than one.
+      ValueError: if it holds no state of `with_loss_scale`, or more than one.
     """
     return loss_scale_state(opt_state).loss_scale.scale(loss)
 
@@ -182,7 +182,7 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
 
 
 def is_loss_scale_state(node: Any) -> bool:
-    """Whether a node of an optimizer's state is that of `with_loss_scale`."""
+    """Whether a node of an optimizer's state is a state of `with_loss_scale`."""
     return isinstance(node, LossScaleState)
 
 

@@ -155,8 +155,8 @@ def make_train_step(
         model state and floating aux are averaged, integer aux added up.
       checkpoint_policy: which residuals the forward pass saves; the backward pass
         rematerializes the others. A name in `jax.checkpoint_policies` such as
-        "dots_saveable" (matmuls alone), or such a function. None saves all. Layers
-        under a `jax.checkpoint` of their own save more memory.
+        "dots_saveable" (matmuls alone), or a function of that kind. None saves all.
+        Layers under a `jax.checkpoint` of their own save more memory.
       donate: whether the step may reuse the memory of its input state, which is then no
         longer readable.
       no_cast_inputs: regular expression, used where inputs are cast; floating inputs
@@ -166,7 +166,7 @@ def make_train_step(
     Returns:
       `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
       `.lower`). The metrics are scalars on the device: `loss` and `grad_norm`
-      (unscaled, float32), `grads_finite`, `loss_scale` (the one this step used),
+      (unscaled, float32), `grads_finite`, `loss_scale` (the scale of this step),
       `num_skipped`, `num_consecutive_skipped`, and the entries of `aux` (under `aux`
       where it is not a dictionary).
 
@@ -237,7 +237,7 @@ def make_eval_step(
       eval_fn: `(params, batch) -> outputs`, or `(params, model_state, batch) ->
         outputs` where the state has a model state.
       policy: the dtype to compute in; floating outputs are cast to its output dtype
-        (with rules, that of the default).
+        (with rules, the default policy's).
       autocast: as in `make_train_step`.
       mesh: devices to split the batch over.
       use_ema: whether to evaluate the averaged parameters.

@@ -26,14 +26,14 @@ class Finding:
       kind: "accumulation in half", "sensitive function in half", "leak to float32",
         "matmul in float32", "float64", "retrace" or "cast there and back".
       primitive: name of the operation.
-      dtype: of its result; for a matmul the dtype in which it computes.
+      dtype: dtype of its result; for a matmul the dtype in which it computes.
       scope: its name scope.
       source: the user's source line, `model.py:12:4 (loss_fn)`.
       message: what is wrong.
       remedy: what to do about it.
       num_calls: how often it runs; a `while` body and each branch of a `cond` count
         once.
-      flops: of all calls together, for a matmul; else 0.
+      flops: FLOPs of all its calls together, for a matmul; else 0.
     """
 
     kind: str
