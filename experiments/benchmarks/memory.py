@@ -121,7 +121,7 @@ def measure(
     """Compiles the steps of one model at one batch size.
 
     Args:
-      name: of the model, for the table.
+      name: name of the model in the table.
       workload: the model.
       batch_size: examples per step.
       device: as `mpjax.cost.analyze` takes it; None for the one of this machine.

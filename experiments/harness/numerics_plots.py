@@ -28,7 +28,7 @@ def numerics_figure(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
 
     Args:
       path: the PNG to write.
-      title: of the figure.
+      title: title of the figure.
       rows: the run's rows of metrics; rows of kind "numerics" hold the histograms.
     """
     scales = {r["step"]: r["loss_scale"] for r in rows if r["kind"] == "train"}

@@ -40,13 +40,13 @@ def gradient(loss, params, inputs, *, scale: float = 1.0) -> Any:
 
 
 def autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0) -> Any:
-    """Returns the same with autocast around the gradient, as in the train step."""
+    """Returns the gradient under autocast around `jax.grad`, as in the train step."""
     grads = _compiled(loss, policy, scale)(params, inputs)
     return jax.tree.map(lambda g: np.asarray(g, np.float64) / scale, grads)
 
 
 def inner_autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0):
-    """Returns the same with the gradient around autocast."""
+    """Returns the gradient with autocast inside `jax.grad`, around the loss."""
     return gradient(_inner_autocast(loss, policy), params, inputs, scale=scale)
 
 

@@ -85,7 +85,7 @@ class Origin(NamedTuple):
 
     Attributes:
       order: sorts origins; the smallest came first.
-      record: what the user is told.
+      record: the `NonFinite` to report.
       is_constant: whether it is a constant, which alone is not to blame.
     """
 
@@ -216,7 +216,7 @@ class _Interpreter:
             primitive=eqn.primitive.name,
             scope=context.scope,
             source=context.source,
-            is_backward=context.is_backward and not context.is_recomputed,
+            is_backward=context.is_backward and not context.is_rematerialized,
             dtype=str(bad.dtype),
             shape=tuple(bad.shape),
             num_nan=num_nan,
