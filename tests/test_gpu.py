@@ -1,4 +1,4 @@
-"""What the other tests assert on a CPU, on a GPU, and that XLA computes in half there.
+"""What other tests assert on a CPU, on a GPU, and that XLA computes in half there.
 
 pytest -m gpu -n0 tests/test_gpu.py
 """
