@@ -31,7 +31,7 @@ from jax.experimental import io_callback
 from mpjax import autocast
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
 
-LOW = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+MATMUL_NAMES = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 ON_DEVICE = jnp.asarray(W)
 EMPTY = np.zeros((0, 8), np.float32)
 
@@ -105,7 +105,7 @@ FUNCTIONS = STRUCTURES | MATMULS | CALLS | AFTER_A_MATMUL
 
 def mixed(closed):
     """Returns the dtypes of the matmuls that have more than one."""
-    return [d for e in eqns(closed, *LOW) if len(d := floats(e)) > 1]
+    return [d for e in eqns(closed, *MATMUL_NAMES) if len(d := floats(e)) > 1]
 
 
 def bits(x):
@@ -174,9 +174,9 @@ def test_the_rewrite_is_well_typed(name, policy):
 def test_all_their_matmuls_are_half(name):
     """Otherwise the tests above would show nothing."""
     fn, args = (MATMULS | CALLS)[name]
-    dots = eqns(rewrite(fn, *args), *LOW)
+    dots = eqns(rewrite(fn, *args), *MATMUL_NAMES)
     assert {frozenset(floats(e)) for e in dots} <= {frozenset({BF16})}
-    assert len(dots) == len(eqns(jax.make_jaxpr(fn)(*args), *LOW))
+    assert len(dots) == len(eqns(jax.make_jaxpr(fn)(*args), *MATMUL_NAMES))
     assert dots or name == "custom_root"
 
 
@@ -261,7 +261,9 @@ def test_these_matmuls_exist_in_every_dtype():
     for dtype in ("bfloat16", "float16", "int32", "complex64"):
         fn, args = MATMULS["einsum"]
         closed = rewrite(fn, *convert(args, jnp.dtype(dtype)))
-        assert [e.outvars[0].aval.dtype for e in eqns(closed, *LOW)] == [dtype] * 2
+        assert [e.outvars[0].aval.dtype for e in eqns(closed, *MATMUL_NAMES)] == [
+            dtype
+        ] * 2
 
 
 # --- Arguments and results that are not arrays.

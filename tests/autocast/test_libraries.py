@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import nnx
 from helpers import layers
-from helpers.layers import FLAT, LOW, Case, normal
+from helpers.layers import FLAT, MATMUL_NAMES, Case, normal
 from helpers.tools import assert_same_bits, leaf_bytes, thinned
 
 import mpjax
@@ -183,7 +183,7 @@ def kinds(tree):
 
 
 def matmuls(closed):
-    return [eqn for eqn, _, _ in walk(closed) if eqn.primitive.name in LOW]
+    return [eqn for eqn, _, _ in walk(closed) if eqn.primitive.name in MATMUL_NAMES]
 
 
 def contracts_nothing(eqn):

@@ -28,7 +28,7 @@ MASK = np.tril(np.ones((N, N), bool))
 # The programs' arguments: two matrices to differentiate for, halves, integers, a mask,
 # a number, and a boolean that chooses a branch.
 ARGS = (X, W, *HALVES, IDS * MASK, MASK, 0.3, np.int32(1))
-LOW = ("dot_general", "conv_general_dilated")
+MATMUL_NAMES = ("dot_general", "conv_general_dilated")
 
 # --- Operations. Their values stay in about [-1, 1], and errors grow little.
 
@@ -208,7 +208,7 @@ def assert_well_typed(fn, plain, *args):
     closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*args)
     check_jaxpr(open_jaxpr(closed))
     assert types(outputs) == types(jax.eval_shape(plain, *args))
-    for eqn in eqns(closed, *LOW):
+    for eqn in eqns(closed, *MATMUL_NAMES):
         assert len(floats(eqn)) == 1
     return closed
 
@@ -230,8 +230,10 @@ def test_types(program, policy):
     fn = function(program)
     closed = assert_well_typed(autocast(fn, policy), fn, *ARGS)
     traced = jax.make_jaxpr(fn)(*ARGS)
-    float32 = [e for e in eqns(closed, *LOW) if floats(e) == {np.dtype(np.float32)}]
-    assert len(float32) < len(eqns(traced, *LOW))
+    float32 = [
+        e for e in eqns(closed, *MATMUL_NAMES) if floats(e) == {np.dtype(np.float32)}
+    ]
+    assert len(float32) < len(eqns(traced, *MATMUL_NAMES))
 
 
 @hypothesis.settings(max_examples=NUM_EXAMPLES // 4)

@@ -21,7 +21,7 @@ from flax import nnx
 from mpjax._jaxpr.core import dtype_of, walk
 
 KEY = jax.random.key(3)
-LOW = ("dot_general", "conv_general_dilated")
+MATMUL_NAMES = ("dot_general", "conv_general_dilated")
 
 
 class Case(NamedTuple):
@@ -41,7 +41,7 @@ def matmul_dtypes(closed):
     """Returns the dtypes of each matmul's operands and output, by name scope."""
     found = {}
     for eqn, scope, _ in walk(closed):
-        if eqn.primitive.name in LOW:
+        if eqn.primitive.name in MATMUL_NAMES:
             dtypes = {str(dtype_of(v)) for v in (*eqn.invars, *eqn.outvars)}
             found.setdefault(scope, []).append(dtypes)
     return found

@@ -102,7 +102,7 @@ with_own_vjp.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x.T + x.T @ g,))
 
 RAGGED_SIZES = np.array([2, 2], np.int32)
 
-LOW = {
+HALF = {
     "dot_general": lambda x: x @ (x + 1),
     "conv_general_dilated": lambda x: lax.conv(
         x[None, None], x[None, None, :2, :2], (1, 1), "SAME"
@@ -110,7 +110,7 @@ LOW = {
     "ragged_dot_general": lambda x: lax.ragged_dot(x, jnp.stack([x, x]), RAGGED_SIZES),
 }
 
-HIGH = {
+FLOAT32 = {
     "exp": lax.exp,
     "exp2": lax.exp2,
     "expm1": lax.expm1,

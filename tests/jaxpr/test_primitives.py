@@ -27,8 +27,8 @@ from mpjax._jaxpr.flops import count_flops
 from mpjax._jaxpr.primitives import PRIMITIVES, Flops, Kind
 
 PROBES = (
-    probes.LOW
-    | probes.HIGH
+    probes.HALF
+    | probes.FLOAT32
     | probes.ARITHMETIC
     | probes.EXACT
     | probes.CALLS
@@ -48,8 +48,8 @@ def of_kind(*kinds, **facts):
 
 CALLS = of_kind(Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM)
 TABLES = {
-    "half": (of_kind(Kind.HALF), probes.LOW),
-    "float32": (of_kind(Kind.FLOAT32), probes.HIGH),
+    "half": (of_kind(Kind.HALF), probes.HALF),
+    "float32": (of_kind(Kind.FLOAT32), probes.FLOAT32),
     "arithmetic": (of_kind(Kind.PROMOTE, is_exact=False), probes.ARITHMETIC),
     "exact": (of_kind(Kind.PROMOTE, is_exact=True), probes.EXACT),
     "calls": (CALLS, probes.CALLS),
@@ -179,9 +179,9 @@ def check_values(fn, which):
         np.testing.assert_allclose(a, b, rtol=0.04, atol=0.04)
 
 
-@pytest.mark.parametrize("name", thinned(installed(probes.HIGH)))
+@pytest.mark.parametrize("name", thinned(installed(probes.FLOAT32)))
 def test_kind_float32_runs_in_float32(name):
-    fn = probes.HIGH[name]
+    fn = probes.FLOAT32[name]
     closed = rewritten(fn, probed)
     assert dtypes(closed, "dot_general", "first") == [({HALF}, {HALF})]
     found = dtypes(closed, name, "probe")
@@ -248,10 +248,10 @@ def test_exact_is_exact(name):
 
 @pytest.mark.parametrize("order", ["forward", "inside the gradient", "outside"])
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("name", installed(probes.LOW))
+@pytest.mark.parametrize("name", installed(probes.HALF))
 def test_kind_half_runs_in_half(name, policy, order):
     def loss(x):
-        return jnp.sum(probes.LOW[name](x) ** 2)
+        return jnp.sum(probes.HALF[name](x) ** 2)
 
     cast = lambda fn: mpjax.autocast(fn, policy)
     new, old = {
