@@ -229,7 +229,7 @@ def test_a_host_that_never_answers_ends_with_a_time_out(
     assert contents(tmp_path) == []
 
 
-def test_a_name_that_is_looked_up_for_ever_ends_with_a_time_out(
+def test_a_name_that_is_looked_up_forever_ends_with_a_time_out(
     tmp_path, tfds_host, monkeypatch
 ):
     answered = threading.Event()

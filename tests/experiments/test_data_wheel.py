@@ -1,4 +1,4 @@
-"""MNIST out of the wheel: the real one, and everything that can come instead."""
+"""MNIST from the wheel: the real wheel, and everything that can come instead."""
 
 import contextlib
 import gzip

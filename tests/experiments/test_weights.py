@@ -1,4 +1,4 @@
-"""Weights survive the file bit by bit, and a file that is no good says why."""
+"""Weights survive the file bitwise, and the error of a bad file says why."""
 
 import json
 
@@ -111,7 +111,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("damage", "words"), CASES.values(), ids=CASES)
-def test_a_file_that_is_no_good_says_why(file, damage, words):
+def test_the_error_of_a_bad_file_says_why(file, damage, words):
     damage(file)
     with pytest.raises(WeightsError) as error:
         read_weights(file, PARAMS)
