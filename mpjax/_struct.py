@@ -103,7 +103,7 @@ def replace_fields(node: T, changes: dict[str, Any]) -> T:
     """Returns a copy of a pytree dataclass with other field values, not validated.
 
     Raises:
-      TypeError: for a name that is no field; the message lists the fields.
+      TypeError: for a name that is not a field; the message lists the fields.
     """
     known = [field.name for field in dataclasses.fields(node)]  # pyright: ignore[reportArgumentType]
     unknown = [name for name in changes if name not in known]

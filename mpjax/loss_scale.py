@@ -253,7 +253,7 @@ def as_loss_scale(loss_scale: Any) -> LossScale:
     Any other object with jmp's protocol is returned as it is.
 
     Raises:
-      TypeError: if the object is no loss scale.
+      TypeError: if the object is not a loss scale.
     """
     if isinstance(loss_scale, jmp.NoOpLossScale):
         return NoOpLossScale()

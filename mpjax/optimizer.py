@@ -66,7 +66,7 @@ def with_loss_scale(
     On each update the gradients are checked, and unscaled in float32. If they are
     finite, `tx` updates as usual; clipping, weight decay and schedules inside `tx` work
     on true magnitudes. If they are not, the updates are zero and the state of `tx`
-    stays bitwise what it was. Then the loss scale is adjusted.
+    stays bitwise unchanged. Then the loss scale is adjusted.
 
     The check is one pass: gradients count as finite if the sum of their squares is, in
     float32, before unscaling. So a step is skipped not only for an Inf or NaN, but also
@@ -96,7 +96,7 @@ def with_loss_scale(
       step. With `axis_name` it is still combined over all devices.
 
     Raises:
-      TypeError: if `loss_scale` is no loss scale.
+      TypeError: if `loss_scale` is not a loss scale.
     """
     tx = optax.with_extra_args_support(tx)
     initial = as_loss_scale(loss_scale)
@@ -175,7 +175,7 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
         )
     if len(found) > 1:
         raise ValueError(
-            f"{len(found)} loss scales in this optimizer state, and one loss has one "
+            f"{len(found)} loss scales in this optimizer state, but one loss has one "
             "scale: wrap the whole optimizer, with_loss_scale(multi_transform(...))."
         )
     return found[0]

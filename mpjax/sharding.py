@@ -23,7 +23,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
     if not axes:
         raise ValueError(
-            f"the mesh has axes {mesh.axis_names}, and a batch is split over 'data' "
+            f"the mesh has axes {mesh.axis_names}, but a batch is split over 'data' "
             "or 'fsdp'; make one with jax.make_mesh((jax.device_count(),), ('data',))."
         )
     return NamedSharding(auto_mesh(mesh), PartitionSpec(axes))

@@ -107,7 +107,7 @@ class TrainState:
           **changes: new values by the names of fields, such as `params`.
 
         Raises:
-          TypeError: for a name that is no field; the message lists the fields.
+          TypeError: for a name that is not a field; the message lists the fields.
         """
         return replace_fields(self, changes)
 
@@ -129,7 +129,7 @@ def make_train_step(
     """Builds a jitted train step with loss scaling.
 
     A step whose gradients or new model state are not finite is skipped: params,
-    optimizer, model state, EMA and step stay bitwise what they were; only the loss
+    optimizer, model state, EMA and step stay bitwise unchanged; only the loss
     scale, the skip counters and the key change.
 
     Args:
@@ -172,7 +172,7 @@ def make_train_step(
 
     Raises:
       ValueError: for a number out of range or an unknown policy; at the first call, for
-        a batch that cannot be cut, a loss that is no scalar, an aux that uses
+        a batch that cannot be cut, a loss that is not a scalar, an aux that uses
         a metric's name, a state with an EMA but no decay, or the reverse.
     """
     rules = resolve(policy)

@@ -22,7 +22,7 @@ def save_table(
 
     Args:
       path: path of the result file.
-      table: what the file is to hold; its `runs` are the rows.
+      table: contents of the file; its `runs` are the rows.
       title: above the printed table.
       columns: columns of the printed table.
 

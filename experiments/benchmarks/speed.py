@@ -118,7 +118,7 @@ class Config:
             re.compile(self.baselines)
         except re.error as error:
             raise ConfigError(
-                f"--baselines is no regular expression: {error}."
+                f"--baselines is not a regular expression: {error}."
             ) from error
 
 
@@ -159,7 +159,7 @@ def choose(
       The baselines to time, and how to install the libraries of the others, by name.
 
     Raises:
-      ConfigError: if the pattern is found in no name.
+      ConfigError: if the pattern matches no name.
     """
     possible = [
         baseline
@@ -170,7 +170,7 @@ def choose(
     wanted = {b.name for b in possible if re.search(pattern, b.name)}
     if not wanted:
         raise ConfigError(
-            f"--baselines {pattern!r} is found in no baseline of {workload}; there are "
+            f"--baselines {pattern!r} matches no baseline of {workload}; there are "
             f"{'; '.join(baseline.name for baseline in possible)}."
         )
     references = {baseline.name: baseline.reference for baseline in possible}

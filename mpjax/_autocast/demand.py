@@ -49,7 +49,7 @@ MUST_KEEP = Demand(frozenset(), wants_float32=True, must_keep=True)
 
 
 class DemandAnalysis:
-    """Finds, per jaxpr, what is demanded of each variable.
+    """Finds the demand on each variable, per jaxpr.
 
     Args:
       kind_of: the kind of an equation.
@@ -92,11 +92,11 @@ class DemandAnalysis:
     def demands(
         self, jaxpr: Any, outputs: tuple[Demand, ...], scope: str
     ) -> tuple[dict, tuple[Demand, ...]]:
-        """Returns what is demanded of each variable.
+        """Returns the demand on each variable.
 
         Args:
           jaxpr: closed or open.
-          outputs: what is demanded of each output outside.
+          outputs: the demand on each output from outside.
           scope: the name scope of the jaxpr.
 
         Returns:
@@ -119,7 +119,7 @@ class DemandAnalysis:
         return found
 
     def _operand_demands(self, eqn: Any, found: dict, scope: str) -> Iterable[Demand]:
-        """Returns what an equation demands of its operands.
+        """Returns the demands of an equation on its operands.
 
         Args:
           eqn: the equation.
@@ -149,7 +149,7 @@ class DemandAnalysis:
         return [demand] * len(eqn.invars)
 
     def _call_demands(self, eqn: Any, found: dict, scope: str) -> list[Demand]:
-        """Returns what the jaxprs inside demand; a conditional keeps its results."""
+        """Returns the demands of the jaxprs inside; a conditional keeps its results."""
         is_cond = self._kind_of(eqn) is Kind.COND
         results = tuple(
             MUST_KEEP if is_cond else found.get(v, NO_DEMAND) for v in eqn.outvars

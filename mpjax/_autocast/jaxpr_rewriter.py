@@ -54,7 +54,7 @@ class JaxprRewriter:
     Args:
       rewriter: the `Rewriter`, which has the kinds and rules, and rewrites inner
         jaxprs.
-      demands: what is demanded of each variable.
+      demands: the demand on each variable.
       scope: the name scope of the jaxpr.
       times: how often it runs.
     """
@@ -83,7 +83,7 @@ class JaxprRewriter:
           jaxpr: closed or open.
           in_dtypes: actual dtype per input.
           in_values: known number per input, or None.
-          out_dtypes: what each output is cast to; None for the dtype that it has.
+          out_dtypes: the dtype that each output is cast to; None to keep its own.
 
         Returns:
           The jaxpr (the same object if nothing changed) and its outputs' dtypes.

@@ -26,7 +26,9 @@ def choose_kinds(low: Collection[str], high: Collection[str]) -> dict[str, Kind]
             )
     both = sorted(set(low) & set(high))
     if both:
-        raise ValueError(f"{', '.join(both)}: in both low= and high=; drop it in one.")
+        raise ValueError(
+            f"{', '.join(both)}: in both low= and high=; drop it from one."
+        )
     kinds = {name: facts.kind for name, facts in PRIMITIVES.items()}
     containers = {name for name, kind in kinds.items() if kind in _CONTAINERS}
     calls = sorted(containers & set(low))

@@ -16,7 +16,7 @@ from mpjax._xla_cpu.matmuls import add_unit_axes, swap_transposed_matmuls
 
 
 def rewrite_in_half(jaxpr: Any, settings: Settings, scope: str = "") -> Any:
-    """Rewrites the operations by what is demanded of each value."""
+    """Rewrites the operations by the demands on their values."""
     return Rewriter(settings, run_pipeline).rewrite(jaxpr, scope)
 
 

@@ -112,7 +112,7 @@ class Rewriter:
           jaxpr: closed or open.
           in_dtypes: actual dtype of each input; as traced if None.
           in_values: the value of each input that is a known scalar.
-          out_demands: what is demanded of each output; outputs then have the dtypes
+          out_demands: the demand on each output; outputs then have the dtypes
             that the rewrite gives them.
           out_dtypes: the dtype that each output is cast to; None for an output that
             keeps the dtype of the rewrite. Without this and `out_demands` outputs have

@@ -58,7 +58,7 @@ def _snapshot(value: Any) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     try:
         return type(a) is type(b) and bool(a == b)
-    except Exception:  # An `==` that is no comparison: the values count as different.
+    except Exception:  # An `==` may not be a comparison: the values count as different.
         return False
 
 

@@ -128,7 +128,7 @@ def checkpointed(loss_fn: Callable[..., Any], policy: Any) -> Callable[..., Any]
         if policy not in known:
             raise ValueError(
                 f"checkpoint_policy={policy!r} is none of {', '.join(known)}; pass any "
-                "other as a function."
+                "other policy as a function."
             )
         policy = getattr(jax.checkpoint_policies, policy)
     return jax.checkpoint(loss_fn, policy=policy)

@@ -86,13 +86,13 @@ def _likeness(x: Finding) -> Any:
 
 
 def stall_message(dtype: Any) -> str:
-    """Returns when a long sum in half stops growing."""
+    """Returns the size at which a long sum in half stops growing, as text."""
     ratio = 2 ** (jnp.finfo(dtype).nmant + 1)
     return f"where a sum stalls once it is {ratio} times its terms"
 
 
 def rounding_message(eqn: Any) -> str:
-    """Returns what a sensitive function in half loses."""
+    """Returns how a sensitive function in half goes wrong."""
     dtype = eqn.outvars[0].aval.dtype
     limit = facts_of(eqn).float16_limit
     if dtype == np.float16 and limit:

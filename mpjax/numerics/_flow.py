@@ -101,7 +101,7 @@ class Flow:
             env[var] = _in_use(value, uses[var])
         consts = getattr(jaxpr, "consts", ())
         for var, const in zip(body.constvars, consts, strict=False):
-            # A tracer of an outer transformation is no constant.
+            # A tracer of an outer transformation is not a constant.
             env[var] = AbstractValue(is_constant=not isinstance(const, Tracer))
 
         def read(atom):

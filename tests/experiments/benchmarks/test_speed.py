@@ -261,7 +261,7 @@ def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
     ("flags", "message"),
     [
         ({"workloads": "mpl"}, "must be some of mlp, convnet.*got 'mpl'"),
-        ({"baselines": "("}, "no regular expression"),
+        ({"baselines": "("}, "not a regular expression"),
         ({"num_rounds": 0}, "num-rounds"),
         ({"max_minutes": 0.0}, "max-minutes"),
     ],
