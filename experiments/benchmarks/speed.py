@@ -126,7 +126,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     """Times every baseline of every model; returns what the result files hold.
 
     Raises:
-      ConfigError: if no baseline of a model has a name that --baselines is found in.
+      ConfigError: if --baselines matches no baseline of a model.
       WorkdirError: if a result cannot be written.
     """
     # Taken first: the result files change the state of the checkout.

@@ -50,8 +50,8 @@ def channels_last(eqn: Any) -> list[Any]:
     """Returns equations for a convolution, transposes before and after it.
 
     Args:
-      eqn: any equation; left alone if it is not a convolution, has that form already, or
-        takes or returns arrays that are split over an explicit mesh.
+      eqn: any equation; left alone if it is not a convolution, has that form already,
+        or takes or returns arrays that are split over an explicit mesh.
     """
     if eqn.primitive.name != "conv_general_dilated":
         return [eqn]
