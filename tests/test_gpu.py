@@ -16,8 +16,8 @@ from test_train import (  # noqa: F401 - collected here, under the mark
 from test_train_compiled import (
     mlp,
     test_nothing_crosses_between_host_and_device,  # noqa: F401
-    test_one_trace_in_its_life,  # noqa: F401
     test_the_compiled_step_calls_no_host,  # noqa: F401
+    test_the_step_is_traced_once,  # noqa: F401
 )
 
 from experiments.models import small
