@@ -87,8 +87,8 @@ class Config:
     """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru."""
 
     baselines: str = ""
-    """Regular expression; times the baselines whose name it is found in and those that
-    they are compared with. Empty for all."""
+    """Regular expression; times the baselines whose name it matches and the baselines
+    that they are compared with. Empty for all."""
 
     batch_size: int | None = None
     """Examples per step; by default each model has its own for a CPU and for a GPU."""

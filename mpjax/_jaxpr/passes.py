@@ -48,7 +48,7 @@ def map_equations(fn: Callable[[Any], list[Any]], jaxpr: Any) -> Any:
 
     Args:
       fn: gets an equation and returns the equations that compute its results; a list of
-        the same object to leave it as it is.
+        this equation alone leaves it as it is.
       jaxpr: closed or open.
 
     Returns:

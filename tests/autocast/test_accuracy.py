@@ -46,7 +46,7 @@ def truth(name, seed):
 @pytest.mark.parametrize("policy", thinned(POLICIES, rest="weekly"))
 @pytest.mark.parametrize("name", thinned(CASES, 4, rest="weekly"))
 def test_gradients_are_no_worse_than_hand_cast(name, policy):
-    """Geometric mean over seeds of the ratio; 2 % for the luck of the draw."""
+    """The geometric mean over seeds of the ratio, with 2 % for chance."""
     dtype, scale = POLICIES[policy]
     ratios = []
     for seed in range(NUM_SEEDS.get(name, 1)):
