@@ -246,7 +246,7 @@ class DynamicLossScale:
 
 
 def as_loss_scale(loss_scale: Any) -> LossScale:
-    """Converts one of jmp's loss scales to one of this module.
+    """Converts one of jmp's loss scales to a loss scale of this module.
 
     jmp's own objects lose `min_loss_scale` under jit, unscale in half precision and
     recompile per static value; their settings are taken over, their faults are not.

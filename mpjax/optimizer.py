@@ -47,7 +47,7 @@ class DecidedState(LossScaleState):
 
     Its `grads_finite` says whether the coming step is taken. `with_loss_scale` makes no
     check of its own and selects nothing: the updates and the inner state that it
-    returns are those of a step taken, and the caller keeps its old arrays if the step
+    returns belong to a step taken, and the caller keeps its old arrays if the step
     is skipped. Only the loss scale and the counters follow the decision.
 
     The decision travels in the state because every wrapper of optax passes the state

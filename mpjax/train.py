@@ -94,7 +94,7 @@ class TrainState:
         """Returns a copy with some fields replaced, inside jit or outside.
 
         The values go in as they are: nothing is copied, cast or checked, and the
-        optimizer state stays that of the old parameters.
+        optimizer state still belongs to the old parameters.
 
         >>> import mpjax, optax
         >>> tx = mpjax.with_loss_scale(optax.sgd(0.1))

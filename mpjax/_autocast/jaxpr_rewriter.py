@@ -215,7 +215,7 @@ class JaxprRewriter:
         return dtype if is_exact else None
 
     def _decide(self, eqn: Any) -> _Decision:
-        """Returns the dtype of a result from those of the operands."""
+        """Returns the dtype of a result from the dtypes of the operands."""
         env = self._env
         floats = [x for x in eqn.invars if is_float32(x.aval)]
         variables = [x for x in floats if not isinstance(x, Literal)]

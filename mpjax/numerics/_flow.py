@@ -1,8 +1,8 @@
 """Abstract interpretation of jaxprs, on which the findings of a report rest.
 
 A jaxpr is run on abstract values, through jit, scan, while, cond and functions with
-derivatives of their own. A loop is run until nothing changes, then once more for the
-rules to inspect.
+custom derivatives. A loop is run until nothing changes, then once more for the rules to
+inspect.
 """
 
 import dataclasses

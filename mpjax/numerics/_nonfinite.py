@@ -26,10 +26,10 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
 
     The function is traced. Where the outputs of a call or loop are not all finite, its
     operations are evaluated one by one: inside jit, remat, scan (iteration by
-    iteration), while, cond and functions with derivatives of their own, but not inside
+    iteration), while, cond and functions with custom derivatives, but not inside
     shard_map. An operation is not to blame if its Inf or NaN is masked later (by
-    `jnp.where`, or an exponential of -Inf). Neither is a constant Inf, such as that of
-    an attention mask, to blame; the operation that makes NaN of it is.
+    `jnp.where`, or an exponential of -Inf). A constant Inf, as in an attention mask, is
+    not to blame either; the operation that makes a NaN of it is.
 
     Give it the function that went wrong: `jax.value_and_grad(loss_fn)` to include the
     backward pass, `autocast(jax.value_and_grad(loss_fn))` for half precision, or a

@@ -58,7 +58,7 @@ def probe(
     and 3 of "Mixed Precision Training" (arXiv:1710.03740).
 
     The function is traced, and operations are counted inside jit, scan, while, cond,
-    remat and functions with derivatives of their own, not inside shard_map or kernels.
+    remat and functions with custom derivatives, not inside shard_map or kernels.
     Counting runs beside the function and computes what it counts a second time, so
     outputs are bitwise unchanged; a side effect such as `jax.debug.print` may happen
     twice. Put `probe` around everything: a gradient, an `autocast`, a whole train step.
