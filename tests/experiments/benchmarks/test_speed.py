@@ -272,5 +272,5 @@ def test_bad_flags_are_reported(flags, message):
 
 
 def test_a_pattern_found_nowhere_lists_the_baselines():
-    with pytest.raises(ConfigError, match=r"in no baseline of mlp.*mpjax, float32"):
+    with pytest.raises(ConfigError, match=r"no baseline of mlp.*mpjax, float32"):
         speed.choose(speed.all_baselines(), "mlp", "jaxamp")
