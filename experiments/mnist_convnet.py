@@ -241,7 +241,7 @@ def evaluate(
 
 
 def adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    """Adam whose learning rate rises over a tenth of the steps, then falls to zero."""
+    """Returns Adam; its learning rate rises for a tenth of the steps, then falls."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, round(WARM_UP * num_steps)), max(2, num_steps)
     )

@@ -81,13 +81,13 @@ def set_field(node: Any, name: str, value: Any) -> None:
 
 
 def require(node: Any, name: str, what: str, holds: Callable[[Any], bool]) -> None:
-    """Raises ValueError unless `holds` is true of the value of a field.
+    """Raises ValueError unless `holds` is true for the value of a field.
 
     Args:
       node: a dataclass.
       name: name of the field.
       what: what the value must be, for the message.
-      holds: predicate of the value.
+      holds: predicate on the value.
     """
     value = getattr(node, name)
     if not holds(value):
@@ -95,15 +95,15 @@ def require(node: Any, name: str, what: str, holds: Callable[[Any], bool]) -> No
 
 
 def is_count(x: Any) -> bool:
-    """Whether something is a whole number of at least 1."""
+    """Whether a value is a whole number of at least 1."""
     return isinstance(x, (int, np.integer)) and x is not True and int(x) >= 1
 
 
 def replace_fields(node: T, changes: dict[str, Any]) -> T:
-    """Returns a copy of a pytree dataclass with other values, as they are.
+    """Returns a copy of a pytree dataclass with other field values, not validated.
 
     Raises:
-      TypeError: for a name that is no field; the message lists the fields.
+      TypeError: for a name that is not a field; the message lists the fields.
     """
     known = [field.name for field in dataclasses.fields(node)]  # pyright: ignore[reportArgumentType]
     unknown = [name for name in changes if name not in known]
@@ -119,7 +119,7 @@ _known_to_flax: set[type] = set()
 
 
 def _register_with_flax(cls: type, data: tuple[str, ...]) -> None:
-    """Registers `cls` with flax.serialization once flax is there; never imports it."""
+    """Registers `cls` with flax.serialization if that is imported; never imports it."""
     serialization: Any = sys.modules.get("flax.serialization")
     if cls in _known_to_flax or not hasattr(
         serialization, "register_serialization_state"

@@ -141,8 +141,8 @@ class DynamicLossScale:
             if hysteresis_left == 0:
                 loss_scale = max(loss_scale * backoff_factor, min_loss_scale)
 
-    With `hysteresis=1` every overflow backs off. With more, that many overflows since
-    the last growth are forgiven less one; from then on each backs off.
+    With `hysteresis=1` every overflow backs off. With `hysteresis=n` the first n - 1
+    overflows since the last growth are forgiven; from then on each backs off.
 
     The scale stays a power of two when it began as one and factors and limits are
     powers of two; scaling is then exact.
@@ -246,14 +246,14 @@ class DynamicLossScale:
 
 
 def as_loss_scale(loss_scale: Any) -> LossScale:
-    """Converts one of jmp's loss scales to one of this module.
+    """Converts one of jmp's loss scales to a loss scale of this module.
 
     jmp's own objects lose `min_loss_scale` under jit, unscale in half precision and
     recompile per static value; their settings are taken over, their faults are not.
     Any other object with jmp's protocol is returned as it is.
 
     Raises:
-      TypeError: if the object is no loss scale.
+      TypeError: if the object is not a loss scale.
     """
     if isinstance(loss_scale, jmp.NoOpLossScale):
         return NoOpLossScale()

@@ -47,7 +47,7 @@ class DecidedState(LossScaleState):
 
     Its `grads_finite` says whether the coming step is taken. `with_loss_scale` makes no
     check of its own and selects nothing: the updates and the inner state that it
-    returns are those of a step taken, and the caller keeps its old arrays if the step
+    returns belong to a step taken, and the caller keeps its old arrays if the step
     is skipped. Only the loss scale and the counters follow the decision.
 
     The decision travels in the state because every wrapper of optax passes the state
@@ -66,7 +66,7 @@ def with_loss_scale(
     On each update the gradients are checked, and unscaled in float32. If they are
     finite, `tx` updates as usual; clipping, weight decay and schedules inside `tx` work
     on true magnitudes. If they are not, the updates are zero and the state of `tx`
-    stays bitwise what it was. Then the loss scale is adjusted.
+    stays bitwise unchanged. Then the loss scale is adjusted.
 
     The check is one pass: gradients count as finite if the sum of their squares is, in
     float32, before unscaling. So a step is skipped not only for an Inf or NaN, but also
@@ -96,7 +96,7 @@ def with_loss_scale(
       step. With `axis_name` it is still combined over all devices.
 
     Raises:
-      TypeError: if `loss_scale` is no loss scale.
+      TypeError: if `loss_scale` is not a loss scale.
     """
     tx = optax.with_extra_args_support(tx)
     initial = as_loss_scale(loss_scale)
@@ -146,13 +146,13 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
 
     Args:
       loss: scalar of any floating dtype.
-      opt_state: a state that holds that of `with_loss_scale` at any depth.
+      opt_state: a state that holds the state of `with_loss_scale` at any depth.
 
     Returns:
       The scaled loss; take its gradient and give that to `tx.update`.
 
     Raises:
-      ValueError: if the state holds none, or more than one.
+      ValueError: if it holds no state of `with_loss_scale`, or more than one.
     """
     return loss_scale_state(opt_state).loss_scale.scale(loss)
 
@@ -175,14 +175,14 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
         )
     if len(found) > 1:
         raise ValueError(
-            f"{len(found)} loss scales in this optimizer state, and one loss has one "
+            f"{len(found)} loss scales in this optimizer state, but one loss has one "
             "scale: wrap the whole optimizer, with_loss_scale(multi_transform(...))."
         )
     return found[0]
 
 
 def is_loss_scale_state(node: Any) -> bool:
-    """Whether a node of an optimizer's state is that of `with_loss_scale`."""
+    """Whether a node of an optimizer's state is a state of `with_loss_scale`."""
     return isinstance(node, LossScaleState)
 
 

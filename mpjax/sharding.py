@@ -1,7 +1,7 @@
 """Shardings of a train step's arrays on a mesh of devices.
 
 Two axis names have a meaning: a batch is split over `data` and `fsdp`, parameters and
-optimizer state over `fsdp` (ZeRO-3, arXiv:1910.02054) and copied over everything else.
+optimizer state over `fsdp` (ZeRO-3, arXiv:1910.02054) and replicated over all others.
 """
 
 import math
@@ -23,21 +23,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
     if not axes:
         raise ValueError(
-            f"the mesh has axes {mesh.axis_names}, and a batch is split over 'data' "
+            f"the mesh has axes {mesh.axis_names}, but a batch is split over 'data' "
             "or 'fsdp'; make one with jax.make_mesh((jax.device_count(),), ('data',))."
         )
     return NamedSharding(auto_mesh(mesh), PartitionSpec(axes))
 
 
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of a tree, whose arrays are split over the `fsdp` axis.
+    """Returns the shardings of a tree whose arrays are split over the `fsdp` axis.
 
-    An array is split along its longest axis that the number of devices divides; small
-    and odd-shaped arrays are copied to every device.
+    An array is split along the longest of its axes that the number of devices divides;
+    small and odd-shaped arrays are replicated.
 
     Args:
       tree: arrays or shapes, such as a whole `TrainState`.
       mesh: the devices.
+
+    Returns:
+      A `NamedSharding` per leaf, in a tree like `tree`.
     """
     mesh = auto_mesh(mesh)
     size = mesh.shape.get(PARAM_AXIS, 1)
@@ -61,15 +64,19 @@ def shard_state(state: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch on the mesh, its first axis split over the devices."""
+    """Places a batch on the mesh, its first axis split over the devices.
+
+    Raises:
+      ValueError: if the mesh has neither a `data` nor an `fsdp` axis.
+    """
     return jax.device_put(batch, batch_sharding(mesh))
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:
     """Returns the mesh with automatic axes, where XLA propagates the shardings.
 
-    `jax.make_mesh` may give explicit axes, in whose arrays every contraction of a
-    user's model would have to name its output sharding.
+    `jax.make_mesh` may give explicit axes, with which every contraction of a user's
+    model would have to name its output sharding.
     """
     automatic = (AxisType.Auto,) * len(mesh.axis_names)
     return Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)

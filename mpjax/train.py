@@ -94,7 +94,7 @@ class TrainState:
         """Returns a copy with some fields replaced, inside jit or outside.
 
         The values go in as they are: nothing is copied, cast or checked, and the
-        optimizer state stays that of the old parameters.
+        optimizer state still belongs to the old parameters.
 
         >>> import mpjax, optax
         >>> tx = mpjax.with_loss_scale(optax.sgd(0.1))
@@ -107,7 +107,7 @@ class TrainState:
           **changes: new values by the names of fields, such as `params`.
 
         Raises:
-          TypeError: for a name that is no field; the message lists the fields.
+          TypeError: for a name that is not a field; the message lists the fields.
         """
         return replace_fields(self, changes)
 
@@ -129,7 +129,7 @@ def make_train_step(
     """Builds a jitted train step with loss scaling.
 
     A step whose gradients or new model state are not finite is skipped: params,
-    optimizer, model state, EMA and step stay bitwise what they were; only the loss
+    optimizer, model state, EMA and step stay bitwise unchanged; only the loss
     scale, the skip counters and the key change.
 
     Args:
@@ -155,8 +155,8 @@ def make_train_step(
         model state and floating aux are averaged, integer aux added up.
       checkpoint_policy: which residuals the forward pass saves; the backward pass
         rematerializes the others. A name in `jax.checkpoint_policies` such as
-        "dots_saveable" (matmuls alone), or such a function. None saves all. Layers
-        under a `jax.checkpoint` of their own save more memory.
+        "dots_saveable" (matmuls alone), or a function of that kind. None saves all.
+        Layers under a `jax.checkpoint` of their own save more memory.
       donate: whether the step may reuse the memory of its input state, which is then no
         longer readable.
       no_cast_inputs: regular expression, used where inputs are cast; floating inputs
@@ -166,13 +166,13 @@ def make_train_step(
     Returns:
       `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
       `.lower`). The metrics are scalars on the device: `loss` and `grad_norm`
-      (unscaled, float32), `grads_finite`, `loss_scale` (the one this step used),
+      (unscaled, float32), `grads_finite`, `loss_scale` (the scale of this step),
       `num_skipped`, `num_consecutive_skipped`, and the entries of `aux` (under `aux`
       where it is not a dictionary).
 
     Raises:
       ValueError: for a number out of range or an unknown policy; at the first call, for
-        a batch that cannot be cut, a loss that is no scalar, an aux that uses
+        a batch that cannot be cut, a loss that is not a scalar, an aux that uses
         a metric's name, a state with an EMA but no decay, or the reverse.
     """
     rules = resolve(policy)
@@ -237,7 +237,7 @@ def make_eval_step(
       eval_fn: `(params, batch) -> outputs`, or `(params, model_state, batch) ->
         outputs` where the state has a model state.
       policy: the dtype to compute in; floating outputs are cast to its output dtype
-        (with rules, that of the default).
+        (with rules, the default policy's).
       autocast: as in `make_train_step`.
       mesh: devices to split the batch over.
       use_ema: whether to evaluate the averaged parameters.

@@ -1,4 +1,4 @@
-"""with_loss_scale inside and outside of what optax composes with."""
+"""with_loss_scale inside and around optax's own wrappers."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def train(tx, steps, *, scaled, jit=False):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_found_and_exact_inside_of(name):
+def test_the_loss_scale_is_found_and_exact_inside(name):
     make = OUTSIDE[name]
     params, state = train(make(mpjax.with_loss_scale), range(4), scaled=True)
     expected, _ = train(make(lambda tx: tx), range(4), scaled=False)
@@ -87,7 +87,7 @@ def test_found_and_exact_inside_of(name):
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_exact_around(name):
+def test_the_loss_scale_is_exact_around(name):
     tx = mpjax.with_loss_scale(INSIDE[name]())
     params, state = train(tx, range(4), scaled=True)
     plain = INSIDE[name]()
@@ -100,7 +100,7 @@ def test_exact_around(name):
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_overflows_leave_no_trace_inside(name):
-    """Training with overflowing steps is training without them."""
+    """Training with overflowing steps equals training without them."""
     tx = mpjax.with_loss_scale(INSIDE[name]())
     params, state = train(tx, [0, None, 1, None, None, 2, 3], scaled=True, jit=True)
     expected, expected_state = train(tx, range(4), scaled=True, jit=True)
@@ -172,7 +172,7 @@ def test_optimizers_that_need_the_loss(solver):
 
 
 def test_a_model_state_with_nan_backs_off_through_a_wrapper_that_takes_no_more():
-    """One that keeps the state's type, and drops what it does not know."""
+    """The wrapper keeps the state's type, and drops arguments that it does not know."""
     base = mpjax.with_loss_scale(optax.adam(1e-2))
     wrapped = optax.GradientTransformationExtraArgs(
         base.init, lambda grads, state, params=None, **_: base.update(grads, state)

@@ -93,7 +93,7 @@ def test_stochastic_rounding_arrives_where_nearest_stays():
 @pytest.mark.parametrize("dtype", [*HALVES, "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("value", [1.003, -1.003, 3e-5, -2.71828, 1e-8, 200.3])
 def test_the_mean_of_many_roundings_is_unbiased(dtype, value):
-    """Both neighbours, each with the probability that makes the mean exact."""
+    """Each of both neighbours comes with the probability that makes the mean exact."""
     num = 200_000
     value = float(np.float32(value))
     low, high = neighbours(value, dtype)
@@ -108,7 +108,7 @@ def test_the_mean_of_many_roundings_is_unbiased(dtype, value):
 
 
 def neighbours(value, dtype):
-    """The numbers of a format around a value, out of all its bit patterns."""
+    """Returns the neighbours of a value in a format, out of all its bit patterns."""
     dtype = jnp.dtype(dtype)
     bits = np.arange(2 ** (8 * dtype.itemsize), dtype=f"uint{8 * dtype.itemsize}")
     with np.errstate(invalid="ignore"):  # NaN patterns
@@ -150,7 +150,7 @@ def test_values_beyond_the_format_round_as_to_nearest():
 )
 @pytest.mark.parametrize("order", ["inside", "outside"])
 def test_with_loss_scaling(wrap, order):
-    """Scaled half gradients, an overflow in between: nothing moves, then it goes on."""
+    """Scaled half gradients with an overflow: nothing moves, then training goes on."""
     params = half_params("float16")
     if order == "inside":
         tx = mpjax.with_loss_scale(wrap(rich_optimizer()))

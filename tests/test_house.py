@@ -70,7 +70,7 @@ def test_packages_are_loaded_when_first_asked_for():
 
 
 def test_importing_the_library_costs_little_more_than_jax_and_optax(monkeypatch):
-    """Best of five or more, interleaved, in seconds of CPU; from bytecode."""
+    """The best of five or more interleaved runs, in seconds of CPU, from bytecode."""
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     code = "import time; import {}; print(time.process_time())"
     base, ours = "jax, optax", "jax, optax, mpjax"
@@ -78,16 +78,16 @@ def test_importing_the_library_costs_little_more_than_jax_and_optax(monkeypatch)
     for index in range(15):
         for names, seen in seconds.items():
             seen.append(float(run(sys.executable, "-c", code.format(names))))
-        # A machine that is busy needs more of them to show its best.
+        # A busy machine needs more runs to show its best.
         if index >= 4 and min(seconds[ours]) - min(seconds[base]) <= 0.15:
             return
     pytest.fail(str(seconds))
 
 
 def sets_of_primitives(source):
-    """Line and text of each literal of two or more names of primitives, all such.
+    """Returns line and text of each literal of two or more primitives' names.
 
-    A set, tuple, list or dict by its keys; a string of names between spaces.
+    A literal is a set, tuple, list or dict by its keys, or a string of names.
     """
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -109,7 +109,7 @@ def test_facts_about_primitives_stand_in_one_table():
     """No other file of the library holds a set of JAX's primitive names."""
     own = {
         "mpjax/_jaxpr/primitives.py",
-        "mpjax/cost/_hlo.py",  # names of HLO instructions, some of them the same
+        "mpjax/cost/_hlo.py",  # names of HLO instructions, some equal
     }
     found = {
         name: literals

@@ -89,7 +89,7 @@ def run(scale):
 
 
 def journeys(scale):
-    """The same scale after everything that people do to a training state."""
+    """Yields the same scale after everything that people do to a training state."""
     yield jax.tree.map(lambda x: x + 0, scale)
     yield jax.jit(lambda s: s)(scale)
     donate = jax.jit(lambda s: s, donate_argnums=0)

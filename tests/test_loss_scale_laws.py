@@ -71,7 +71,7 @@ def settings(draw):
 
 
 def trajectory(loss_scale, finite_steps):
-    """All states along a run, in one jitted scan."""
+    """Returns all states along a run, from one jitted scan."""
 
     states = _scan(loss_scale, jnp.asarray(finite_steps))
     return list(zip(*(np.asarray(x).tolist() for x in states), strict=True))
@@ -157,7 +157,7 @@ def test_agrees_with_optimizer_bookkeeping(finite_steps, interval):
     assert float(state.loss_scale.loss_scale) == last[0]
 
 
-# Where other libraries' settings coincide with these: no limits reached, no hysteresis.
+# Settings that other libraries share: no limits reached, no hysteresis.
 WIDE = {"min_loss_scale": 2.0**-60, "max_loss_scale": 2.0**100}
 
 
@@ -195,7 +195,7 @@ def test_agrees_with_flax_whose_interval_is_one_longer(finite_steps, interval):
 
 @functools.cache
 def _keras_run(interval):
-    """A jitted (finite_steps) -> scales, by Keras's stateless interface."""
+    """Returns a jitted `finite_steps -> scales` by Keras's stateless interface."""
     keras = pytest.importorskip("keras")
     theirs = keras.optimizers.LossScaleOptimizer(
         keras.optimizers.SGD(0.1), initial_scale=2.0**10, dynamic_growth_steps=interval

@@ -23,7 +23,7 @@ def test_skips_above_the_minimum_do_not_count():
     assert watch.num_consecutive_skipped == 0
 
 
-def test_raises_after_exactly_so_many_skips_at_the_minimum():
+def test_raises_after_exactly_the_given_number_of_skips_at_the_minimum():
     watch = guard()
     watch.check(row(False, 8))
     watch.check(row(False, 4))
@@ -68,6 +68,6 @@ def test_scales_that_never_move_are_always_at_the_minimum(scale, at):
         watch.check(row(False, at))
 
 
-def test_the_number_must_make_sense():
+def test_the_number_of_skips_is_at_least_one():
     with pytest.raises(ValueError, match="at least 1"):
         guard(0)

@@ -63,7 +63,7 @@ def test_a_skipped_step_gives_zero_updates_and_keeps_the_inner_state(bad):
 
 
 def test_an_overflow_made_by_unscaling_is_seen():
-    """A scale below one divides: what was finite scaled may not be finite unscaled."""
+    """A scale below one divides, so finite scaled gradients may overflow unscaled."""
     scale = mpjax.DynamicLossScale(2.0**-10, min_loss_scale=2.0**-10)
     tx = mpjax.with_loss_scale(optax.sgd(1.0), scale)
     state = tx.init(jnp.zeros(1))
@@ -101,7 +101,7 @@ def test_the_state_never_changes_its_types():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_gradients_and_parameters_are_optimised_in_float32(dtype):
-    """A pure half run has the moments of the same run in float32."""
+    """A run in pure half has the same moments as the run in float32."""
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     grads = jax.tree.map(lambda g: (1e-4 * g).astype(dtype), GRADS)
     tx = mpjax.with_loss_scale(rich_optimizer(), mpjax.StaticLossScale(1024.0))

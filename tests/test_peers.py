@@ -1,7 +1,7 @@
-"""Eleven mistakes of other libraries, each shown there and right here.
+"""Eleven mistakes of other libraries, each shown there and avoided here.
 
-What is shown of a peer is skipped where the peer is not installed; what is shown of
-mpjax always runs. A peer that has mended its mistake fails here, and its line goes.
+The test of a peer is skipped where the peer is not installed; the test of mpjax always
+runs. A peer that has mended its mistake fails its test, which is then removed.
 """
 
 import re
@@ -232,7 +232,7 @@ class TestModelState:
 
 
 class TestMultiSteps:
-    """8. optax.MultiSteps multiplies a NaN accumulator by 0: NaN for ever."""
+    """8. optax.MultiSteps multiplies a NaN accumulator by 0: NaN forever."""
 
     BATCHES = (1.0, jnp.nan, 1.0, 1.0, 1.0)
 
@@ -317,7 +317,7 @@ class TestShards:
 
 
 class TestOtherLeaves:
-    """11. Integer, float0 and PRNG-key leaves have no business in a multiplication."""
+    """11. Integer, float0 and PRNG-key leaves must not be multiplied."""
 
     TREE: ClassVar = {
         "int": jnp.array([2049]),

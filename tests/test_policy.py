@@ -51,7 +51,7 @@ def test_other_types():
         mpjax.get_policy(jnp.float16)  # pyright: ignore[reportArgumentType]
 
 
-def test_first_matching_rule_wins_and_unused_rules_are_told():
+def test_first_matching_rule_wins_and_unused_rules_are_reported():
     rules = mpjax.PolicyRules(
         [
             ("Dense_1/bias", "float32"),
@@ -93,7 +93,7 @@ def test_cast_by_rules_touches_floating_arrays_only():
     assert (out["name"], out["float"], out["none"]) == ("text", 3.0, None)
 
 
-def test_kept_inputs_stay():
+def test_no_cast_inputs_stay():
     rules = resolve("mixed_float16")
     batch = {"image": jnp.ones(2), "Labels": jnp.full(2, 2049.0)}
     out = cast_to_compute(rules, batch, root="batch", no_cast="(?i)label")

@@ -1,4 +1,4 @@
-"""README.md tells the truth: its programs run, its tables are the result files'."""
+"""README.md is true: its programs run, and its tables match the result files."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_the_tables_are_those_of_the_result_files():
     [("mpjax, bfloat16", "mpjax, float32"), ("jmp, bfloat16", "by hand, float32")],
 )
 def test_how_much_longer_bfloat16_takes_without_its_instructions(own, reference):
-    """As the text says: medians over rounds of the ratio within a round."""
+    """The text's numbers: medians over rounds of the ratio within a round."""
     said = PROSE.partition("step in float32, its bfloat16 steps take")[2]
     said = said.split("cast by hand")
     expected = []

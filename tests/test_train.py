@@ -1,4 +1,4 @@
-"""The train step: what moves, what does not, what it computes and refuses."""
+"""The train step: what it computes, what it leaves alone on a skip, what it refuses."""
 
 import functools
 
@@ -95,7 +95,7 @@ def test_minus_zero_stays_minus_zero():
 
 
 def drop_extra_args(tx):
-    """A wrapper that passes no extra arguments on, as `optax.lookahead` does."""
+    """Wraps an optimizer without passing extra arguments on, like `optax.lookahead`."""
     return optax.GradientTransformation(
         tx.init, lambda grads, state, params=None: tx.update(grads, state, params)
     )
@@ -136,7 +136,7 @@ def test_the_step_is_decided_once_and_each_array_selected_once(name):
     ]
     arrays = [x for x in jax.tree.leaves(state) if x.shape == shape]
     assert len(selected) == len(arrays) == 5  # params, EMA, model state, two moments
-    # One check of the norm; one of the new model state, beside what was in the old.
+    # One check of the norm, and two for the model state: the new and the old.
     checked = [e.invars[0].aval.shape for e in eqns if e.primitive.name == "is_finite"]
     assert sorted(checked) == [(), shape, shape]
     constants = [x for e in eqns for x in e.invars if hasattr(x, "val")]
@@ -186,7 +186,7 @@ def test_a_model_state_that_overflows_skips_the_step():
 
     step = mpjax.make_train_step(loss_fn, tx, donate=False, no_cast_inputs="peak")
     state, metrics = step(state, {"peak": jnp.float32(1)})
-    assert bool(metrics["grads_finite"])  # an infinity that was there is no overflow
+    assert bool(metrics["grads_finite"])  # an infinity of the old state is no overflow
     after, metrics = step(state, {"peak": jnp.float32(jnp.inf)})
     assert not bool(metrics["grads_finite"])
     assert_same_bits(everything(after), everything(state))
@@ -246,7 +246,7 @@ def test_microbatch_gradients_are_added_in_float32():
     assert float(state.params["w"]) == -4096
 
 
-def test_without_jit_a_loss_that_casts_sees_values():
+def test_without_jit_a_loss_that_casts_sees_concrete_values():
     def loss_fn(params, batch, key):
         loss, aux = linear_loss(params, batch, key)
         return loss, aux | {"seen": float(batch["x"].sum())}
@@ -435,7 +435,7 @@ def mlp_loss(params, batch, key):
 @pytest.mark.parametrize(
     "policy", ["nothing_saveable", jax.checkpoint_policies.dots_saveable]
 )
-def test_checkpointing_computes_again_and_changes_nothing(policy):
+def test_checkpointing_rematerializes_and_changes_nothing(policy):
     params = {"w": jnp.cos(jnp.arange(64.0)).reshape(8, 8)}
     batch = {"x": jnp.ones((4, 8)), "label": jnp.zeros((4, 8))}
     tx = mpjax.with_loss_scale(optax.sgd(0.1))
@@ -452,7 +452,7 @@ def test_checkpointing_computes_again_and_changes_nothing(policy):
     np.testing.assert_allclose(*updated, rtol=1e-6)
 
 
-def test_an_unknown_checkpoint_policy_is_told():
+def test_an_unknown_checkpoint_policy_is_reported():
     tx = mpjax.with_loss_scale(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"is none of .*dots_saveable"):
         mpjax.make_train_step(mlp_loss, tx, checkpoint_policy="dots")

@@ -1,4 +1,4 @@
-"""The compiled step: dtypes, one trace, donated memory, no word to the host."""
+"""The compiled step: dtypes, one trace, donated memory, no calls to the host."""
 
 import re
 
@@ -78,7 +78,7 @@ def test_parameters_moments_and_metrics_are_float32():
 
 
 @pytest.mark.parametrize("make", ["mlp", "batch_norm", "half"])
-def test_one_trace_in_its_life(make):
+def test_the_step_is_traced_once(make):
     """Weakly typed parameters, dropped steps, a growing scale: still one trace."""
     num_traces = 0
 
@@ -113,14 +113,14 @@ def test_one_trace_in_its_life(make):
     assert num_traces == 1
 
 
-def test_the_state_is_donated_whole():
+def test_the_whole_state_is_donated():
     state, step = mlp("mixed_float16")
     leaves = jax.tree.leaves(state)
     batch = regression_batch()
     text = step.lower(state, batch).compile().as_text()
     (aliases,) = re.findall(r"input_output_alias=\{(.*)\}, entry", text)
-    # The step reads every leaf of the state; each has an output in its memory. Of the
-    # loss scale's flag and num_finite_steps nothing but bytes are new.
+    # The step reads every leaf of the state; each has an output in its memory, but
+    # for a few bytes of the loss scale's flag and num_finite_steps.
     num_aliases = len(re.findall(r"may-alias|must-alias", aliases))
     assert num_aliases >= len(leaves) - 1
     memory = step.lower(state, batch).compile().memory_analysis()
@@ -218,7 +218,7 @@ def test_rules_choose_the_dtype_per_scope():
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_a_rule_that_matches_nothing_is_told(autocast):
+def test_a_rule_that_matches_nothing_is_reported(autocast):
     rules = mpjax.PolicyRules([("hed", "float32")], default="mixed_float16")
     state, step = mlp(rules, autocast=autocast)
     with pytest.warns(UserWarning, match="'hed' match no"):

@@ -72,7 +72,7 @@ def test_shard_map_where_one_shard_overflows(check_vma):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_averages_like_one_device(check_vma):
-    """Gradient, loss and aux of eight shards are those of the whole batch."""
+    """Gradient, loss and aux of eight shards equal those of the whole batch."""
     mesh = auto_mesh((8,), ("data",))
 
     def loss_fn(params, batch, key):
@@ -172,7 +172,7 @@ def test_a_mesh_without_a_batch_axis_is_refused():
         sharding.batch_sharding(mesh)
 
 
-def test_small_and_odd_arrays_are_copied_everywhere():
+def test_small_and_odd_arrays_are_replicated():
     mesh = jax.make_mesh((8,), ("fsdp",))
     tree = {"odd": jnp.ones((3, 5)), "small": jnp.ones(8), "big": jnp.ones((3, 64))}
     specs = jax.tree.map(lambda s: s.spec, sharding.state_sharding(tree, mesh))

@@ -1,4 +1,4 @@
-"""What leaves are; sums over all gradients, against float64."""
+"""Predicates on leaves, and sums over all gradients against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_half_and_floating_of_dtypes_arrays_and_abstract_values(dtype, floating,
 
 
 @pytest.mark.parametrize("x", [None, 1.0, 2, "text", KEY, KEY.dtype], ids=str)
-def test_what_has_no_real_dtype_is_neither(x):
+def test_values_without_a_real_dtype_are_neither(x):
     assert not is_floating(x)
     assert not is_half(x)
 

@@ -1,1 +1,1 @@
-"""What measures mpjax beside other libraries."""
+"""Benchmarks of mpjax beside other libraries."""

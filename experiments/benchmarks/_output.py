@@ -1,4 +1,4 @@
-"""What the benchmarks leave: a table as JSON, on the terminal, and a plot beside it."""
+"""Results of the benchmarks: a table as JSON and on the terminal, and a plot."""
 
 import statistics
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def save_table(
     """Writes a table as JSON, its directory included, and prints it.
 
     Args:
-      path: of the result file.
-      table: what the file is to hold; its `runs` are the rows.
+      path: path of the result file.
+      table: contents of the file; its `runs` are the rows.
       title: above the printed table.
-      columns: of the printed table.
+      columns: columns of the printed table.
 
     Raises:
       WorkdirError: if the file cannot be written.

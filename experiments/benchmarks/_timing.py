@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 def time_rounds(
     fns: Mapping[str, Callable[[], Any]], num_rounds: int, *, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Times functions by turns; each round calls every one once, in a shuffled order.
+    """Times functions by turns; each round calls all once, in a shuffled order.
 
     Args:
       fns: by name; each waits for what it computes.
       num_rounds: how often each is called.
-      seed: of the orders.
+      seed: seed of the orders.
 
     Returns:
       The milliseconds of each call by name, a list over rounds.

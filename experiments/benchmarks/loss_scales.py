@@ -89,7 +89,7 @@ class Config:
     """Runs per loss scale; their seeds, for parameters and shuffling, are 0, 1, …"""
 
     sample_every: int = 20
-    """Compare with the float32 gradient every so many steps."""
+    """Steps from one comparison with the float32 gradient to the next."""
 
     num_rounds: int = 31
     """How often each step is timed."""

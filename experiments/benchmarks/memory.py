@@ -64,11 +64,11 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to compile, and for what."""
+    """The models to compile, and the device."""
 
     device: str = "h100"
     """GPU, which need not be in this machine: a100, b200, h100, h200, v100; or
-    "present", the device that is."""
+    "present" for the device of this machine."""
 
     workloads: str = ",".join(BATCH_SIZES)
     """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru."""
@@ -121,7 +121,7 @@ def measure(
     """Compiles the steps of one model at one batch size.
 
     Args:
-      name: of the model, for the table.
+      name: name of the model in the table.
       workload: the model.
       batch_size: examples per step.
       device: as `mpjax.cost.analyze` takes it; None for the one of this machine.

@@ -79,7 +79,7 @@ class Config:
         require_positive(self, "num_seeds", "num_units", "num_epochs", "batch_size")
         if not self.cells():
             raise ConfigError(
-                "--policies and --loss-scales must name one each, or more."
+                "--policies and --loss-scales must each name at least one."
             )
         for policy, loss_scale in self.cells():
             self.run_config(policy, loss_scale, seed=0)

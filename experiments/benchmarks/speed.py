@@ -87,8 +87,8 @@ class Config:
     """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru."""
 
     baselines: str = ""
-    """Regular expression; times the baselines whose name it is found in and those that
-    they are compared with. Empty for all."""
+    """Regular expression; times the baselines whose name it matches and the baselines
+    that they are compared with. Empty for all."""
 
     batch_size: int | None = None
     """Examples per step; by default each model has its own for a CPU and for a GPU."""
@@ -118,7 +118,7 @@ class Config:
             re.compile(self.baselines)
         except re.error as error:
             raise ConfigError(
-                f"--baselines is no regular expression: {error}."
+                f"--baselines is not a regular expression: {error}."
             ) from error
 
 
@@ -126,7 +126,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     """Times every baseline of every model; returns what the result files hold.
 
     Raises:
-      ConfigError: if no baseline of a model has a name that --baselines is found in.
+      ConfigError: if --baselines matches no baseline of a model.
       WorkdirError: if a result cannot be written.
     """
     # Taken first: the result files change the state of the checkout.
@@ -159,7 +159,7 @@ def choose(
       The baselines to time, and how to install the libraries of the others, by name.
 
     Raises:
-      ConfigError: if the pattern is found in no name.
+      ConfigError: if the pattern matches no name.
     """
     possible = [
         baseline
@@ -170,7 +170,7 @@ def choose(
     wanted = {b.name for b in possible if re.search(pattern, b.name)}
     if not wanted:
         raise ConfigError(
-            f"--baselines {pattern!r} is found in no baseline of {workload}; there are "
+            f"--baselines {pattern!r} matches no baseline of {workload}; there are "
             f"{'; '.join(baseline.name for baseline in possible)}."
         )
     references = {baseline.name: baseline.reference for baseline in possible}

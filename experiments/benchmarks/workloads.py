@@ -42,7 +42,7 @@ class Workload:
 
 
 def mlp(num_units: int = 4096) -> Workload:
-    """The network of the Keras guide: 784 inputs, two hidden layers, 10 classes."""
+    """Returns the Keras guide's network: 784 inputs, two hidden layers, 10 classes."""
     model = MLP(num_units=(num_units, num_units))
     return Workload(
         title=f"MLP 784-{num_units}-{num_units}-10, RMSprop",
@@ -55,7 +55,7 @@ def mlp(num_units: int = 4096) -> Workload:
 
 
 def convnet() -> Workload:
-    """DeepConvNet on 28 x 28 pixels, without its dropout."""
+    """Returns DeepConvNet on 28 x 28 pixels, without its dropout."""
     model = DeepConvNet(dropout_rate=0.0)
     return Workload(
         title="DeepConvNet, Adam",
@@ -68,7 +68,7 @@ def convnet() -> Workload:
 
 
 def transformer_block(width: int = 1024, length: int = 1024) -> Workload:
-    """Causal self-attention with heads of 64, and a gelu MLP, on (B, T, D) vectors."""
+    """Returns causal self-attention (heads of 64) and a gelu MLP on (B, T, D)."""
     return _from_case(
         f"transformer block, {width} wide, {length} long, Adam",
         lambda: small.transformer_block(
@@ -79,7 +79,7 @@ def transformer_block(width: int = 1024, length: int = 1024) -> Workload:
 
 
 def transformer(width: int = 512, length: int = 512, num_layers: int = 6) -> Workload:
-    """Transformer blocks one after the other, in a `scan` over layers."""
+    """Returns transformer blocks one after the other, in a `scan` over layers."""
     return _from_case(
         f"transformer, {num_layers} layers, {width} wide, {length} long, Adam",
         lambda: small.transformer(
@@ -90,7 +90,7 @@ def transformer(width: int = 512, length: int = 512, num_layers: int = 6) -> Wor
 
 
 def bigru(width: int = 256, length: int = 200) -> Workload:
-    """A bidirectional GRU over (B, T, D) vectors."""
+    """Returns a bidirectional GRU over (B, T, D) vectors."""
     return _from_case(
         f"bidirectional GRU, {width} wide, {length} steps, Adam",
         lambda: small.bigru(width=width, length=length),

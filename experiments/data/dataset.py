@@ -49,7 +49,7 @@ class Dataset(Protocol):
         current position, and iterates on its own.
 
         Args:
-          index: of the process, 0 to `count - 1`.
+          index: index of the process, 0 to `count - 1`.
           count: how many processes share each batch.
 
         Raises:

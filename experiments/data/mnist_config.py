@@ -14,7 +14,7 @@ class MnistConfig(BaseConfig):
 
     dataset: str = "mnist"
     """mnist, or digits: the 1797 small digits of scikit-learn, which need no network
-    and are much easier; no substitute."""
+    and are much easier: not a substitute for MNIST."""
 
     data_dir: Path | None = None
     """TFDS directory to read MNIST from; by default the cache, then every source."""

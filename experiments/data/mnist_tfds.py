@@ -98,8 +98,8 @@ def prepare(data_dir: Path) -> None:
     target = _dataset_dir(data_dir)
     if os.path.lexists(target) and not is_prepared(data_dir):
         raise DataError(
-            f"{target} exists, but holds no dataset_info.json, so it is no prepared "
-            "dataset, or a part of one; move or delete it"
+            f"{target} exists, but holds no dataset_info.json, so it is not a prepared "
+            "dataset, or an incomplete one; move or delete it"
         )
     if not _has_manual_files(data_dir):
         _probe()
@@ -215,8 +215,8 @@ def _run(data_dir: Path, scratch: Path) -> None:
         done = process.run(command, timeout_s=PREPARE_TIMEOUT_S, env=env)
     except subprocess.TimeoutExpired:
         raise DataError(
-            f"TFDS was not done in {PREPARE_TIMEOUT_S:.0f} s; check the connection, or "
-            "try again"
+            f"TFDS did not finish in {PREPARE_TIMEOUT_S:.0f} s; check the connection, "
+            "or try again"
         ) from None
     if done.returncode < 0:
         raise DataError(f"TFDS was killed by signal {-done.returncode}; try again")

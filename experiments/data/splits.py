@@ -13,7 +13,7 @@ class Splits(NamedTuple):
     """The three parts of a data set.
 
     Attributes:
-      name: of the data set, as results call it.
+      name: name of the data set in results.
       source: where the data came from.
       train: what to train on.
       val: the end of the training set, held out.
@@ -35,7 +35,7 @@ def split(
     Args:
       dataset: the images.
       num_train: how many of the training images to train on.
-      batch_size: of training.
+      batch_size: batch size of training.
       flag: the flag that `num_train` comes from, for the error.
 
     Raises:

@@ -53,7 +53,7 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
     Args:
       message: wrapped at 88 columns, except for lines that begin with a space.
-      exit_code: of the process.
+      exit_code: exit code of the process.
     """
     lines = f"error: {message}".splitlines()
     print("\n".join(map(_wrap, lines)), file=sys.stderr, flush=True)

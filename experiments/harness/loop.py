@@ -238,7 +238,7 @@ class _Loop:
 
 
 class _ProgressBar(tqdm):
-    """A progress bar with a step's metrics; silent where stderr is no terminal."""
+    """A progress bar with a step's metrics; silent if stderr is not a terminal."""
 
     last_drain_s = 0.0
 

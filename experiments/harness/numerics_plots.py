@@ -28,7 +28,7 @@ def numerics_figure(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
 
     Args:
       path: the PNG to write.
-      title: of the figure.
+      title: title of the figure.
       rows: the run's rows of metrics; rows of kind "numerics" hold the histograms.
     """
     scales = {r["step"]: r["loss_scale"] for r in rows if r["kind"] == "train"}
@@ -47,9 +47,7 @@ def numerics_figure(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
             )
     decorate(values, "outputs of matmuls and convolutions", "exponent")
     decorate(cotangents, "gradients with respect to them", "exponent")
-    decorate(
-        weights, "what the backward matmuls give (#2: second of a layer)", "exponent"
-    )
+    decorate(weights, "results of backward matmuls (#2: second of a layer)", "exponent")
     decorate(
         lost, "share of the gradients below float16's smallest number, unscaled", "step"
     )

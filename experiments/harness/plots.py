@@ -23,7 +23,7 @@ def training_figure(
 
     Args:
       path: the PNG to write.
-      title: of the figure.
+      title: title of the figure.
       runs: name of a run → its rows of metrics (see `Recorder`).
       headline: the metric to draw beside the loss.
     """

@@ -138,7 +138,7 @@ def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
 
     Args:
       path: the PNG to write.
-      title: of the figure.
+      title: title of the figure.
       rows: rows of `evaluate`, each with the `policy` that trained the weights.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -21,8 +21,8 @@ def report(
 
     Args:
       experiment: names the metrics and the columns.
-      result: of all policies.
-      title: of the table of runs and of the plots.
+      result: the result of all policies.
+      title: title of the table of runs and of the plots.
       more_tables: further tables, shown below that of the runs.
 
     Raises:

@@ -23,7 +23,7 @@ class Interrupted(ExperimentError):
 
         Args:
           signal_number: SIGINT or SIGTERM.
-          kept: what is on disk, such as "saved after step 12".
+          kept: the state on disk, such as "saved after step 12".
           flags: flags to add to the same command in order to continue.
         """
         added = f" and {' '.join(flags)}" if flags else ""

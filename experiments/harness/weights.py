@@ -69,7 +69,7 @@ def read_weights(path: Path, template: Any) -> Any:
             "wrote, or weights.safetensors in a run's directory."
         ) from error
     except SafetensorError as error:
-        raise _damaged(path, f"it is no whole safetensors file: {error}") from error
+        raise _damaged(path, f"it is not a whole safetensors file: {error}") from error
     if checksum not in (None, digest(arrays)):
         raise _damaged(path, "its content does not match its checksum")
     return unflatten_dict(arrays, sep=".")

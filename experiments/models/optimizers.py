@@ -4,5 +4,5 @@ import optax
 
 
 def rmsprop(learning_rate: float) -> optax.GradientTransformation:
-    """RMSprop with the constants of Keras: rho 0.9, epsilon 1e-7 inside the root."""
+    """Returns RMSprop with Keras's constants: rho 0.9, epsilon 1e-7 inside the root."""
     return optax.rmsprop(learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)

@@ -40,13 +40,13 @@ def gradient(loss, params, inputs, *, scale: float = 1.0) -> Any:
 
 
 def autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0) -> Any:
-    """Returns the same with autocast around the gradient, as in the train step."""
+    """Returns the gradient under autocast around `jax.grad`, as in the train step."""
     grads = _compiled(loss, policy, scale)(params, inputs)
     return jax.tree.map(lambda g: np.asarray(g, np.float64) / scale, grads)
 
 
 def inner_autocast_gradient(loss, params, inputs, policy, *, scale: float = 1.0):
-    """Returns the same with the gradient around autocast."""
+    """Returns the gradient with autocast inside `jax.grad`, around the loss."""
     return gradient(_inner_autocast(loss, policy), params, inputs, scale=scale)
 
 
@@ -92,7 +92,7 @@ def relative_error(grads: Any, truth: Any) -> float:
 
 
 def mlp(seed: int = 0) -> Case:
-    """Three layers with biases and relu."""
+    """Returns the case of three layers with biases and relu."""
     rng = np.random.default_rng(seed)
     sizes = (64, 256, 256, 10)
     params = [_dense(rng, m, n) for m, n in itertools.pairwise(sizes)]
@@ -108,7 +108,7 @@ def mlp(seed: int = 0) -> Case:
 
 
 def convnet(seed: int = 0) -> Case:
-    """Two convolutions with BatchNorm (batch statistics), pooling, a dense layer."""
+    """Returns the case of two convolutions with BatchNorm (batch statistics)."""
     rng = np.random.default_rng(seed)
     params = {
         "conv_0": _normal(rng, 3, 3, 3, 16) / 27**0.5,
@@ -142,7 +142,7 @@ def convnet(seed: int = 0) -> Case:
 def transformer_block(
     seed: int = 0, *, width: int = 128, length: int = 64, num_heads: int = 4
 ) -> Case:
-    """Pre-norm causal self-attention, and a gelu MLP."""
+    """Computes pre-norm causal self-attention, and a gelu MLP."""
     rng = np.random.default_rng(seed)
     params = _block_params(rng, width, num_heads)
     loss = lambda params, inputs: _mean_squared(_block(inputs["x"], params), inputs)
@@ -157,7 +157,7 @@ def transformer(
     num_heads: int = 4,
     num_layers: int = 3,
 ) -> Case:
-    """Transformer blocks in a scan over their parameters."""
+    """Returns the case of transformer blocks in a scan over their parameters."""
     rng = np.random.default_rng(seed)
     layers = [_block_params(rng, width, num_heads) for _ in range(num_layers)]
     params = jax.tree.map(lambda *xs: np.stack(xs), *layers)
@@ -206,7 +206,7 @@ def _mean_squared(x, inputs):
 
 
 def bigru(seed: int = 0, *, length: int = 100, width: int = 64) -> Case:
-    """A bidirectional GRU with an output at every step."""
+    """Returns the case of a bidirectional GRU with an output at every step."""
     rng = np.random.default_rng(seed)
     cell = lambda: {
         "input": _dense(rng, 32, 3 * width),
@@ -244,7 +244,7 @@ def bigru(seed: int = 0, *, length: int = 100, width: int = 64) -> Case:
 
 
 def rnn(seed: int = 0, *, length: int = 512, width: int = 64) -> Case:
-    """A tanh RNN; every step adds to the gradient of one weight."""
+    """Returns the case of a tanh RNN; every step adds to the gradient of one weight."""
     rng = np.random.default_rng(seed)
     recurrent, _ = np.linalg.qr(_normal(rng, width, width))
     params = {"w": recurrent.astype(np.float32), "u": _normal(rng, 16, width) / 4}
@@ -265,7 +265,7 @@ def rnn(seed: int = 0, *, length: int = 512, width: int = 64) -> Case:
 
 
 def tied(seed: int = 0, *, times: int = 64, width: int = 64) -> Case:
-    """One weight used 64 times in a residual stream."""
+    """Returns the case of one weight used 64 times in a residual stream."""
     rng = np.random.default_rng(seed)
     params = {"w": _normal(rng, width, width) / width**0.5}
     inputs = {"x": _normal(rng, 32, width), "target": _normal(rng, 32, width)}
@@ -281,7 +281,7 @@ def tied(seed: int = 0, *, times: int = 64, width: int = 64) -> Case:
 
 
 def ctc(seed: int = 0, *, length: int = 40) -> Case:
-    """A convolution over time and a dense layer under the CTC loss."""
+    """Returns the case of a convolution and a dense layer under the CTC loss."""
     rng = np.random.default_rng(seed)
     params = {
         "conv": _normal(rng, 5, 20, 64) / 100**0.5,

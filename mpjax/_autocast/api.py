@@ -43,31 +43,33 @@ def autocast(
 
     - matmuls and convolutions take and return half;
     - exponentials, powers, sums and other reductions run in float32;
-    - everything else follows its operands, the widest of which decides; but a sum or
-      product whose every consumer wants float32 runs in float32, and what only goes on
-      to matmuls (through maxima, reshapes, saved activation functions) in half;
+    - every other operation runs in the widest dtype of its operands, with two
+      exceptions: a sum or product whose every consumer wants float32 runs in float32,
+      and a value that reaches only matmuls (through maxima, reshapes, saved activation
+      functions) is half;
     - constants are never rounded: `x * 0.1` is computed in float32 and rounded once,
-      and what half cannot hold (a mask of -1e30, an epsilon of 1e-12) stays float32.
+      and an operation with a constant that half cannot represent (a mask of -1e30, an
+      epsilon of 1e-12) runs in float32.
 
-    Only what was traced as float32 is touched: float64, complex, integers, keys and
-    explicit half run exactly as they are, and outputs have the dtypes that they had.
-    A matmul that asks for `precision=` is left alone.
+    Only operations traced in float32 change: float64, complex, integers, keys and
+    explicit half run exactly as before, and outputs keep their dtypes. A matmul that
+    asks for `precision=` is left alone.
 
     Put it around the gradient, `autocast(jax.value_and_grad(loss_fn))`, which rewrites
     both passes at once; `jax.grad(autocast(fn))` works too. Gradients of float32
     parameters are float32.
 
-    Tracing has the contract of `jax.jit`: no side effects, and numbers are traced as
-    arrays are; strings, functions and other leaves are static (close over a flag, by
-    `functools.partial`). Called un-jitted it compiles once per shape, as `jax.jit`
-    does. Pure functions only: NNX modules are split and merged, Linen and Haiku models
-    go in as the whole `apply`, not a layer inside that makes parameters.
+    Tracing has the contract of `jax.jit`: no side effects, and numbers are traced like
+    arrays; strings, functions and other leaves are static (close over a flag with
+    `functools.partial`). Outside a jit it compiles once per shape, as `jax.jit` does.
+    The function must be pure: split and merge NNX modules, and pass the whole `apply`
+    of a Linen or Haiku model, not a layer inside it that creates parameters.
 
     Args:
       fn: any function of pytrees.
-      policy: its compute dtype is that of matmuls and convolutions: float16 or
-        bfloat16, or float32 for none at all. Or rules, which give the policy by name
-        scope (`encoder/Dense_0`), and their default elsewhere.
+      policy: matmuls and convolutions run in its compute dtype: float16, bfloat16, or
+        float32 to rewrite nothing. `PolicyRules` choose the policy by name scope
+        (`encoder/Dense_0`), with a default elsewhere.
       low: names of further primitives to run in half, such as your own.
       high: names of primitives to run in float32, whatever mpjax's table says.
 
@@ -89,7 +91,7 @@ def autocast(
         flat = FlatFunction(fn, spec)
         is_traced = any(isinstance(x, Tracer) for x in arrays)
         with jax.disable_jit(False):
-            # As one jit, whose equations, once rewritten, are not traced again.
+            # One jit around it all: rewritten equations are not traced again.
             closed = jax.make_jaxpr(jax.jit(flat) if is_traced else flat)(*arrays)
         if is_traced:
             rewritten = _run_inside(closed, settings)
@@ -104,8 +106,8 @@ def autocast(
 def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps a function as it is inside `autocast`: float32 stays float32.
 
-    For indices and sentinels that go through a matmul, such as `optax.ctc_loss`, and
-    for whatever must not lose a bit.
+    Use it for indices and sentinel values that pass through a matmul, as in
+    `optax.ctc_loss`, and for code that must not lose a bit.
 
     Args:
       fn: any function of pytrees, under the contract of `jax.jit`.
@@ -144,7 +146,7 @@ def make_settings(
 
 
 def _run_inside(jaxpr: Any, settings: Settings) -> Any:
-    """Runs every pass on the jits of a jaxpr, whose inputs and outputs stay."""
+    """Runs every pass on the jits of a jaxpr, which keeps its inputs and outputs."""
     eqns = [
         eqn.replace(
             params=map_inner_jaxprs(
@@ -157,7 +159,7 @@ def _run_inside(jaxpr: Any, settings: Settings) -> Any:
 
 
 def _jit(evaluate: Callable[..., Any], fn: Any, reserved: str) -> Callable[..., Any]:
-    """Compiles under a reserved name, by which an outer autocast knows to keep off."""
+    """Compiles under a reserved name that tells an outer autocast to leave it alone."""
     name = getattr(fn, "__name__", type(fn).__name__)
     evaluate.__name__ = evaluate.__qualname__ = f"{reserved}_{name}"
     jitted = jax.jit(evaluate)
@@ -166,7 +168,7 @@ def _jit(evaluate: Callable[..., Any], fn: Any, reserved: str) -> Callable[..., 
     def wrapper(*args, **kwargs):
         refuse_modules(fn, args, kwargs)
         arrays, spec = flatten((args, kwargs))
-        # The name is in the jit: within a trace it must not be disabled.
+        # The jit carries the name, so it must not be disabled within a trace.
         traced = any(isinstance(x, Tracer) for x in arrays)
         with jax.disable_jit(False) if traced else contextlib.nullcontext():
             outputs, out_spec = jitted(spec, arrays)

@@ -1,9 +1,9 @@
-"""Functions with a derivative of their own: both the function and the rule, rewritten.
+"""Rewrites functions with custom derivatives: both the function and its rule.
 
-What a `custom_vjp` or `custom_jvp` equation holds is private to JAX. Only its `bind` is
-used: it evaluates and differentiates the equation as JAX would. A new `custom_vjp` or
-`custom_jvp` is made around it, and traced; its rule is rewritten when the function is
-differentiated.
+The contents of a `custom_vjp` or `custom_jvp` equation are private to JAX. Only its
+`bind` is used: it evaluates and differentiates the equation as JAX would. A new
+`custom_vjp` or `custom_jvp` is made around it, and traced; its rule is rewritten when
+the function is differentiated.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
       evaluate: `(jaxpr, consts, *args) -> outputs`, which rewrites and evaluates.
 
     Returns:
-      An open jaxpr with the equation's inputs and outputs as traced, or None where the
-      rule cannot be traced outside of its place, such as a collective of a
-      `shard_map` around it.
+      An open jaxpr with the equation's inputs and outputs as traced, or None if the
+      rule cannot be traced by itself, such as one with a collective over the axes of
+      a `shard_map` around it.
     """
 
     def call(*args):
@@ -84,7 +84,7 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
 def trace_elementwise(
     eqn: Any, rewritten: Any, in_avals: list[Any], out_dtypes: tuple[Any, ...]
 ) -> Any:
-    """Traces a `custom_jvp` function with another body, its rule in float32.
+    """Traces a `custom_jvp` function with a rewritten body and its rule in float32.
 
     Args:
       eqn: the equation.
@@ -119,7 +119,7 @@ def trace_elementwise(
 def _trace(fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]) -> Any:
     try:
         closed = jax.make_jaxpr(jax.jit(fn))(*map(_struct, in_avals))
-    except Exception:  # Whatever the user's function raises where it does not belong.
+    except Exception:  # The user's rule may raise anything when traced by itself.
         return None
     traced = open_jaxpr(closed)
     defined = {v for eqn in traced.eqns for v in eqn.outvars}

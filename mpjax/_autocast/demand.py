@@ -1,9 +1,10 @@
-"""What is demanded of each value: a backward analysis of a jaxpr.
+"""A backward analysis of a jaxpr: what its consumers demand of each value.
 
 Where every consumer of a sum or product wants float32, rounding it to half in between
-only loses bits: the operation itself then runs in float32. And where every consumer of
-a maximum or a reshape wants half, rounding before it is rounding after it, and what
-lies between, often saved for the backward pass, is half as large.
+only loses bits: the operation itself then runs in float32. Where every consumer of
+a maximum or a reshape wants half, rounding its operand gives the same numbers as
+rounding its result, and the values in between, often saved for the backward pass, take
+half the memory.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +29,7 @@ class Demand(NamedTuple):
       halves: the half dtypes in which some consumer takes it.
       wants_float32: whether some consumer would rather have float32.
       must_keep: whether some consumer must have it as traced: an output, a loop, an
-        operation that is not to be touched.
+        opaque operation.
     """
 
     halves: frozenset
@@ -48,7 +49,7 @@ MUST_KEEP = Demand(frozenset(), wants_float32=True, must_keep=True)
 
 
 class DemandAnalysis:
-    """Finds, per jaxpr, what is demanded of each variable.
+    """Finds the demand on each variable, per jaxpr.
 
     Args:
       kind_of: the kind of an equation.
@@ -91,11 +92,11 @@ class DemandAnalysis:
     def demands(
         self, jaxpr: Any, outputs: tuple[Demand, ...], scope: str
     ) -> tuple[dict, tuple[Demand, ...]]:
-        """Returns what is demanded of each variable.
+        """Returns the demand on each variable.
 
         Args:
           jaxpr: closed or open.
-          outputs: what is demanded of each output outside.
+          outputs: the demand on each output from outside.
           scope: the name scope of the jaxpr.
 
         Returns:
@@ -114,15 +115,15 @@ class DemandAnalysis:
         found: dict = {}
         _add(found, body.outvars, outputs)
         for eqn in reversed(body.eqns):
-            _add(found, eqn.invars, self._of_operands(eqn, found, scope))
+            _add(found, eqn.invars, self._operand_demands(eqn, found, scope))
         return found
 
-    def _of_operands(self, eqn: Any, found: dict, scope: str) -> Iterable[Demand]:
-        """Returns what an equation demands of its operands, given that of its results.
+    def _operand_demands(self, eqn: Any, found: dict, scope: str) -> Iterable[Demand]:
+        """Returns the demands of an equation on its operands.
 
         Args:
           eqn: the equation.
-          found: demands known so far, of its results among others.
+          found: the demands known so far, those on its results among them.
           scope: the name scope of the jaxpr.
         """
         kind = self._kind_of(eqn)
@@ -137,18 +138,18 @@ class DemandAnalysis:
             )
         elif kind is Kind.PROMOTE and is_eligible(eqn):
             results = [found.get(v, NO_DEMAND) for v in eqn.outvars]
-            return _of_promoting(eqn, results)
+            return _promote_demands(eqn, results)
         elif kind in (Kind.CALL, Kind.COND) or self.is_elementwise(eqn):
-            return self._of_call(eqn, found, scope)
+            return self._call_demands(eqn, found, scope)
         elif kind is Kind.LOOP and eqn.primitive.name == "scan":
-            return self._of_scan(eqn, scope)
+            return self._scan_demands(eqn, scope)
         else:
             is_arithmetic = kind in (Kind.FLOAT32, Kind.PROMOTE)
             demand = WANTS_FLOAT32 if is_arithmetic else MUST_KEEP
         return [demand] * len(eqn.invars)
 
-    def _of_call(self, eqn: Any, found: dict, scope: str) -> list[Demand]:
-        """Returns what the jaxprs inside demand; of a conditional's results, all."""
+    def _call_demands(self, eqn: Any, found: dict, scope: str) -> list[Demand]:
+        """Returns the demands of the jaxprs inside; a conditional keeps its results."""
         is_cond = self._kind_of(eqn) is Kind.COND
         results = tuple(
             MUST_KEEP if is_cond else found.get(v, NO_DEMAND) for v in eqn.outvars
@@ -163,11 +164,11 @@ class DemandAnalysis:
             return [MUST_KEEP] * len(eqn.invars)
         return [_join(demands) for demands in zip(*per_jaxpr, strict=True)]
 
-    def _of_scan(self, eqn: Any, scope: str) -> list[Demand]:
-        """Returns half where the body takes a piece of a stack only in half.
+    def _scan_demands(self, eqn: Any, scope: str) -> list[Demand]:
+        """Returns half for each stack whose slices the body takes only in half.
 
-        Constants and the carry are as traced: the gradient of a constant, accumulated
-        over the steps, would be half.
+        Constants and the carry stay as traced: otherwise the gradient of a constant,
+        accumulated over the steps, would be half.
         """
         outputs = (MUST_KEEP,) * len(eqn.outvars)
         _, demands = self.demands(eqn.params["jaxpr"], outputs, join_scope(scope, eqn))
@@ -176,15 +177,15 @@ class DemandAnalysis:
         return [MUST_KEEP] * len(consts + carry) + stacked
 
 
-def _of_promoting(eqn: Any, results: list[Demand]) -> list[Demand]:
+def _promote_demands(eqn: Any, results: list[Demand]) -> list[Demand]:
     facts = facts_of(eqn)
     out = _join(results)
     if not facts.is_exact or facts.shrinks:
-        # Half will do if the result goes on in half; float32 operands are welcome.
+        # It may run in half if its result is taken in half, but prefers float32.
         out = Demand(out.halves, wants_float32=True)
     demands = [out] * len(eqn.invars)
     if eqn.primitive.name == "select_and_scatter_add":
-        # The second operand is only compared: no reason to keep it in float32.
+        # The second operand is only compared, so it need not be float32.
         demands[1] = Demand(out.halves, wants_float32=False)
     return demands
 

@@ -1,4 +1,4 @@
-"""Decisions about single equations: may it run in half, and why not."""
+"""Decisions about single equations: whether one may run in half, and why not."""
 
 import enum
 import functools
@@ -29,8 +29,8 @@ class Rounding(enum.Enum):
 def classify_rounding(value: float, dtype: Any) -> Rounding:
     """Returns how `value` survives a cast to a half dtype.
 
-    Out of range is what overflows, and what is below the smallest normal number, where
-    an epsilon loses bits or flushes to zero.
+    A value is out of range if it overflows, or lies below the smallest normal number,
+    where an epsilon loses bits or flushes to zero.
     """
     if math.isnan(value) or math.isinf(value):
         return Rounding.EXACT
@@ -58,9 +58,9 @@ def is_eligible(eqn: Any) -> bool:
 
 
 def asks_for_sign(eqn: Any) -> bool:
-    """Whether it compares a number with zero: rounding does not change the sign.
+    """Whether it compares a number with zero; rounding does not change the sign.
 
-    Except of numbers too small for half: the comparison then sees the zero that
+    Numbers too small for half are the exception: the comparison then sees the zero that
     a matmul gets.
     """
     return facts_of(eqn).compares_order and any(
@@ -72,8 +72,8 @@ def asks_for_sign(eqn: Any) -> bool:
 def is_reduced_precision(eqn: Any) -> bool:
     """Whether it rounds to a narrower format than float32, kept in float32.
 
-    With float32's own width, which JAX puts around what a checkpoint saves, it does
-    not.
+    JAX puts a `reduce_precision` of float32's own width around what a checkpoint saves;
+    such an equation rounds nothing.
     """
     params = eqn.params
     return eqn.primitive.name == "reduce_precision" and (

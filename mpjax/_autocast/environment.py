@@ -1,4 +1,4 @@
-"""The equations of a rewritten jaxpr, and its variables as they are now."""
+"""The equations of a rewritten jaxpr, and what its variables have become."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from mpjax._jaxpr.core import (
 
 
 class Environment:
-    """Old variables by what they are in the rewritten jaxpr, and its equations.
+    """Maps old variables to those of the rewritten jaxpr, and collects its equations.
 
     Attributes:
       eqns: the equations written so far.
@@ -34,7 +34,7 @@ class Environment:
         return atom if isinstance(atom, Literal) else self._new.get(atom, atom)
 
     def cast(self, atom: Any, dtype: Any, like: Any) -> Any:
-        """Returns an old variable in a dtype, by a cast of its own if need be."""
+        """Returns an old variable in a dtype, through a cast of its own if needed."""
         if isinstance(atom, Literal) and np.ndim(atom.val) == 0:
             same = dtype_of(atom) == dtype
             return atom if same else literal(atom.val, dtype)
@@ -50,7 +50,7 @@ class Environment:
             return actual
         return self.convert(actual, Var(atom.aval), like)
 
-    def returned(self, atom: Any, dtype: Any, producers: dict) -> Any:
+    def output(self, atom: Any, dtype: Any, producers: dict) -> Any:
         """Returns an output in a dtype: the variable itself, or a cast of it.
 
         Args:
@@ -82,13 +82,13 @@ class Environment:
     def write(
         self, eqn: Any, *, invars: Any, params: Any = None, dtypes: Any = None
     ) -> None:
-        """Writes an old equation with what is new about it; the very one if nothing is.
+        """Writes an old equation with its changes; the same object if it has none.
 
         Args:
           eqn: the equation.
           invars: its operands.
-          params: its parameters; None for those that it has.
-          dtypes: the dtype of each result; None for those as traced.
+          params: its parameters; None to keep them.
+          dtypes: the dtype of each result; None to keep them as traced.
         """
         changes: dict[str, Any] = {}
         pairs = zip(invars, eqn.invars, strict=True)
@@ -111,13 +111,14 @@ class Environment:
             self.convert(out, self.define(var, dtype), eqn)
 
     def splice(self, traced: Any, eqn: Any, invars: Any, outvars: Any = None) -> None:
-        """Writes the equations of a jaxpr in the place of one equation.
+        """Writes the equations of a jaxpr in place of one equation.
 
         Args:
           traced: the jaxpr, open.
           eqn: the equation, whose source line the new ones take.
-          invars: what the inputs of the jaxpr are.
-          outvars: what its outputs are called; the equation's results if None.
+          invars: the variables that take the place of the jaxpr's inputs.
+          outvars: those that take the place of its outputs; the equation's results if
+            None.
         """
         names = dict(zip(traced.invars, invars, strict=True))
         names |= dict(zip(traced.outvars, outvars or eqn.outvars, strict=True))
@@ -131,7 +132,7 @@ class Environment:
             )
         self.changed = True
 
-    def value(self, atom: Any) -> float | None:
+    def known_value(self, atom: Any) -> float | None:
         """Returns the number that a variable is known to hold everywhere, or None."""
         if not isinstance(atom, Literal):
             return self._values.get(atom)
@@ -139,7 +140,7 @@ class Environment:
             return None
         return float(atom.val)
 
-    def set_value(self, var: Var, value: float | None) -> None:
-        """Notes what number a variable holds."""
+    def set_known_value(self, var: Var, value: float | None) -> None:
+        """Records the number that a variable holds everywhere."""
         if value is not None:
             self._values[var] = value

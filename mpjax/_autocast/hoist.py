@@ -1,8 +1,8 @@
-"""Casts of weights hoisted out of the scans that repeat them at every step.
+"""Hoists casts of weights out of the scans that repeat them at every step.
 
-XLA leaves such a cast in the loop. Simply put before the loop, it would have the
-gradient of the weight accumulated in half, step by step, if the loop is differentiated.
-So the loop takes both: the half weight for its value, the float32 weight for its
+XLA leaves such a cast in the loop. If the cast were simply moved before the loop, the
+derivative of the loop would accumulate the gradient of the weight in half, step by
+step. So the loop takes both: the half weight for the value, the float32 weight for the
 derivative.
 """
 
@@ -25,19 +25,19 @@ from mpjax._tree import is_half
 
 
 def hoist_casts_out_of_scans(jaxpr: Any) -> Any:
-    """Returns a jaxpr whose scans do not cast a constant of theirs at every step.
+    """Returns a jaxpr whose scans do not cast their constants at every step.
 
     Args:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_equations(_hoist, jaxpr)
 
 
 def _hoist(eqn: Any) -> list[Any]:
-    """Returns the casts of a scan's constants, and the scan; any other as it is."""
+    """Returns the casts of a scan's constants, and the scan; others as they are."""
     if eqn.primitive.name != "scan" or not may_change_operands(eqn):
         return [eqn]
     scan = Scan(eqn)
@@ -51,16 +51,16 @@ def _hoist(eqn: Any) -> list[Any]:
         if weight is None or isinstance(weight, Literal):
             continue
         out = cast.outvars[0]
-        choose = _choose(cast.invars[0].aval, out.aval)
-        if choose is None:
+        half_of_eqn = _half_of_eqn(cast.invars[0].aval, out.aval)
+        if half_of_eqn is None:
             continue
         key = (cast.invars[0], dtype_of(out))
         if key not in halves:
             halves[key] = Var(out.aval)
             outer_cast = cast.replace(invars=[weight], outvars=[Var(out.aval)])
             operands.append(Var(out.aval))
-            before += [outer_cast, _stop(outer_cast, operands[-1])]
-        eqns[index] = choose.replace(
+            before += [outer_cast, _stop_gradient_eqn(outer_cast, operands[-1])]
+        eqns[index] = half_of_eqn.replace(
             invars=[cast.invars[0], halves[key]],
             outvars=[out],
             source_info=cast.source_info,
@@ -84,8 +84,8 @@ def _is_cast_to_half(eqn: Any) -> bool:
     )
 
 
-def _stop(cast: Any, out: Var) -> Any:
-    """Returns an equation through which no derivative goes."""
+def _stop_gradient_eqn(cast: Any, out: Var) -> Any:
+    """Returns a `stop_gradient` of a cast's result."""
     with jax.disable_jit(False):
         (stop,) = jax.make_jaxpr(jax.lax.stop_gradient)(0.0).eqns
     return cast.replace(
@@ -107,7 +107,7 @@ def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose(weight: Any, half: Any) -> Any:
+def _half_of_eqn(weight: Any, half: Any) -> Any:
     """Returns the equation of `_half_of` for two types, or None if it has none."""
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (weight, half)]
     with jax.disable_jit(False):

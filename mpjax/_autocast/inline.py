@@ -1,8 +1,8 @@
-"""Calls of jitted functions inlined, so that a scan meets what another saves for it.
+"""Inlines calls of jitted functions, so that forward and backward scan are siblings.
 
-The gradient of a function that calls a jitted one calls two: its forward and its
+The gradient of a function that calls a jitted function calls two: its forward and its
 backward pass, each with its own scans. XLA inlines such calls before all else; here
-calls are inlined where stacks of a scan go from one to another.
+calls are inlined where stacked arrays of a scan pass from one to another.
 """
 
 from collections.abc import Iterator
@@ -26,15 +26,15 @@ from mpjax._jaxpr.passes import map_jaxprs
 
 
 def inline_calls_with_scans(jaxpr: Any) -> Any:
-    """Inlines calls of jitted functions whose scans hand stacks to one another.
+    """Inlines calls of jitted functions whose scans pass stacked arrays on.
 
-    Calls stay that ask for more than to be computed (shardings, donation, effects).
+    A call that asks for more than its computation (shardings, donation, effects) stays.
 
     Args:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_jaxprs(_Inliner().inline, jaxpr)
 
@@ -49,14 +49,14 @@ def returns_constants(eqn: Any) -> bool:
 
 
 class _Inliner:
-    """Inlines calls, and remembers what it has seen of them."""
+    """Inlines calls, and caches what it finds out about them."""
 
     def __init__(self):
-        self._ends: dict[int, tuple[Any, list[int], list[int]]] = {}
-        self._usual: dict[tuple[int, int], dict[str, Any]] = {}
+        self._stack_indices: dict[int, tuple[Any, list[int], list[int]]] = {}
+        self._plain_params: dict[tuple[int, int], dict[str, Any]] = {}
 
     def inline(self, jaxpr: Any) -> Any:
-        """Returns a jaxpr, closed or open, without such calls on its own level."""
+        """Returns a jaxpr, closed or open, without such calls at its top level."""
         while calls := self._related_calls(open_jaxpr(jaxpr).eqns):
             names: dict[Var, Any] = {}
             eqns = list(_flattened(open_jaxpr(jaxpr).eqns, calls, names))
@@ -65,7 +65,7 @@ class _Inliner:
         return jaxpr
 
     def _related_calls(self, eqns: Any) -> set[int]:
-        """Returns the indices of calls that hand stacks to one another, or to scans."""
+        """Returns the indices of calls that pass stacks to one another, or to scans."""
         made_by: dict[Var, int] = {}
         related: set[int] = set()
         for index, eqn in enumerate(eqns):
@@ -79,9 +79,9 @@ class _Inliner:
         return {index for index in related if not _is_scan(eqns[index])}
 
     def _stacks(self, eqn: Any) -> tuple[list[Any], list[Any]]:
-        """Returns the operands that a scan takes apart, and the results it stacks up.
+        """Returns the stacked operands and the stacked results of a scan.
 
-        For a call, those of the scans inside.
+        A call has the stacks of the scans inside it.
         """
         if _is_scan(eqn):
             scan = Scan(eqn)
@@ -91,15 +91,15 @@ class _Inliner:
         if eqn.primitive.name != "jit":
             return [], []
         jaxpr = eqn.params["jaxpr"]
-        if id(jaxpr) not in self._ends:
+        if id(jaxpr) not in self._stack_indices:
             pairs = [self._stacks(each) for each in open_jaxpr(jaxpr).eqns]
             taken = {x for xs, _ in pairs for x in xs if is_var(x)}
             made = {y for _, ys in pairs for y in ys}
             invars, outvars = open_jaxpr(jaxpr).invars, open_jaxpr(jaxpr).outvars
             ins = [i for i, x in enumerate(invars) if x in taken]
             outs = [i for i, y in enumerate(outvars) if is_var(y) and y in made]
-            self._ends[id(jaxpr)] = (jaxpr, ins, outs)
-        _, ins, outs = self._ends[id(jaxpr)]
+            self._stack_indices[id(jaxpr)] = (jaxpr, ins, outs)
+        _, ins, outs = self._stack_indices[id(jaxpr)]
         return [eqn.invars[i] for i in ins], [eqn.outvars[i] for i in outs]
 
     def _is_plain(self, call: Any) -> bool:
@@ -110,9 +110,9 @@ class _Inliner:
         if any(map(has_effects, [call, *inside])):
             return False
         sizes = len(call.invars), len(call.outvars)
-        if sizes not in self._usual:
-            self._usual[sizes] = _call_params(*sizes)
-        usual = self._usual[sizes]
+        if sizes not in self._plain_params:
+            self._plain_params[sizes] = _call_params(*sizes)
+        usual = self._plain_params[sizes]
         return all(call.params.get(name) == value for name, value in usual.items())
 
 
@@ -135,7 +135,7 @@ def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[An
     Args:
       eqns: the equations of one jaxpr.
       calls: the indices of the calls.
-      names: learns what the results of the calls are called.
+      names: receives the new name of each result of the calls.
     """
     constants: dict[int, Var] = {}
     for index, eqn in enumerate(eqns):
@@ -165,7 +165,7 @@ def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[An
 def _call_for_constants(call: Any) -> Any:
     """Returns a call that returns the constants of another.
 
-    A jaxpr that is not closed has no place for them.
+    An open jaxpr has no place for constants.
     """
     jaxpr = call.params["jaxpr"]
     constvars = open_jaxpr(jaxpr).constvars

@@ -1,4 +1,4 @@
-"""The rewriting of the equations of one jaxpr, one method per kind of primitive."""
+"""Rewrites the equations of one jaxpr, with one method per kind of primitive."""
 
 from typing import Any, NamedTuple
 
@@ -35,12 +35,12 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class _Decision(NamedTuple):
-    """In which dtype an operation that follows its operands runs.
+    """The dtype in which an operation that follows its operands runs.
 
     Attributes:
       dtype: the dtype of its result.
-      is_rounded: whether it runs in float32 and is rounded to that once.
-      reason: why it is float32.
+      is_rounded: whether it runs in float32 and its result is rounded to `dtype` once.
+      reason: why the result is float32; empty if it is not.
     """
 
     dtype: Any
@@ -52,8 +52,9 @@ class JaxprRewriter:
     """Rewrites one jaxpr.
 
     Args:
-      rewriter: the `Rewriter`, which knows the kinds and rules, and goes deeper.
-      demands: what is demanded of each variable.
+      rewriter: the `Rewriter`, which has the kinds and rules, and rewrites inner
+        jaxprs.
+      demands: the demand on each variable.
       scope: the name scope of the jaxpr.
       times: how often it runs.
     """
@@ -82,21 +83,21 @@ class JaxprRewriter:
           jaxpr: closed or open.
           in_dtypes: actual dtype per input.
           in_values: known number per input, or None.
-          out_dtypes: what each output is cast to; None for the dtype that it has.
+          out_dtypes: the dtype that each output is cast to; None to keep its own.
 
         Returns:
-          The jaxpr (the very object if nothing changed) and its outputs' dtypes.
+          The jaxpr (the same object if nothing changed) and its outputs' dtypes.
         """
         env, body = self._env, open_jaxpr(jaxpr)
         ins = zip(body.invars, in_dtypes, strict=True)
         invars = [env.define(var, dtype) for var, dtype in ins]
         for var, value in zip(body.invars, in_values, strict=True):
-            env.set_value(var, value)
+            env.set_known_value(var, value)
         for eqn in body.eqns:
             self._handlers[self._rewriter.kind_of(eqn)](eqn)
         producers = {v: eqn for eqn in body.eqns for v in eqn.outvars}
         outs = zip(body.outvars, out_dtypes, strict=True)
-        outvars = [env.returned(x, dtype, producers) for x, dtype in outs]
+        outvars = [env.output(x, dtype, producers) for x, dtype in outs]
         out_dtypes = tuple(map(dtype_of, outvars))
         if not env.changed:
             return jaxpr, out_dtypes
@@ -147,7 +148,7 @@ class JaxprRewriter:
             for x in eqn.invars
         ]
 
-    # What follows its operands.
+    # Operations that follow their operands.
 
     def _promote(self, eqn: Any) -> None:
         env = self._env
@@ -179,18 +180,19 @@ class JaxprRewriter:
         self._log(eqn, dtype)
 
     def _keep_constant(self, eqn: Any) -> None:
-        """Notes that a constant stays one, never to be rounded, if moved or cast."""
+        """Records that a moved or cast constant still is one, never to be rounded."""
         is_cast = eqn.primitive.name == "convert_element_type"
         if len(eqn.invars) == 1 and (is_cast or facts_of(eqn).moves_data):
             for var in eqn.outvars:
                 if is_float32(var.aval):
-                    self._env.set_value(var, self._env.value(eqn.invars[0]))
+                    self._env.set_known_value(var, self._env.known_value(eqn.invars[0]))
 
     def _narrow_dtype(self, eqn: Any) -> Any:
-        """Returns in which half an op may run though its operands are float32, or None.
+        """Returns the half dtype in which an op runs despite float32 operands, or None.
 
-        An exact one where all consumers want half; an activation function where
-        a matmul takes it, and its derivative would save it in float32 beside that.
+        An exact op runs in half where all its consumers want half. An activation
+        function runs in half where a matmul takes its result, which its derivative
+        would otherwise save in float32 as well.
         """
         facts = facts_of(eqn)
         if facts.is_activation:
@@ -205,7 +207,7 @@ class JaxprRewriter:
         dtype = dtypes.pop()
         if dtype is None or dtypes:
             return None
-        constants = (self._env.value(x) for x in eqn.invars if is_float32(x.aval))
+        constants = (self._env.known_value(x) for x in eqn.invars if is_float32(x.aval))
         is_exact = all(
             v is None or classify_rounding(v, dtype) is Rounding.EXACT
             for v in constants
@@ -213,18 +215,20 @@ class JaxprRewriter:
         return dtype if is_exact else None
 
     def _decide(self, eqn: Any) -> _Decision:
-        """Returns the dtype of a result from those of the operands."""
+        """Returns the dtype of a result from the dtypes of the operands."""
         env = self._env
         floats = [x for x in eqn.invars if is_float32(x.aval)]
         variables = [x for x in floats if not isinstance(x, Literal)]
-        actual = {dtype_of(env.actual(x)) for x in variables if env.value(x) is None}
+        actual = {
+            dtype_of(env.actual(x)) for x in variables if env.known_value(x) is None
+        }
         if len(actual) != 1 or _FLOAT32 in actual:
             return _Decision(_FLOAT32, reason="an operand is float32")
         wanted_half = any(self._demand(v).halves for v in eqn.outvars)
         if not facts_of(eqn).is_exact and not wanted_half:
             return _Decision(_FLOAT32, reason="every consumer wants float32")
         dtype = actual.pop()
-        constants = [v for v in map(env.value, floats) if v is not None]
+        constants = [v for v in map(env.known_value, floats) if v is not None]
         roundings = {v: classify_rounding(v, dtype) for v in constants}
         for value, rounding in roundings.items():
             if rounding is Rounding.OUT_OF_RANGE:
@@ -262,7 +266,7 @@ class JaxprRewriter:
             eqn,
             inner[0],
             in_dtypes=tuple(map(dtype_of, invars)),
-            in_values=tuple(map(env.value, eqn.invars)),
+            in_values=tuple(map(env.known_value, eqn.invars)),
             out_demands=tuple(map(self._demand, eqn.outvars)),
         )
         if rewritten is inner[0]:
@@ -277,7 +281,7 @@ class JaxprRewriter:
         params = self._rewrite_params(
             eqn,
             in_dtypes=tuple(map(dtype_of, invars[1:])),
-            in_values=tuple(map(env.value, eqn.invars[1:])),
+            in_values=tuple(map(env.known_value, eqn.invars[1:])),
         )
         env.write(eqn, invars=invars, params=params)
 
@@ -289,7 +293,7 @@ class JaxprRewriter:
         self._env.write(eqn, invars=invars, params=self._rewrite_params(eqn))
 
     def _scan(self, eqn: Any) -> None:
-        """Constants and the carry stay as traced; what is stacked may be half."""
+        """Rewrites a scan: constants and carry stay as traced, stacks may be half."""
         env, scan = self._env, Scan(eqn)
         consts, carry, xs = scan.split_operands(eqn.invars)
         invars = [env.as_traced(x, eqn) for x in (*consts, *carry)]
@@ -310,7 +314,7 @@ class JaxprRewriter:
         params = eqn.params | {"jaxpr": rewritten}
         env.write(eqn, invars=invars, params=params, dtypes=dtypes)
 
-    # Functions with a derivative of their own.
+    # Functions with custom derivatives.
 
     def _custom(self, eqn: Any) -> None:
         rewriter = self._rewriter
@@ -322,18 +326,18 @@ class JaxprRewriter:
             self._loop(eqn)
             return
         if rewriter.log is not None:
-            self._rewrite_params(eqn)  # only for what it logs
+            self._rewrite_params(eqn)  # only to log what is inside
         env = self._env
         env.splice(traced, eqn, [env.as_traced(x, eqn) for x in eqn.invars])
 
     def _elementwise(self, eqn: Any) -> None:
-        """A `custom_jvp` function such as relu: in half where its result is."""
+        """Rewrites a `custom_jvp` function such as relu, in half if its result is."""
         env = self._env
         invars = [env.actual(x) for x in eqn.invars]
         rewritten, dtypes = self._rewriter.silent().rewrite_inner(
             inner_jaxprs(eqn)[0],
             in_dtypes=tuple(map(dtype_of, invars)),
-            in_values=tuple(map(env.value, eqn.invars)),
+            in_values=tuple(map(env.known_value, eqn.invars)),
             out_demands=tuple(map(self._demand, eqn.outvars)),
         )
         traced = None
@@ -349,7 +353,7 @@ class JaxprRewriter:
 
 
 def _output_dtypes(eqn: Any, dtype: Any) -> list[Any]:
-    """Returns the dtypes that a matmul, or a primitive of the user's, puts out."""
+    """Returns the output dtypes of a matmul, or of a primitive of the user's."""
     if facts_of(eqn).is_matmul:
         return [dtype]
     operands = [jax.ShapeDtypeStruct(x.aval.shape, dtype_of(x)) for x in eqn.invars]

@@ -26,7 +26,9 @@ def choose_kinds(low: Collection[str], high: Collection[str]) -> dict[str, Kind]
             )
     both = sorted(set(low) & set(high))
     if both:
-        raise ValueError(f"{', '.join(both)}: in both low= and high=; drop it in one.")
+        raise ValueError(
+            f"{', '.join(both)}: in both low= and high=; drop it from one."
+        )
     kinds = {name: facts.kind for name, facts in PRIMITIVES.items()}
     containers = {name for name, kind in kinds.items() if kind in _CONTAINERS}
     calls = sorted(containers & set(low))
@@ -36,7 +38,7 @@ def choose_kinds(low: Collection[str], high: Collection[str]) -> dict[str, Kind]
             "inside it."
         )
     kinds |= dict.fromkeys(low, Kind.HALF)
-    # A call that is to stay in float32 is left alone whole.
+    # A call that stays in float32 is left alone, with everything inside it.
     for name in high:
         kinds[name] = Kind.OPAQUE if name in containers else Kind.FLOAT32
     return kinds

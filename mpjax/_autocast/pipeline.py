@@ -1,6 +1,6 @@
 """What `autocast` does to a jaxpr: every pass, in its order.
 
-Each pass takes a jaxpr and returns one with the same inputs and outputs, or the very
+Each pass takes a jaxpr and returns one with the same inputs and outputs, or the same
 object if it has nothing to do.
 """
 
@@ -16,7 +16,7 @@ from mpjax._xla_cpu.matmuls import add_unit_axes, swap_transposed_matmuls
 
 
 def rewrite_in_half(jaxpr: Any, settings: Settings, scope: str = "") -> Any:
-    """Finds what is demanded of each value, and rewrites the operations by it."""
+    """Rewrites the operations by the demands on their values."""
     return Rewriter(settings, run_pipeline).rewrite(jaxpr, scope)
 
 
@@ -24,9 +24,9 @@ PASSES: tuple[Callable[..., Any], ...] = (
     rewrite_in_half,
     # A jitted loss hides the forward loop from the backward loop.
     inline_calls_with_scans,
-    # What a forward loop saves for the backward loop.
+    # A forward loop saves no more than it must for the backward loop.
     minimize_residuals,
-    # Weights that a loop casts at every step.
+    # Weights are cast once, before a loop, not at each of its steps.
     hoist_casts_out_of_scans,
     # The forms that XLA:CPU runs fast, and with float32 sums.
     swap_transposed_matmuls,
@@ -44,7 +44,7 @@ def run_pipeline(jaxpr: Any, settings: Settings, scope: str = "") -> Any:
       scope: the name scope of the jaxpr.
 
     Returns:
-      The jaxpr; the very object if there is nothing to make half.
+      The jaxpr; the same object if nothing can run in half.
     """
     rewritten = rewrite_in_half(jaxpr, settings, scope)
     if rewritten is jaxpr:

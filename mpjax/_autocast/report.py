@@ -38,15 +38,15 @@ _NOT_UNDERSTOOD = "not understood: runs as traced"
 
 @dataclasses.dataclass(frozen=True)
 class AutocastRecord:
-    """One operation of a function, or several that differ in nothing shown here.
+    """One operation of a function; operations that look the same here are merged.
 
     Attributes:
-      primitive: its name.
-      dtype: of its result under autocast.
-      reason: why it is not in half; empty if it is.
+      primitive: name of the JAX primitive.
+      dtype: dtype of its result under autocast.
+      reason: why it does not run in half; empty if it does.
       scope: its name scope.
       source: the user's source line, `model.py:12 (loss_fn)`.
-      flops: of all calls together.
+      flops: FLOPs of all its calls together.
       num_calls: how often it runs; a `while` body and each branch of a `cond` once.
     """
 
@@ -63,8 +63,9 @@ class AutocastRecord:
 class AutocastReport:
     """Every floating-point operation of a function under autocast.
 
-    `print(report)` gives a plain table of what does arithmetic, `report.print()`
-    a coloured one on a terminal where rich is installed, `report.to_dict()` all data.
+    `print(report)` gives a plain table of the operations that do arithmetic,
+    `report.print()` a coloured table on a terminal where rich is installed,
+    `report.to_dict()` all data.
 
     Attributes:
       records: the operations, those with most FLOPs first.
@@ -88,7 +89,7 @@ class AutocastReport:
         return tuple(r for r in self.records if r.reason and r.dtype == "float32")
 
     def not_understood(self) -> tuple[AutocastRecord, ...]:
-        """Returns the primitives that are in none of autocast's tables."""
+        """Returns the operations whose primitive mpjax's table does not know."""
         return tuple(r for r in self.records if r.reason == _NOT_UNDERSTOOD)
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class AutocastReport:
         }
 
     def print(self) -> None:
-        """Prints it: by rich on a terminal where that is installed, else plain."""
+        """Prints it through rich on a terminal if rich is installed, else as text."""
         print_report(self)
 
     def __rich__(self) -> Any:
@@ -113,7 +114,7 @@ class AutocastReport:
         return "\n".join([self._summary(), table, *self._warnings()])
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """What does arithmetic, or is not understood; moving data goes unsaid."""
+        """Returns a row per operation that does arithmetic or is not understood."""
         shown = (r for r in self.records if r.flops or r.reason == _NOT_UNDERSTOOD)
         return [
             (

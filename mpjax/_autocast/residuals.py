@@ -1,12 +1,13 @@
-"""What a forward scan saves for its backward scan, cut down to a minimum.
+"""Minimizes the residuals that a forward scan saves for its backward scan.
 
-JAX differentiates a scan into two: the first stacks up, step by step, the residuals
-that the second takes. Of a gate `s` they may be `s`, `1 - s` and `s * (1 - s)`, each in
-an array of its own. Outside of loops XLA weighs storing against rematerializing; it
-does not look from one loop into another. Here the values to stack are a minimum cut:
-the fewest bytes from which arithmetic gives the rest, by the very equations that gave
-it before. PyTorch's partitioner cuts likewise (He and Yu, "Transcending
-Runtime-Memory Tradeoffs in Checkpointing by being Fusion Aware", MLSys 2023).
+JAX differentiates a scan into two scans: the first saves residuals, stacked over its
+steps, and the second reads them. A gate `s` may leave the residuals `s`, `1 - s` and
+`s * (1 - s)`, each in an array of its own. Outside of loops XLA weighs storing against
+rematerializing; it does not look from one loop into another. Here the values to store
+are a minimum cut: the fewest bytes from which cheap arithmetic rematerializes the rest,
+by the same equations that computed it first. PyTorch's partitioner cuts likewise (He
+and Yu, "Transcending Runtime-Memory Tradeoffs in Checkpointing by being Fusion Aware",
+MLSys 2023).
 """
 
 from typing import Any, NamedTuple
@@ -30,25 +31,25 @@ from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.passes import map_jaxprs
 from mpjax._jaxpr.primitives import facts_of
 
-# scipy's capacities have 32 bits: that of all variables together, and an infinite one.
+# scipy's capacities have 32 bits: the limit of all variables together, and infinity.
 _LIMIT = 2**30
 _INFINITE = 2**31 - 1
 
 
 def minimize_residuals(jaxpr: Any) -> Any:
-    """Returns a jaxpr whose scans stack up fewer bytes for one another.
+    """Returns a jaxpr whose scans save fewer bytes for one another.
 
     Args:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_jaxprs(_minimize, jaxpr)
 
 
 def _minimize(jaxpr: Any) -> Any:
-    """Minimizes what goes from scan to scan in one jaxpr, not inside it."""
+    """Minimizes the residuals between the scans of one jaxpr, not of inner ones."""
     body = open_jaxpr(jaxpr)
     eqns = list(body.eqns)
     made_by: dict[Var, int] = {}
@@ -89,9 +90,9 @@ class _ScanPairs:
 
         Args:
           consts: pairs of a constant and its variable in the body.
-          xs: pairs of a stack and the variable of its piece.
+          xs: pairs of a stack and the variable of its slice.
           before: equations for the beginning of the body.
-          names: what variables of the body are called now.
+          names: new names of variables of the body.
         """
         ins = [*consts, *self.carry, *xs]
         eqns = [e.replace(invars=renamed(e.invars, names)) for e in self.body.eqns]
@@ -106,12 +107,12 @@ class _ScanPairs:
 
 
 class _Residual(NamedTuple):
-    """A value that one scan stacks up and another takes apart.
+    """A value that one scan saves at every step and a later scan reads.
 
     Attributes:
-      stack: its variable outside of both.
-      made: its variable in the body of the first.
-      taken: its variable in the body of the second.
+      stack: its variable outside of both scans.
+      made: its variable in the body of the first scan.
+      taken: its variable in the body of the second scan.
     """
 
     stack: Var
@@ -120,19 +121,19 @@ class _Residual(NamedTuple):
 
 
 class _Pair:
-    """A scan, and a later one that takes stacks of it.
+    """A scan, and a later scan that reads residuals of the first.
 
     Args:
-      first: the equation of the one.
-      second: the equation of the other.
-      uses: how often each variable outside of them is used.
+      first: the equation of the first scan.
+      second: the equation of the second scan.
+      uses: how often each variable outside of both is used.
     """
 
     def __init__(self, first: Any, second: Any, uses: dict[Var, int]):
         self._first, self._second = _ScanPairs(first), _ScanPairs(second)
         self._uses = uses
         self._length = first.params["length"]
-        # The variables of the first body by what they are outside of it.
+        # For variables of the first body, the variables outside that they stand for.
         self._constants = {var: outer for outer, var in self._first.consts}
         stacks = self._first.xs + self._first.ys
         self._stacks = {var: outer for outer, var in stacks if uses[outer]}
@@ -159,14 +160,14 @@ class _Pair:
             var: 0 if var in available else self._num_bytes(var) for var in producers
         }
         if not all(isinstance(num, int) for num in cost.values()):
-            return None  # A size that is not known yet.
+            return None  # A symbolic size.
         kept = _minimum_cut(producers, cost, targets)
         if sum(cost[var] for var in kept) >= sum(cost[var] for var in targets):
             return None
         return self._rebuild([var for var in producers if var in kept], residuals)
 
     def _available(self, body: Any, residual_stacks: set[Var]) -> set[Var]:
-        """Returns what of the first body is in memory even without the residuals."""
+        """Returns variables of the first body that are in memory without residuals."""
         outer = {**self._stacks, **self._constants}
         held = {*body.constvars, *body.invars}
         held |= {v for e in body.eqns if returns_constants(e) for v in e.outvars}
@@ -186,13 +187,13 @@ class _Pair:
         names: dict[Var, Var] = {}
         for var in kept:
             if var in self._constants:
-                names[var] = _name_of(self._constants[var], var, consts)
+                names[var] = _body_var(self._constants[var], var, consts)
                 continue
             stack = self._stacks.get(var)
             if stack is None:
                 stack = Var(stacked_aval(var.aval, self._length))
                 outs.append((stack, var))
-            names[var] = _name_of(stack, var, xs)
+            names[var] = _body_var(stack, var, xs)
         dropped = [x for x in residuals if names.get(x.made) is not x.taken]
         targets = [residual.made for residual in dropped]
         before = _rematerialize(self._first.body, targets, names)
@@ -206,8 +207,8 @@ class _Pair:
         )
 
 
-def _name_of(outer: Any, var: Var, pairs: list) -> Var:
-    """Returns what an operand is called in a body, one more operand if need be."""
+def _body_var(outer: Any, var: Var, pairs: list) -> Var:
+    """Returns an operand's variable in a body; adds the operand if it is missing."""
     for other, name in pairs:
         if other is outer:
             return name
@@ -220,9 +221,9 @@ def _is_in(atom: Any, found: Any) -> bool:
 
 
 def _producers(body: Any, targets: list[Var], available: set[Var]) -> dict[Var, Any]:
-    """Returns all that targets can be rematerialized from, and the equation of each.
+    """Returns every variable that targets depend on, with its equation.
 
-    The equation is None for a value that cannot be rematerialized, or is available.
+    The equation is None for a value that is available or cannot be rematerialized.
     """
     made_by = {v: eqn for eqn in body.eqns for v in eqn.outvars}
     found: dict[Var, Any] = {}
@@ -246,24 +247,24 @@ def _is_cheap(eqn: Any) -> bool:
 
 
 def _minimum_cut(producers: dict, cost: dict, targets: list[Var]) -> set[Var]:
-    """Returns the variables of least cost that lie on every way to the targets.
+    """Returns the cheapest variables that cut every path to the targets.
 
-    Of several such sets it is the one nearest to the targets.
+    If several sets cost the same, it is the one nearest to the targets.
     """
-    # Imported here: it takes as long as all else in mpjax.
+    # Imported here: it takes as long as importing all of mpjax.
     from scipy.sparse import csgraph, csr_array
 
-    place = {var: 2 + 2 * i for i, var in enumerate(producers)}
+    node = {var: 2 + 2 * i for i, var in enumerate(producers)}
     unit = max(1, -(-sum(cost.values()) // _LIMIT))
     edges = []
     for var, eqn in producers.items():
-        edges.append((place[var], place[var] + 1, -(-cost[var] // unit)))
+        edges.append((node[var], node[var] + 1, -(-cost[var] // unit)))
         if eqn is None:
-            edges.append((0, place[var], _INFINITE))
+            edges.append((0, node[var], _INFINITE))
         else:
             sources = set(filter(is_var, eqn.invars))
-            edges += [(place[x] + 1, place[var], _INFINITE) for x in sources]
-    edges += [(place[var] + 1, 1, _INFINITE) for var in set(targets)]
+            edges += [(node[x] + 1, node[var], _INFINITE) for x in sources]
+    edges += [(node[var] + 1, 1, _INFINITE) for var in set(targets)]
     start, end, capacity = np.array(edges, np.int32).T
     size = 2 + 2 * len(producers)
     graph = csr_array((capacity, (start, end)), shape=(size, size))
@@ -271,11 +272,11 @@ def _minimum_cut(producers: dict, cost: dict, targets: list[Var]) -> set[Var]:
     left.eliminate_zeros()
     after = csgraph.breadth_first_order(left.T, 1, return_predecessors=False)
     after = set(after.tolist())
-    return {v for v, i in place.items() if i not in after and i + 1 in after}
+    return {v for v, i in node.items() if i not in after and i + 1 in after}
 
 
 def _rematerialize(body: Any, targets: list[Var], names: dict) -> list[Any]:
-    """Returns equations that compute targets again; `names` learns their results."""
+    """Returns equations that rematerialize targets; adds their results to `names`."""
     needed = {var for var in targets if var not in names}
     chosen = []
     for eqn in reversed(body.eqns):

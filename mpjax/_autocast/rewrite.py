@@ -21,10 +21,10 @@ from mpjax.policy import PolicyRules
 
 
 class Settings(NamedTuple):
-    """What one `autocast` goes by.
+    """The settings of one `autocast`.
 
     Attributes:
-      rules: the policy by name scope; its compute dtype is that of matmuls.
+      rules: the policy by name scope; matmuls run in its compute dtype.
       kinds: the kind of each primitive by name; any other is opaque.
     """
 
@@ -37,10 +37,10 @@ class Rewriter:
 
     Args:
       settings: the rules, and the kinds of primitives.
-      run_pipeline: `(jaxpr, settings, scope) -> jaxpr`, every pass in its order: for
-        the derivative rules of functions that have their own.
-      log: called with `(eqn, scope, times, dtype, reason)` for every equation decided
-        on, or None; a log sees every call of a function that is traced once.
+      run_pipeline: `(jaxpr, settings, scope) -> jaxpr`, every pass in its order; it
+        rewrites custom derivative rules.
+      log: called with `(eqn, scope, times, dtype, reason)` for every decision about an
+        equation, or None. A function that is traced once is logged at every call.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Rewriter:
         self._half_dtypes: dict[Any, Any] = {}
 
     def kind_of(self, eqn: Any) -> Kind:
-        """Returns what to do with an equation."""
+        """Returns the kind of an equation: what to do with it."""
         kind = self.settings.kinds.get(eqn.primitive.name, Kind.OPAQUE)
         if kind is Kind.PROMOTE and is_reduced_precision(eqn):
             return Kind.OPAQUE
@@ -91,7 +91,7 @@ class Rewriter:
           scope: its name scope.
 
         Returns:
-          The jaxpr; the very object if nothing changed.
+          The jaxpr; the same object if nothing changed.
         """
         return self.rewrite_inner(jaxpr, scope=scope)[0]
 
@@ -112,15 +112,16 @@ class Rewriter:
           jaxpr: closed or open.
           in_dtypes: actual dtype of each input; as traced if None.
           in_values: the value of each input that is a known scalar.
-          out_demands: what is demanded of each output, which then has the dtype that
-            the rewrite gives it; if None, the dtype as traced.
-          out_dtypes: what each output is cast to, None for the dtype that it has; as
-            traced without it and `out_demands`.
+          out_demands: the demand on each output; outputs then have the dtypes
+            that the rewrite gives them.
+          out_dtypes: the dtype that each output is cast to; None for an output that
+            keeps the dtype of the rewrite. Without this and `out_demands` outputs have
+            the dtypes as traced.
           scope: its name scope.
           times: how often it runs.
 
         Returns:
-          The jaxpr (the very object if nothing changed) and its outputs' dtypes.
+          The jaxpr (the same object if nothing changed) and its outputs' dtypes.
         """
         body = open_jaxpr(jaxpr)
         traced = tuple(map(dtype_of, body.invars))
@@ -157,7 +158,7 @@ class Rewriter:
         return self if self.log is None else Rewriter(self.settings, self._run_pipeline)
 
     def trace_custom(self, eqn: Any, scope: str) -> Any:
-        """Returns a jaxpr for a call with a derivative of its own, or None."""
+        """Returns a jaxpr for a call with a custom derivative, or None."""
         cache_key = (id(eqn), scope)
         if cache_key not in self._customs:
             inner_scope = join_scope(scope, eqn)

@@ -1,1 +1,1 @@
-"""Jaxprs: what is known of primitives, and taking apart, rebuilding, evaluating."""
+"""Jaxprs: facts about primitives, and tools to read, rebuild and evaluate jaxprs."""

@@ -32,7 +32,7 @@ __all__ = ["Eqn", "Literal", "Var", "check_jaxpr", "eval_jaxpr"]
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
-    """Returns the equations of a jaxpr, closed or open, as an open jaxpr."""
+    """Returns a jaxpr, closed or open, as an open jaxpr."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -143,7 +143,7 @@ def _infer(primitive: Any, avals: tuple, params: tuple, context: Any) -> Any:
 
 
 def unit_axes_eqn(atom: Any, num_axes: int, like: Any) -> Eqn:
-    """Returns an equation that puts axes of one before those of `atom`."""
+    """Returns an equation that adds axes of length 1 before the axes of `atom`."""
     shape = atom.aval.shape
     params = {
         "shape": (1,) * num_axes + shape,
@@ -163,7 +163,7 @@ def bind(eqn: Any, *values: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def context_of(eqn: Any) -> Iterator[None]:
-    """Traces what is inside with an equation's source line, name scope and context."""
+    """Traces its block with an equation's source line, name scope and context."""
     info = eqn.source_info
     name_stack = source_info_util.current_name_stack() + info.name_stack
     with (
@@ -174,9 +174,9 @@ def context_of(eqn: Any) -> Iterator[None]:
 
 
 def as_inside(call: Any, eqn: Any) -> Any:
-    """Returns an equation of a called function as one of the caller.
+    """Returns an equation of a called function as an equation of the caller.
 
-    Its name scope is joined to that of the call, without the name of the function.
+    The name scope of the call, without the function's name, goes before its own.
     """
     name_stack = call.source_info.name_stack + eqn.source_info.name_stack
     return eqn.replace(source_info=eqn.source_info.replace(name_stack=name_stack))
@@ -189,7 +189,7 @@ def consts_as_inputs(closed: Any) -> Any:
 
 
 def walk(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[Any, str, int]]:
-    """Yields every equation, at any depth, before those inside it.
+    """Yields every equation, at any depth, before the equations inside it.
 
     Yields:
       `(eqn, scope, times)`: the name scope from the outermost jaxpr on, and how often
@@ -204,17 +204,17 @@ def walk(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[Any, str
 
 
 def num_trips(eqn: Any) -> int:
-    """Returns how often what is inside an equation runs, if that is known."""
+    """Returns how often the jaxprs inside an equation run; 1 if that is unknown."""
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
 
 
 def may_change_operands(eqn: Any) -> bool:
-    """Whether none of its effects names an operand by its index."""
+    """Whether operands may be added or removed: no effect names one by its index."""
     return not any(hasattr(effect, "input_index") for effect in eqn.effects)
 
 
 def stacked_aval(aval: Any, length: int) -> Any:
-    """Returns the type of as many values of a type, stacked along a new first axis."""
+    """Returns the type of `length` values of a type, stacked along a new first axis."""
     sharding = aval.sharding.update(spec=(None, *aval.sharding.spec))
     return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
 
@@ -235,7 +235,7 @@ def is_split(atom: Any) -> bool:
 
 
 def has_effects(eqn: Any) -> bool:
-    """Whether an equation does more than compute; a collective has no such effect."""
+    """Whether an equation has side effects; a collective has none."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
@@ -271,7 +271,7 @@ def dtype_of(atom: Any) -> Any:
 def num_bytes(atom: Any) -> int:
     """Returns the bytes of a variable or literal; 0 for a token.
 
-    Where a dimension is symbolic, the result is no `int`.
+    If a dimension is symbolic, the result is not an `int`.
     """
     dtype = dtype_of(atom)
     return math.prod(atom.aval.shape) * getattr(dtype, "itemsize", 0) if dtype else 0

@@ -1,4 +1,4 @@
-"""Any function as a function of a list of arrays, as `jax.jit` sees it.
+"""Turns any function into a function of a list of arrays, as `jax.jit` does.
 
 Leaves that are not arrays (strings, activation functions in a module) are static: part
 of the function, not of its arguments.
@@ -50,7 +50,7 @@ def _snapshot(value: Any) -> Any:
     except TypeError:
         try:
             return copy.deepcopy(value)
-        except Exception:  # Then it equals nothing, and is traced anew at every call.
+        except Exception:  # It equals nothing then, so every call is traced anew.
             return object()
     return value
 
@@ -58,12 +58,12 @@ def _snapshot(value: Any) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     try:
         return type(a) is type(b) and bool(a == b)
-    except Exception:  # An `==` that is no comparison: then they are not known equal.
+    except Exception:  # An `==` may not be a comparison: the values count as different.
         return False
 
 
 def flatten(tree: Any) -> tuple[list[Any], Static]:
-    """Returns the arrays and numbers of a tree, and all else about it.
+    """Splits a tree into its arrays and numbers, and everything else about it.
 
     Args:
       tree: any pytree.
@@ -107,7 +107,7 @@ class FlatFunction:
 def refuse_modules(fn: Any, args: Any, kwargs: Any) -> None:
     """Raises TypeError if a Flax NNX module is among the arguments.
 
-    It would be copied, and what it writes (BatchNorm statistics, random counters) lost.
+    It would be copied, and its updates (BatchNorm statistics, random counters) lost.
     """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:

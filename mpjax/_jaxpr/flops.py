@@ -7,11 +7,11 @@ from mpjax._jaxpr.primitives import Flops, facts_of
 
 
 def count_flops(eqn: Any) -> int:
-    """Returns the floating-point operations of an equation without what is inside it.
+    """Returns the floating-point operations of an equation, without its inner jaxprs.
 
-    A multiplication and an addition are two; an elementwise function counts one per
+    A multiplication and an addition count two; an elementwise function counts one per
     element, a reduction one per element reduced. FFTs and linear algebra count one per
-    element of their output: too few.
+    element of their output, which is too few.
     """
     name = eqn.primitive.name
     if name == "dot_general":

@@ -1,4 +1,4 @@
-"""Scans and while loops, taken apart and put together.
+"""Scans and while loops: splits their operands and results, and rebuilds them.
 
 How a scan stores its counts differs between versions of JAX; only this file knows.
 """
@@ -18,9 +18,9 @@ T = TypeVar("T")
 class Scan:
     """A `scan` equation.
 
-    Its operands are constants, initial carried values, and stacks that are taken apart
-    along their first axis (`xs`); its results final carried values, and stacks made of
-    what each step returns (`ys`).
+    Its operands are constants, initial carried values, and arrays whose slices along
+    the first axis go to the steps (`xs`); its results are final carried values, and the
+    stacked outputs of the steps (`ys`).
 
     Attributes:
       eqn: the equation.
@@ -72,9 +72,9 @@ class Scan:
 
         Args:
           jaxpr: the body; it carries as many values as before.
-          num_consts: how many constants it has; as many as before if None.
-          invars: operands; as they are if None.
-          outvars: results; as they are if None.
+          num_consts: number of constants; None to keep it.
+          invars: operands; None to keep them.
+          outvars: results; None to keep them.
         """
         num_consts = self.num_consts if num_consts is None else num_consts
         invars = self.eqn.invars if invars is None else invars
@@ -97,7 +97,7 @@ class While:
     """
 
     class Operands(NamedTuple):
-        """Operands, or what stands for them, by their part."""
+        """Operands, or any values in their order, by part."""
 
         cond_consts: list[Any]
         body_consts: list[Any]
@@ -122,7 +122,7 @@ class While:
 def _count_params(
     num_consts: int, num_carry: int, num_xs: int, num_ys: int
 ) -> dict[str, Any]:
-    """Returns the parameters by which a scan with such counts says so."""
+    """Returns the parameters in which a scan stores these counts."""
 
     def fn(consts, carry, xs):
         def step(carry, xs):

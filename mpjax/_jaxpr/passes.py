@@ -20,7 +20,7 @@ from mpjax._jaxpr.primitives import Kind, facts_of
 def apply_passes(fn: Callable[..., Any], *passes: Callable[[Any], Any]) -> Callable:
     """Returns a function of arrays whose jaxpr goes through passes when it is called.
 
-    Under `jax.disable_jit` it is the function itself, which then sees values.
+    Under `jax.disable_jit` it is the function itself, which then sees concrete values.
 
     Args:
       fn: takes and returns pytrees of arrays.
@@ -47,12 +47,12 @@ def map_equations(fn: Callable[[Any], list[Any]], jaxpr: Any) -> Any:
     """Replaces each equation by others, at any depth, the inner ones first.
 
     Args:
-      fn: gets an equation and returns the equations that compute its results; the very
-        equation alone to leave it as it is.
+      fn: gets an equation and returns the equations that compute its results; a list of
+        this equation alone leaves it as it is.
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
 
     def convert(jaxpr):
@@ -66,19 +66,19 @@ def map_equations(fn: Callable[[Any], list[Any]], jaxpr: Any) -> Any:
 
 
 def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
-    """Applies `fn` to a jaxpr and to each inside it, those first, and each once.
+    """Applies `fn` once to a jaxpr and to each jaxpr inside it, the inner ones first.
 
-    Inside are the bodies of calls, conditionals, loops, and functions with derivatives
-    of their own; not those of kernels and of primitives that are not known, nor of
-    `full_precision` and of an inner `autocast`, which has seen to its own.
+    It enters calls, conditionals, loops and functions with custom derivatives. It does
+    not enter kernels, unknown primitives, `full_precision`, or an inner `autocast`,
+    which has been rewritten already.
 
     Args:
       fn: gets a jaxpr, closed or open, and returns one with the same inputs and
-        outputs; the very object to leave it as it is.
+        outputs; the same object to leave it as it is.
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     done: dict[int, tuple[Any, Any]] = {}
 

@@ -1,9 +1,9 @@
-"""What is known of JAX's primitives: the one table in the library.
+"""Facts about JAX's primitives: the one table in the library.
 
 Facts are looked up by `primitive.name`. Each primitive stands in one line of the table,
-and one test (tests/jaxpr/test_primitives.py) holds all lines to the installed JAX:
-every name is real, what can be observed of a fact is observed on a traced example, and
-a primitive that JAX adds fails the test until it has a line.
+and one test (tests/jaxpr/test_primitives.py) checks all lines against the installed
+JAX: every name is real, every fact that can be observed is observed on a traced
+example, and a primitive that JAX adds fails the test until it has a line.
 
 Which precision a primitive runs in under autocast (`Kind`) follows NVIDIA's recipe as
 PyTorch and TensorFlow adopted it: matmuls and convolutions in half, reductions and
@@ -41,14 +41,14 @@ class Kind(enum.Enum):
     """A loop: rewritten inside, inputs and outputs as traced."""
 
     CUSTOM = "custom"
-    """A function with a derivative of its own: both are rewritten, lazily."""
+    """A function with a custom derivative: both are rewritten, lazily."""
 
     OPAQUE = "opaque"
     """As traced: unknown, or not to be touched."""
 
 
 class Flops(enum.Enum):
-    """How to count floating-point operations where there is no formula of its own."""
+    """How to count the floating-point operations of a primitive without a formula."""
 
     NONE = "none"
     """It moves or compares numbers."""
@@ -62,7 +62,7 @@ class Flops(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of one primitive.
+    """Facts about one primitive.
 
     Attributes:
       kind: what autocast does with it.
@@ -70,38 +70,42 @@ class Facts:
         other as not understood.
       flops: how its floating-point operations are counted.
       is_matmul: whether it is a matmul or a convolution.
-      is_activation: whether it is a saturating activation function. One that goes on
-        to a matmul, and to its own derivative, runs in half precision: else it would
-        be saved for the backward pass in float32.
+      is_activation: whether it is a saturating activation function. If a matmul and its
+        own derivative take its result, it runs in half precision; otherwise the result
+        would be saved for the backward pass in float32.
       is_exact: whether each number of the result is a number of an operand, or its
-        negative: exact in any dtype, and rounding before is rounding after. (The
-        gradient of a pooling adds up where windows overlap, a few numbers at most.)
+        negative: exact in any dtype, and the same whether rounded before or after.
+        (The gradient of a pooling adds up where windows overlap, a few numbers at
+        most.)
       shrinks: whether it is exact with a result smaller than its operand, so that a
         cast belongs after it.
       moves_data: whether its results hold numbers of its first operand, unchanged, and
-        no others: a constant array stays constant. (With as many results as operands,
-        as `optimization_barrier` has, each result those of its own operand.)
+        no others: a constant array stays constant. (If it has as many results as
+        operands, like `optimization_barrier`, each result holds the numbers of its own
+        operand.)
       is_view: whether XLA does it without touching memory.
-      is_slice: whether it reads of its first operand only as much as it returns.
-      is_cheap: whether it is arithmetic or takes a piece: cheaper to rematerialize than
-        to store for the backward pass.
+      is_slice: whether it reads only as much of its first operand as it returns.
+      is_cheap: whether it is arithmetic or a slice: cheaper to rematerialize than to
+        store for the backward pass.
       compares_order: whether it is >=, >, <= or <. With zero on one side it is the
-        derivative of relu; on a value that goes on only in half precision it asks about
-        the half, or a float32 copy would be saved for the backward pass.
+        derivative of relu. If every other consumer takes the value in half precision,
+        so does the comparison; otherwise a float32 copy would be saved for the
+        backward pass.
       is_call: whether its results are those of its one inner jaxpr on its operands, so
-        that evaluating inside is evaluating it. (Not `shard_map`: inside, values are
+        that evaluating the jaxpr evaluates it. (Not `shard_map`, whose inner values are
         those of one device.)
-      reduces_by_jaxpr: whether its inner jaxpr combines two scalars: no call.
+      reduces_by_jaxpr: whether its inner jaxpr combines two scalars, and is not called
+        on its operands.
       is_addition: whether it adds two operands.
       sums_axes: whether it adds up, or multiplies, all elements along some axes.
       accumulates: whether it adds up, or multiplies, along one axis, keeping every
         partial result.
       is_sensitive: whether its relative error is many times that of its operand, or it
-        overflows early: not to be taken in half precision.
+        overflows early, so that half precision harms it.
       float16_limit: the argument beyond which it overflows in float16, as text.
       is_logarithm: whether it is a logarithm.
-      pole: the operand that makes an Inf, and at which value; None if none does.
-      outside_domain: `(operand) -> bool array`, where it has no real value.
+      pole: index of the operand that makes an Inf, and at which value; None if none.
+      outside_domain: `(operand) -> bool array`, true where it has no real value.
     """
 
     kind: Kind = Kind.OPAQUE
@@ -193,7 +197,7 @@ _define(
     kind=Kind.FLOAT32,
 )
 
-# Sums, also those over devices. A gather is here since its gradient adds up.
+# Sums, also those over devices. A gather is here because its gradient is a sum.
 _define(
     "reduce_sum reduce_prod", kind=Kind.FLOAT32, flops=Flops.PER_INPUT, sums_axes=True
 )
@@ -349,7 +353,7 @@ _define(
     """
 )
 
-# Not understood: as traced, and listed so by `autocast_report`.
+# Not understood: they run as traced, and `autocast_report` lists them.
 _define(
     "reduce reduce_window select_and_scatter", is_known=False, reduces_by_jaxpr=True
 )
@@ -361,5 +365,5 @@ MATMULS = frozenset(name for name, facts in PRIMITIVES.items() if facts.is_matmu
 
 
 def facts_of(eqn: Any) -> Facts:
-    """Returns what is known of an equation's primitive; `UNKNOWN` for any other."""
+    """Returns the facts about an equation's primitive; `UNKNOWN` if it has none."""
     return PRIMITIVES.get(eqn.primitive.name, UNKNOWN)

@@ -48,7 +48,7 @@ def scaled_gradients(
       key: PRNG key of this step.
       num_microbatches: number of pieces. Gradients, loss and floating aux are means
         over them, integer aux sums. The model state passes from piece to piece.
-      rules: policies for autocast, or None for none.
+      rules: policies for autocast; None for no autocast.
 
     Raises:
       ValueError: if the batch cannot be cut into so many equal pieces.
@@ -67,7 +67,7 @@ def scaled_gradients(
     # A CPU keeps a float16 gradient in float32 anyway.
     is_unfused = rules is not None and rules.default.compute_dtype != jnp.float16
 
-    def one(params, model_state, batch, key) -> Gradients:
+    def piece_gradients(params, model_state, batch, key) -> Gradients:
         grads, (loss, new_state, aux) = jax.grad(
             loss_and_aux, has_aux=True, allow_int=True
         )(params, model_state, batch, key)
@@ -76,10 +76,10 @@ def scaled_gradients(
         grads = jax.tree.map(lambda g: to_full(float0_to_zeros(g)), grads)
         return Gradients(grads, squares, loss, cast_like(new_state, model_state), aux)
 
-    def several(params, model_state, pieces, keys) -> Gradients:
+    def mean_gradients(params, model_state, pieces, keys) -> Gradients:
         def body(carry, piece):
             total, model_state = carry
-            out = one(params, model_state, *piece)
+            out = piece_gradients(params, model_state, *piece)
             total = jax.tree.map(jnp.add, total, out.scaled)
             return (total, out.model_state), (out.loss, out.aux)
 
@@ -97,10 +97,12 @@ def scaled_gradients(
             aux=jax.tree.map(reduce, aux),
         )
 
-    gradients = one
+    gradients = piece_gradients
     if num_microbatches > 1:
-        # What the loss itself casts is cast once, not for every piece.
-        gradients = apply_passes(several, hoist_casts_out_of_scans, put_channels_last)
+        # Casts that the loss itself makes run once, not for every piece.
+        gradients = apply_passes(
+            mean_gradients, hoist_casts_out_of_scans, put_channels_last
+        )
         batch = split_batch(batch, num_microbatches)
         key = jax.random.split(key, num_microbatches)
     if rules is not None:
@@ -126,7 +128,7 @@ def checkpointed(loss_fn: Callable[..., Any], policy: Any) -> Callable[..., Any]
         if policy not in known:
             raise ValueError(
                 f"checkpoint_policy={policy!r} is none of {', '.join(known)}; pass any "
-                "other as a function."
+                "other policy as a function."
             )
         policy = getattr(jax.checkpoint_policies, policy)
     return jax.checkpoint(loss_fn, policy=policy)

@@ -1,4 +1,4 @@
-"""The update of the whole training state, or of none of it."""
+"""Updates the whole training state, or nothing of it."""
 
 import functools
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def apply_gradients(
     finite = scaling.grads_finite  # on all devices of with_loss_scale's axis_name
     params = jax.tree.map(_apply_update, state.params, updates)
     params = select(finite, params, state.params)
-    # The same decision, but all that it selects waits for the parameters.
+    # The same decision, but its selections wait for the parameters.
     select_if_finite = functools.partial(select, order_after(finite, params))
     average = _average(state, params, ema_decay)
     new_state = replace_leaves(
@@ -73,7 +73,7 @@ def apply_gradients(
 
 
 def model_state_is_finite(new: Any, old: Any) -> jax.Array:
-    """Whether no float of a model state is Inf or NaN now that was finite before."""
+    """Whether no float of a model state that was finite is now Inf or NaN."""
     finite = [
         jnp.all(jnp.isfinite(n) | ~jnp.isfinite(o))
         for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
@@ -83,7 +83,7 @@ def model_state_is_finite(new: Any, old: Any) -> jax.Array:
 
 
 def _update(tx: Any, scaled: Any, state: Any, finite: jax.Array) -> tuple[Any, Any]:
-    """Returns updates and optimizer state as if the step is taken; nothing selected.
+    """Returns updates and optimizer state as if the step were taken, without selection.
 
     Only the loss scale and its counters follow `finite`.
     """
@@ -104,7 +104,7 @@ def _update(tx: Any, scaled: Any, state: Any, finite: jax.Array) -> tuple[Any, A
 def _select_all_but_scale(
     select_if_finite: Callable[[Any, Any], Any], new: Any, old: Any
 ) -> Any:
-    """Selects an optimizer's state, but for the loss scale and its counters."""
+    """Selects an optimizer's state, except the loss scale and its counters."""
 
     def choose(new, old):
         if not is_loss_scale_state(new):

@@ -1,10 +1,10 @@
-"""The form in which a convolution is written: what XLA:CPU makes of it depends on it.
+"""Writes convolutions in the form that XLA:CPU runs fast.
 
-XLA:CPU has a fast form for images of shape (B, H, W, C) and kernels of shape
-(H, W, C, D), and brings others into it, such as the gradient of a kernel; but none in
+XLA:CPU is fast for images of shape (B, H, W, C) and kernels of shape (H, W, C, D). It
+brings other convolutions into this form, such as the gradient of a kernel, but not in
 a loop, where such a gradient then takes many times as long. So convolutions are written
-in that form. On a GPU XLA chooses how arrays lie in memory, and transposes around them
-move nothing (tests/cost/test_train_step.py).
+in this form. On a GPU XLA chooses the layout of arrays in memory, and the transposes
+around a convolution move nothing (tests/cost/test_train_step.py).
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def put_half_channels_last(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
 
     def convert(eqn):
@@ -41,7 +41,7 @@ def put_channels_last(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_equations(channels_last, jaxpr) if switch.is_on else jaxpr
 
@@ -50,8 +50,8 @@ def channels_last(eqn: Any) -> list[Any]:
     """Returns equations for a convolution, transposes before and after it.
 
     Args:
-      eqn: any equation; left alone if it is no convolution, has that form already, or
-        takes or returns arrays that are split over an explicit mesh.
+      eqn: any equation; left alone if it is not a convolution, has that form already,
+        or takes or returns arrays that are split over an explicit mesh.
     """
     if eqn.primitive.name != "conv_general_dilated":
         return [eqn]
@@ -91,7 +91,7 @@ def _channels_last(conv: Any) -> Any:
 
 
 def _permutation(spec: Any, wanted: Any) -> tuple[int, ...] | None:
-    """Returns how to transpose an array of one form into another; None if it is so."""
+    """Returns the permutation from one layout to another; None if they are equal."""
     axes = dict(zip(wanted, spec, strict=True))
     permutation = tuple(axes[axis] for axis in range(len(axes)))
     return None if spec == wanted else permutation

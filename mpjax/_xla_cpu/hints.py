@@ -1,4 +1,4 @@
-"""Hints for XLA:CPU, which change no value; on any other device they are not there.
+"""Hints for XLA:CPU, which change no value and are absent on any other device.
 
 A training step on a CPU waits for memory more than for arithmetic: writing to memory
 that was not in use before costs several times as much as writing in place.
@@ -12,11 +12,11 @@ from mpjax._xla_cpu import switch
 
 
 def prevent_fusion(values: list[jax.Array]) -> list[jax.Array]:
-    """Returns the same values; what is computed from them is not fused with the rest.
+    """Returns the same values, behind a barrier that no fusion crosses.
 
-    A half gradient is cast to float32 for its norm and for the optimizer. Fused into
-    one, the cast is computed and kept for the norm; separate, each cast is part of the
-    computation that needs it.
+    A half gradient is cast to float32 for its norm and for the optimizer. If both share
+    one cast, XLA computes it for the norm and stores it; behind a barrier, each cast is
+    fused into the computation that needs it.
     """
     if not switch.is_on:
         return values

@@ -1,13 +1,13 @@
-"""The form in which a half matmul is written: what XLA:CPU makes of it depends on it.
+"""Writes half matmuls in the form that XLA:CPU runs in bfloat16.
 
-From JAX 0.11 on XLA:CPU runs a bfloat16 matmul in bfloat16 by a library that takes
-`(M, K) x (K, N)` and `(M, K) x (N, K)`. It asks for that form before it has simplified
-anything, so it misses most others: a matmul of one contracted axis that stands
-elsewhere, such as the gradient of a weight, it runs in float32; one whose output it
-would transpose it accumulates in bfloat16, five times as slow as in float32. But
-a matmul of two contracted axes, or two free ones, it first brings into the form of the
-library. So matmuls get an axis of length 1 more, which changes nothing of their value,
-and which XLA removes on every device. What JAX derives from such a matmul has it too.
+From JAX 0.11 on XLA:CPU runs a bfloat16 matmul in bfloat16 through a library that takes
+`(M, K) x (K, N)` and `(M, K) x (N, K)`. It looks for these forms before it simplifies
+anything, so it misses most other matmuls. If the one contracted axis stands elsewhere,
+as in the gradient of a weight, it runs the matmul in float32. If it would transpose the
+output, it accumulates in bfloat16, five times as slow as in float32. But a matmul with
+two contracted axes, or two free axes, it first brings into the form of the library. So
+matmuls get one more axis of length 1, which changes no value, and which XLA removes on
+every device. The derivatives of such a matmul have the axis too.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def swap_transposed_matmuls(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_jaxprs(_swap, jaxpr) if switch.is_on else jaxpr
 
@@ -53,7 +53,7 @@ def add_unit_axes(jaxpr: Any) -> Any:
       jaxpr: closed or open.
 
     Returns:
-      The jaxpr; the very object if nothing changed.
+      The jaxpr; the same object if nothing changed.
     """
     return map_equations(with_unit_axes, jaxpr) if switch.is_on else jaxpr
 
@@ -65,11 +65,11 @@ def with_unit_axes(dot: Any) -> list[Any]:
       gradient of its right operand contracts two axes.
     - `(M, K) x (K, N)` becomes `(1, 1, M, K) x (1, K, N)`, contracting one 1 and K:
       likewise, and XLA does not transpose that gradient.
-    - Any other in which not both operands contract their last axis contracts an axis of
-      length 1 beside its own: `(K, M) x (K, N)` becomes `(1, K, M) x (1, K, N)`.
+    - Any other matmul in which not both operands contract their last axis contracts an
+      axis of length 1 as well: `(K, M) x (K, N)` becomes `(1, K, M) x (1, K, N)`.
 
-    The 1 that is not contracted is there only where the left operand has one free axis,
-    and no `out_sharding` names those of the output.
+    The new axis that is not contracted is added only if the left operand has one free
+    axis and no `out_sharding` names the axes of the output.
 
     Args:
       dot: an equation; unchanged unless it is a `dot_general` in bfloat16 with one
@@ -80,13 +80,13 @@ def with_unit_axes(dot: Any) -> list[Any]:
     contract, batch = dot.params["dimension_numbers"]
     ndims = [len(x.aval.shape) for x in dot.invars]
     is_last = [axis == n - 1 for (axis,), n in zip(contract, ndims, strict=True)]
-    contracts_one = not all(is_last)
-    has_free_one = (
+    adds_contracted_axis = not all(is_last)
+    adds_free_axis = (
         is_last[0]
         and ndims[0] == len(batch[0]) + 2
         and dot.params.get("out_sharding") is None
     )
-    num_new = (has_free_one + contracts_one, int(contracts_one))
+    num_new = (adds_free_axis + adds_contracted_axis, int(adds_contracted_axis))
     eqns: list[Any] = []
     operands: list[Any] = []
     for x, num in zip(dot.invars, num_new, strict=True):
@@ -95,14 +95,14 @@ def with_unit_axes(dot: Any) -> list[Any]:
         operands.append(eqns[-1].outvars[0] if num else x)
     if not eqns:
         return [dot]
-    # The last of the new axes is the one that is contracted.
+    # The last new axis is contracted.
     contract = tuple(
-        ((num - 1,) if contracts_one else ()) + _shifted(axes, num)
+        ((num - 1,) if adds_contracted_axis else ()) + _shifted(axes, num)
         for axes, num in zip(contract, num_new, strict=True)
     )
     batch = tuple(map(_shifted, batch, num_new))
     params = dot.params | {"dimension_numbers": (contract, batch)}
-    if not has_free_one:
+    if not adds_free_axis:
         return [*eqns, dot.replace(invars=operands, params=params)]
     out = dot.outvars[0]
     wide = new_eqn(dot.primitive, operands, params, like=dot, varies_as=out)
@@ -130,7 +130,7 @@ def _swap(jaxpr: Any) -> Any:
     body = open_jaxpr(jaxpr)
     uses = count_uses(body)
     eqns: list[Any] = []
-    dots: dict[Any, int] = {}  # The place of each half matmul by its result.
+    dots: dict[Any, int] = {}  # The index of each half matmul, by its result.
     for eqn in body.eqns:
         index = dots.get(eqn.invars[0]) if eqn.primitive.name == "transpose" else None
         if index is not None and uses[eqn.invars[0]] == 1:

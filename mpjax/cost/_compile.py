@@ -76,7 +76,7 @@ def peak_bytes(compiled: Any) -> int:
 def _gpu(device: Device) -> Any:
     if not any(map(importlib.util.find_spec, _PLUGINS)):
         raise MissingPluginError(
-            f"compiling for {device.name} needs JAX's CUDA plugin, though no GPU: "
+            f"compiling for {device.name} needs JAX's CUDA plugin, but no GPU: "
             'pip install "jax[cuda13]"'
         )
     try:

@@ -113,7 +113,7 @@ def _fusion_bytes(inside: list[Instruction], fusion: Instruction, sizes: dict) -
     inner = {i.name: i for i in inside}
 
     def source(name: str) -> str:
-        """Returns the name of the array that a view is of."""
+        """Returns the name of the array behind a view."""
         while name in inner and inner[name].op == "bitcast":
             name = inner[name].operands[0]
         return name

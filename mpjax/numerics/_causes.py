@@ -53,8 +53,8 @@ class NonFinite:
       is_backward: whether it belongs to the backward pass. JAX computes some
         derivatives in the forward pass already: 1 / (2 sqrt(x)) is a `div` at the line
         of the square root.
-      dtype: of its output.
-      shape: of its output.
+      dtype: dtype of its output.
+      shape: shape of its output.
       num_nan: number of NaN in its output.
       num_inf: number of Inf in its output.
       index: index of the first NaN or Inf.

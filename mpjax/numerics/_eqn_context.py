@@ -15,7 +15,7 @@ class EqnContext(NamedTuple):
       times: how often the equation runs, as far as that is known.
       iterations: iterations of the surrounding loops, where they are known.
       is_backward: whether JAX's transposition made the equation.
-      is_recomputed: whether it repeats the forward pass inside the backward pass, for
+      is_rematerialized: whether it repeats the forward pass in the backward pass, for
         `jax.checkpoint`.
       is_rewritten: whether it is inside `autocast` or `full_precision`.
     """
@@ -25,7 +25,7 @@ class EqnContext(NamedTuple):
     times: int = 1
     iterations: tuple[int, ...] = ()
     is_backward: bool = False
-    is_recomputed: bool = False
+    is_rematerialized: bool = False
     is_rewritten: bool = False
 
     def enter(self, eqn: Any) -> Self:
@@ -39,7 +39,7 @@ class EqnContext(NamedTuple):
             scope=join_scope(self.scope, eqn),
             source=short_source(eqn) or self.source,
             is_backward=self.is_backward or "transpose(" in stack,
-            is_recomputed=self.is_recomputed or "rematted_computation" in stack,
+            is_rematerialized=self.is_rematerialized or "rematted_computation" in stack,
         )
 
     def inside(self, eqn: Any) -> Self:

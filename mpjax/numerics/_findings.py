@@ -26,14 +26,14 @@ class Finding:
       kind: "accumulation in half", "sensitive function in half", "leak to float32",
         "matmul in float32", "float64", "retrace" or "cast there and back".
       primitive: name of the operation.
-      dtype: of its result; for a matmul the dtype in which it computes.
+      dtype: dtype of its result; for a matmul the dtype in which it computes.
       scope: its name scope.
       source: the user's source line, `model.py:12:4 (loss_fn)`.
       message: what is wrong.
       remedy: what to do about it.
       num_calls: how often it runs; a `while` body and each branch of a `cond` count
         once.
-      flops: of all calls together, for a matmul; else 0.
+      flops: FLOPs of all its calls together, for a matmul; else 0.
     """
 
     kind: str
@@ -86,13 +86,13 @@ def _likeness(x: Finding) -> Any:
 
 
 def stall_message(dtype: Any) -> str:
-    """Returns when a long sum in half stops growing."""
+    """Returns the size at which a long sum in half stops growing, as text."""
     ratio = 2 ** (jnp.finfo(dtype).nmant + 1)
     return f"where a sum stalls once it is {ratio} times its terms"
 
 
 def rounding_message(eqn: Any) -> str:
-    """Returns what a sensitive function in half loses."""
+    """Returns how a sensitive function in half goes wrong."""
     dtype = eqn.outvars[0].aval.dtype
     limit = facts_of(eqn).float16_limit
     if dtype == np.float16 and limit:

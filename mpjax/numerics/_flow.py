@@ -1,8 +1,8 @@
-"""Abstract interpretation of jaxprs: what the findings of a report rest upon.
+"""Abstract interpretation of jaxprs, on which the findings of a report rest.
 
 A jaxpr is run on abstract values, through jit, scan, while, cond and functions with
-derivatives of their own. A loop is run until nothing changes, then once more for the
-rules to look at.
+custom derivatives. A loop is run until nothing changes, then once more for the rules to
+inspect.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class AbstractValue:
     depends_on: frozenset = frozenset()
 
     def join(self, other: "AbstractValue") -> "AbstractValue":
-        """Returns what is known of a value that is one of the two."""
+        """Returns what is known of a value that may be either of two."""
         return AbstractValue(
             is_constant=self.is_constant and other.is_constant,
             site=self.site or other.site,
@@ -101,7 +101,7 @@ class Flow:
             env[var] = _in_use(value, uses[var])
         consts = getattr(jaxpr, "consts", ())
         for var, const in zip(body.constvars, consts, strict=False):
-            # A tracer of an outer transformation is no constant.
+            # A tracer of an outer transformation is not a constant.
             env[var] = AbstractValue(is_constant=not isinstance(const, Tracer))
 
         def read(atom):
@@ -122,7 +122,7 @@ class Flow:
         inside = context.inside(eqn)
         if not holds_operations(eqn):
             if facts_of(eqn).moves_data and len(eqn.outvars) == len(values) > 1:
-                return values  # As of a barrier.
+                return values  # A barrier, for instance.
             return [self._rule(eqn, values, context)] * len(eqn.outvars)
         if name == "scan":
             scan = Scan(eqn)
@@ -155,7 +155,7 @@ class Flow:
             outputs = self.run(bodies[0], values, inside)
             if len(outputs) == len(eqn.outvars):
                 return outputs
-        else:  # In a solver or kernel: which operand goes where is not known.
+        else:  # In a solver or kernel, which operand goes where is unknown.
             for x in bodies:
                 unknown = [
                     AbstractValue(is_constant=False) for _ in open_jaxpr(x).invars

@@ -53,12 +53,12 @@ class ExponentHistogram:
 
     @property
     def counts(self) -> Any:
-        """(hi - lo + 1,) int32; how many numbers have each exponent."""
+        """Number of values with each exponent: (hi - lo + 1,) int32."""
         return self.class_counts.sum(-1)
 
     @property
     def exponents(self) -> np.ndarray:
-        """(hi - lo + 1,) integers; the exponents of `counts`."""
+        """The exponents of `counts`: (hi - lo + 1,) integers."""
         return np.arange(self.lo, self.hi + 1)
 
     @property
@@ -68,7 +68,7 @@ class ExponentHistogram:
 
     @property
     def num_values(self) -> Any:
-        """Number of numbers, with zeros, Inf and NaN."""
+        """Number of all values, zeros, Inf and NaN included."""
         return self.num_nonzero + self.zeros + self.infs + self.nans
 
     def __add__(self, other: Self) -> Self:

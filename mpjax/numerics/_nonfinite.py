@@ -26,10 +26,10 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
 
     The function is traced. Where the outputs of a call or loop are not all finite, its
     operations are evaluated one by one: inside jit, remat, scan (iteration by
-    iteration), while, cond and functions with derivatives of their own, but not inside
+    iteration), while, cond and functions with custom derivatives, but not inside
     shard_map. An operation is not to blame if its Inf or NaN is masked later (by
-    `jnp.where`, or an exponential of -Inf). Neither is a constant Inf, such as that of
-    an attention mask, to blame; the operation that makes NaN of it is.
+    `jnp.where`, or an exponential of -Inf). A constant Inf, as in an attention mask, is
+    not to blame either; the operation that makes a NaN of it is.
 
     Give it the function that went wrong: `jax.value_and_grad(loss_fn)` to include the
     backward pass, `autocast(jax.value_and_grad(loss_fn))` for half precision, or a
@@ -85,7 +85,7 @@ class Origin(NamedTuple):
 
     Attributes:
       order: sorts origins; the smallest came first.
-      record: what the user is told.
+      record: the `NonFinite` to report.
       is_constant: whether it is a constant, which alone is not to blame.
     """
 
@@ -216,7 +216,7 @@ class _Interpreter:
             primitive=eqn.primitive.name,
             scope=context.scope,
             source=context.source,
-            is_backward=context.is_backward and not context.is_recomputed,
+            is_backward=context.is_backward and not context.is_rematerialized,
             dtype=str(bad.dtype),
             shape=tuple(bad.shape),
             num_nan=num_nan,

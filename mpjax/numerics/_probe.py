@@ -58,7 +58,7 @@ def probe(
     and 3 of "Mixed Precision Training" (arXiv:1710.03740).
 
     The function is traced, and operations are counted inside jit, scan, while, cond,
-    remat and functions with derivatives of their own, not inside shard_map or kernels.
+    remat and functions with custom derivatives, not inside shard_map or kernels.
     Counting runs beside the function and computes what it counts a second time, so
     outputs are bitwise unchanged; a side effect such as `jax.debug.print` may happen
     twice. Put `probe` around everything: a gradient, an `autocast`, a whole train step.
@@ -175,7 +175,7 @@ class Probe:
 
 
 class _Label(NamedTuple):
-    """Which operation a histogram is of, and which of its `OpHistograms` fields."""
+    """The operation that a histogram belongs to, and its field in `OpHistograms`."""
 
     name: str
     slot: str
@@ -230,7 +230,7 @@ class _Interpreter:
 
     def _label(self, eqn: Any, context: EqnContext) -> _Label | None:
         """Returns the label of an equation's output; None if it is not counted."""
-        if context.is_recomputed:
+        if context.is_rematerialized:
             return None
         mark = _mark(eqn)
         for prefix, slot in ((VALUE, "values"), (COTANGENT, "cotangents")):
@@ -268,7 +268,7 @@ class _Interpreter:
             return *jax.jit(call)(*values), labels
         if eqn.primitive.name != "remat2":
             return *call(*values), labels
-        # Stays a remat2 equation, so that the backward pass still recomputes it.
+        # Stays a remat2 equation, so that the backward pass still rematerializes.
         flat, treedef = None, None
 
         def flattened(*args):

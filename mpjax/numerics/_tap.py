@@ -38,8 +38,8 @@ def tap(fn: Callable[..., Any], *, ops: Collection[str] = ()) -> Callable[..., A
     `tap` around the function that is differentiated, and `probe` around the whole; the
     histograms of cotangents then have the names of the forward operations.
 
-    Matmuls inside a function with a derivative of its own (`jax.custom_vjp`) are not
-    marked: its rule decides what the backward pass computes, and `probe` counts that
+    Matmuls inside a function with a custom derivative (`jax.custom_vjp`) are not
+    marked: its rule decides what the backward pass computes, and `probe` counts this
     without a mark. Marks have no forward-mode derivative: no `jax.jvp`, `jax.jacfwd` or
     `jax.hessian`.
 

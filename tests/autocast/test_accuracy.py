@@ -33,7 +33,7 @@ NUM_SEEDS = {"mlp": 5, "ctc": 3, "convnet": 3}
 
 @functools.cache
 def case_of(name, seed=0):
-    """A case of that seed, with the very loss of seed 0, which is compiled already."""
+    """Returns the case of a seed with the loss of seed 0, which is compiled already."""
     case = CASES[name](seed)
     return dataclasses.replace(case, loss=case_of(name).loss) if seed else case
 
@@ -46,7 +46,7 @@ def truth(name, seed):
 @pytest.mark.parametrize("policy", thinned(POLICIES, rest="weekly"))
 @pytest.mark.parametrize("name", thinned(CASES, 4, rest="weekly"))
 def test_gradients_are_no_worse_than_hand_cast(name, policy):
-    """Geometric mean over seeds of the ratio; 2 % for the luck of the draw."""
+    """The geometric mean over seeds of the ratio, with 2 % for chance."""
     dtype, scale = POLICIES[policy]
     ratios = []
     for seed in range(NUM_SEEDS.get(name, 1)):
@@ -69,7 +69,7 @@ def test_gradients_are_no_worse_than_hand_cast(name, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_weight_used_512_times_gathers_its_gradient_in_float32(policy):
+def test_a_weight_used_512_times_accumulates_its_gradient_in_float32(policy):
     dtype, scale = POLICIES[policy]
     case = case_of("rnn")
     args = (case.params, case.inputs)
@@ -80,8 +80,8 @@ def test_a_weight_used_512_times_gathers_its_gradient_in_float32(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_cotangents_of_what_is_looked_up_add_up_in_float32(policy):
-    """A table that a matmul made, of which one row is looked up 5000 times."""
+def test_cotangents_of_looked_up_rows_add_up_in_float32(policy):
+    """A matmul makes a table, one row of which is looked up 5000 times."""
     ids = jnp.zeros(5000, jnp.int32)
     loss = lambda w: jnp.sum((w @ w)[ids])
     grads = [
@@ -135,7 +135,7 @@ def _is_matmul(eqn):
 
 
 def _operands(text):
-    """The element types of the operands and result of each matmul in StableHLO."""
+    """Returns the element types of each matmul's operands and result in StableHLO."""
     lines = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
     assert lines
     for line in lines:

@@ -1,4 +1,4 @@
-"""What has nothing to make half of comes back to the bit; all else keeps its types."""
+"""Without a float32 matmul all is bitwise unchanged; otherwise types are."""
 
 import dataclasses
 import re
@@ -31,13 +31,13 @@ from jax.experimental import io_callback
 from mpjax import autocast
 from mpjax._jaxpr.core import check_jaxpr, open_jaxpr
 
-LOW = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+MATMUL_NAMES = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 ON_DEVICE = jnp.asarray(W)
 EMPTY = np.zeros((0, 8), np.float32)
 
 
 class Pair(NamedTuple):
-    """A tree of the tests' own."""
+    """A pytree class defined here."""
 
     first: Any
     second: Any
@@ -46,13 +46,13 @@ class Pair(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["mode"])
 @dataclasses.dataclass
 class Tagged:
-    """Another, with a part that is static."""
+    """A pytree class with a static part."""
 
     x: Any
     mode: str
 
 
-# Trees, weak types, and values that go through: each with a matmul.
+# Trees, weak types, and values that pass through: each with a matmul.
 STRUCTURES = {
     "None": case(lambda x: None, X),
     "nothing": case(lambda: ()),
@@ -104,8 +104,8 @@ FUNCTIONS = STRUCTURES | MATMULS | CALLS | AFTER_A_MATMUL
 
 
 def mixed(closed):
-    """The dtypes of those matmuls that have more than one."""
-    return [d for e in eqns(closed, *LOW) if len(d := floats(e)) > 1]
+    """Returns the dtypes of the matmuls that have more than one."""
+    return [d for e in eqns(closed, *MATMUL_NAMES) if len(d := floats(e)) > 1]
 
 
 def bits(x):
@@ -120,7 +120,7 @@ def assert_same_bits(new, old):
 
 
 def assert_near(new, old):
-    """Numbers as near as the half of bfloat16 allows; all else the same."""
+    """Asserts that numbers are as near as bfloat16 allows, and all else the same."""
     assert types(new) == types(old)
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
         a, b = bits(a), bits(b)
@@ -135,11 +135,11 @@ def assert_near(new, old):
 
 
 def assert_unchanged(fn, *args):
-    """The jaxpr of a function under autocast is that under jit."""
+    """Asserts that the jaxpr of a function under autocast is its jaxpr under jit."""
     (call,) = jax.make_jaxpr(autocast(fn))(*args).eqns
     (new,) = open_jaxpr(call.params["jaxpr"]).eqns
     (old,) = jax.make_jaxpr(jax.jit(fn))(*args).eqns
-    # But for the address, in places, of what was traced twice.
+    # Except for the addresses of functions that were traced twice.
     new, old = (
         re.sub("0x[0-9a-f]+", "", str(eqn.params["jaxpr"])) for eqn in (new, old)
     )
@@ -172,15 +172,15 @@ def test_the_rewrite_is_well_typed(name, policy):
 
 @pytest.mark.parametrize("name", MATMULS | CALLS)
 def test_all_their_matmuls_are_half(name):
-    """Else nothing is shown by what is above."""
+    """Otherwise the tests above would show nothing."""
     fn, args = (MATMULS | CALLS)[name]
-    dots = eqns(rewrite(fn, *args), *LOW)
+    dots = eqns(rewrite(fn, *args), *MATMUL_NAMES)
     assert {frozenset(floats(e)) for e in dots} <= {frozenset({BF16})}
-    assert len(dots) == len(eqns(jax.make_jaxpr(fn)(*args), *LOW))
+    assert len(dots) == len(eqns(jax.make_jaxpr(fn)(*args), *MATMUL_NAMES))
     assert dots or name == "custom_root"
 
 
-# --- To the bit.
+# --- Bitwise equality.
 
 
 @pytest.mark.parametrize("name", thinned(WITHOUT_MATMUL, 4))
@@ -191,7 +191,7 @@ def test_a_function_without_a_matmul_is_unchanged(name):
 
 
 def convert(args, dtype):
-    """The same arguments, with arrays of another dtype for those of float32."""
+    """Returns the arguments, with their float32 arrays in another dtype."""
 
     def array(x):
         if getattr(x, "dtype", None) != np.float32:
@@ -216,7 +216,7 @@ def test_float64_is_unchanged(name):
         assert_exact(name, np.float64, run=name not in AFTER_A_MATMUL)
 
 
-# Attention wants float32 sums, which there are none of on a CPU for float16.
+# Attention asks for float32 sums, which a CPU does not have for float16.
 ATTENTION = ("attention", "causal")
 
 
@@ -230,7 +230,7 @@ def test_explicit_half_is_unchanged(name, policy_dtype):
     assert_exact(name, policy_dtype, run=name in MATMULS)
 
 
-# The first three ask for float32; a convolution of integers is computed in it.
+# The first three ask for float32; convolutions of integers are computed in float32.
 NO_INTEGERS = (*ATTENTION, "preferred type", "convolve", "convolve2d")
 
 
@@ -248,8 +248,8 @@ def test_complex_numbers_are_unchanged(name):
     assert_exact(name, np.complex64, run=True)
 
 
-def test_a_sign_is_of_what_half_rounds_to_zero():
-    """It is no matter of rounding: the sign of 1e-9 is not that of 0."""
+def test_the_sign_of_a_value_that_flushes_to_zero_in_half_is_kept():
+    """A sign must not be taken after rounding: that of 1e-9 is not that of 0."""
     x = np.where(X > 0, 1e-9, -1e-9).astype(np.float32)
     fn = lambda x: jnp.sign(x) @ W
     for policy in POLICIES:
@@ -261,10 +261,12 @@ def test_these_matmuls_exist_in_every_dtype():
     for dtype in ("bfloat16", "float16", "int32", "complex64"):
         fn, args = MATMULS["einsum"]
         closed = rewrite(fn, *convert(args, jnp.dtype(dtype)))
-        assert [e.outvars[0].aval.dtype for e in eqns(closed, *LOW)] == [dtype] * 2
+        assert [e.outvars[0].aval.dtype for e in eqns(closed, *MATMUL_NAMES)] == [
+            dtype
+        ] * 2
 
 
-# --- What a call takes and gives that is no array.
+# --- Arguments and results that are not arrays.
 
 
 def test_leaves_that_are_no_arrays_go_in_and_out():
@@ -296,7 +298,7 @@ def test_arguments_by_position_and_by_name():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int4", "uint4"])
 def test_numpy_arrays_of_any_dtype_are_arguments(dtype):
-    """NumPy says that these are of no kind it knows."""
+    """NumPy does not know the kind of these dtypes."""
     x = np.ones((8, 8), jnp.dtype(dtype))
     num_traces = 0
 
@@ -344,7 +346,7 @@ def test_the_name_and_the_doc_of_a_function_stay():
     assert (cast.__name__, cast.__doc__) == ("loss_fn", "A loss.")
 
 
-# --- What a call does besides.
+# --- Side effects.
 
 
 def test_effects_happen_once_and_in_order():
@@ -371,7 +373,7 @@ def test_effects_happen_once_and_in_order():
     assert set(map(str, effects[0])) == set(map(str, effects[1]))
 
 
-def test_effects_of_a_derivative_of_ones_own():
+def test_effects_of_a_custom_derivative():
     seen = []
 
     def note(what, y):

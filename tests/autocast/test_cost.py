@@ -1,4 +1,4 @@
-"""What autocast costs when a function is traced."""
+"""The cost of autocast when a function is traced."""
 
 import statistics
 import time
@@ -18,11 +18,11 @@ FRAMES_PER_ROUND = 25
 
 
 def timed(fn, num_frames=0):
-    """Seconds of this thread in a call, with nothing traced before, and its result.
+    """Returns this thread's seconds in a call, nothing traced before, and its result.
 
-    Python keeps its frames in chunks: a call made often, at the depth where one ends,
-    gets and frees memory every time. Whatever is timed at one depth alone can be there,
-    and take three times as long; at nine depths, 25 frames apart, it is not at some.
+    Python keeps its frames in chunks: a frequent call, at the depth where a chunk ends,
+    gets and frees memory every time. A call timed at one depth alone can be at such
+    a depth and take three times as long; at nine depths, 25 frames apart, some are not.
     """
     jax.clear_caches()
     if num_frames:
@@ -33,13 +33,13 @@ def timed(fn, num_frames=0):
 
 
 def below(num_frames, fn):
-    """Calls a function below that many more frames."""
+    """Calls a function below `num_frames` more frames."""
     return below(num_frames - 1, fn) if num_frames else fn()
 
 
 @pytest.mark.parametrize("name", thinned(CASES, 4, rest="weekly"))
 def test_tracing_takes_at_most_twice_as_long(name):
-    """The least of interleaved rounds, more of them where other work disturbs."""
+    """The minimum over interleaved rounds; more rounds if other load disturbs them."""
     case = CASES[name]()
     times = []
     while len(times) < MAX_ROUNDS:
@@ -57,7 +57,7 @@ def test_tracing_takes_at_most_twice_as_long(name):
     pytest.fail(f"{least} s, {least_without} s without autocast")
 
 
-def test_the_rewrite_takes_little_of_that():
+def test_the_rewrite_takes_little_of_the_tracing_time():
     """At most 15 % of `make_jaxpr`, for the transformer block and its gradient."""
     case = CASES["transformer_block"]()
     settings = make_settings("mixed_bfloat16", (), ())

@@ -1,4 +1,4 @@
-"""Memory and matmuls of autocast in code compiled for an H100, none being needed."""
+"""Memory and matmuls of autocast in code compiled for an H100; no GPU is needed."""
 
 import json
 import subprocess

@@ -21,7 +21,7 @@ def hoisted(closed):
 
 
 def num_casts_of_constants(closed):
-    """Casts to half, in bodies of scans, of what is the same at every step."""
+    """Returns the number of casts to half, in bodies of scans, of their constants."""
     found = 0
     for scan in scans(closed):
         body = open_jaxpr(scan.params["jaxpr"])
@@ -37,7 +37,7 @@ def num_casts_of_constants(closed):
 
 @pytest.mark.parametrize("policy", thinned(["mixed_bfloat16", "mixed_float16"]))
 @pytest.mark.parametrize("name", thinned(CELLS))
-def test_it_is_the_same_to_the_bit(name, policy):
+def test_values_are_bitwise_the_same(name, policy):
     closed = in_half(jax.make_jaxpr(jax.value_and_grad(CELLS[name]))(W, X), policy)
     assert_same_bits(evaluate(hoisted(closed), W, X), evaluate(closed, W, X))
 
@@ -61,7 +61,7 @@ def test_one_half_weight_serves_all_that_take_it():
     assert Scan(new).num_consts == 2
 
 
-def test_without_a_cast_it_is_the_very_object():
+def test_without_a_cast_the_jaxpr_is_the_same_object():
     for fn in (CELLS["gated"], lambda w, x: x @ w[0]):
         closed = jax.make_jaxpr(fn)(W, X)
         assert hoist_casts_out_of_scans(closed) is closed
@@ -75,8 +75,8 @@ def long_recurrence(w, x):
 
 
 @pytest.mark.parametrize("form", ["grad(autocast)", "grad(autocast(grad))", "jvp"])
-def test_whoever_differentiates_it_gathers_gradients_in_float32(form):
-    """In bfloat16 a step's share is lost where the sum has grown large."""
+def test_the_gradient_accumulates_in_float32_however_it_is_taken(form):
+    """In bfloat16 a large sum would lose the share of a single step."""
     rng = np.random.default_rng(1)
     w = (rng.normal(size=(8, 8)) / 3).astype(np.float32)
     x = rng.normal(size=(2000, 4, 8)).astype(np.float32)

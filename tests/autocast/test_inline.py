@@ -1,4 +1,4 @@
-"""Loops in jitted functions: side by side, what they save is cut as that of any."""
+"""Loops in jitted functions: inlined, their residuals are minimized like any other."""
 
 import functools
 
@@ -33,7 +33,7 @@ POLICIES = ["mixed_bfloat16", "float32"]
 
 
 def layers(run):
-    """Two recurrent layers, `run` each."""
+    """Returns the loss of two recurrent layers, each computed by `run`."""
 
     def loss(w, x):
         return jnp.mean(run(w, run(w / 2, x)) ** 2)
@@ -47,7 +47,7 @@ def sequence(w, x):
 
 
 def last(w, x):
-    """A result that is an argument, and one that is a number."""
+    """Returns an argument and a number among its results."""
     h, _ = lax.scan(lambda h, x: gated(w, h, x), x[0], x)
     return h, x, 1.0
 
@@ -87,13 +87,13 @@ PAIRS = {
 
 
 def cut(closed):
-    """Both passes: calls inlined, then what is handed on cut down."""
+    """Runs both passes: inlines calls, then minimizes residuals."""
     return minimize_residuals(inline_calls_with_scans(closed))
 
 
 @pytest.mark.parametrize("policy", thinned(POLICIES))
 @pytest.mark.parametrize("name", PAIRS)
-def test_they_are_cut_as_those_outside(name, policy):
+def test_residuals_in_jits_are_those_without_jits(name, policy):
     inside, outside = (
         in_half(jax.make_jaxpr(jax.value_and_grad(fn))(W, X), policy)
         for fn in PAIRS[name]
@@ -105,7 +105,7 @@ def test_they_are_cut_as_those_outside(name, policy):
 
 
 @pytest.mark.parametrize("name", ["gated", "lstm", "called twice"])
-def test_and_are_less_for_it(name):
+def test_residuals_in_jits_shrink(name):
     closed = jax.make_jaxpr(jax.grad(PAIRS[name][0]))(W, X)
     alone = jax.make_jaxpr(jax.grad(PAIRS[name][1]))(W, X)
     assert num_stacked_bytes(closed) == num_stacked_bytes(alone)
@@ -183,7 +183,7 @@ def num_calls(closed):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_call_of_which_more_is_asked_stays(name):
+def test_a_call_with_effects_or_annotations_stays(name):
     alone = lambda w, x: jnp.sum(KEPT[name](w, x))
     closed = jax.make_jaxpr(jax.grad(alone))(W, X)
     assert num_calls(closed) == 2
@@ -192,13 +192,13 @@ def test_a_call_of_which_more_is_asked_stays(name):
     closed = jax.make_jaxpr(jax.grad(beside))(W, X)
     new = cut(closed)
     check_jaxpr(open_jaxpr(new))
-    # The backward pass of what prints does not print.
+    # The backward pass of a function that prints does not print.
     num_left = 1 if name == "effectful" else 2
     assert (num_calls(closed), num_calls(new)) == (4, num_left)
 
 
-def test_a_call_that_hands_no_stack_on_stays():
-    """However many there are: their text is there once."""
+def test_calls_that_pass_on_no_stacked_array_stay():
+    """Many calls of one function share its one jaxpr."""
     softer = jax.jit(lambda w, x: x + jnp.tanh(sequence(w, x)))
 
     def loss(w, x):
@@ -211,7 +211,7 @@ def test_a_call_that_hands_no_stack_on_stays():
     assert inline_calls_with_scans(closed) is closed
 
 
-def test_a_constant_is_there_once():
+def test_a_constant_appears_once():
     """For calls of one function, and for its forward and backward pass."""
     layer = jax.jit(masked)
 
@@ -244,7 +244,7 @@ def test_with_a_collective_inside():
     assert stacked(inside) == stacked(outside)
 
 
-def test_what_has_nothing_to_gain_is_the_very_object():
+def test_without_gain_the_jaxpr_is_the_same_object():
     last = jax.jit(lambda c, y: lax.scan(lambda c, y: (c + y, None), c, y)[0])
 
     def lengths_differ(w, x):

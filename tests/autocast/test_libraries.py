@@ -1,4 +1,4 @@
-"""Layers and functions that no one here wrote, under autocast beside float32.
+"""Layers and functions of other libraries, under autocast beside float32.
 
 The layers of Linen, NNX, Equinox and Haiku, the losses of optax, the attention, linear
 algebra and Fourier transforms of jax. Errors are relative, in the 2-norm: of the
@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import nnx
 from helpers import layers
-from helpers.layers import FLAT, LOW, Case, normal
+from helpers.layers import FLAT, MATMUL_NAMES, Case, normal
 from helpers.tools import assert_same_bits, leaf_bytes, thinned
 
 import mpjax
@@ -31,7 +31,7 @@ FAST = {"xla_backend_optimization_level": 0}
 
 
 def of_logits(fn, num_classes=6):
-    """A function of logits, which a linear layer makes."""
+    """Returns a maker of a case: a function of the logits of a linear layer."""
     w = normal(16, num_classes, seed=1) / 4
     return lambda: Case(lambda w, x: (fn(x @ w), None), w, FLAT)
 
@@ -76,7 +76,7 @@ LOSSES = {
 
 
 def attention(*, num_kv_heads=4, **kwargs):
-    """Projections to queries, keys and values, then `jax.nn`'s attention."""
+    """Returns projections to queries, keys and values, then `jax.nn`'s attention."""
     w = {
         name: normal(16, heads, 8, seed=seed) / 4
         for seed, (name, heads) in enumerate(
@@ -114,7 +114,7 @@ def argnums_of(case):
 
 
 def loss_of(case):
-    """A scalar that weighs every output differently; the outputs are the aux."""
+    """Returns a loss that weighs every output differently; the outputs are its aux."""
 
     def loss(params, x):
         y, state = case.fn(params, x)
@@ -130,7 +130,7 @@ def gradient_of(case):
 
 
 def forms_of(case, policy):
-    """Both ways to autocast a gradient."""
+    """Yields both ways to autocast a gradient."""
     options = {"argnums": argnums_of(case), "has_aux": True}
     loss = loss_of(case)
     return [
@@ -145,20 +145,20 @@ def compiled(fn, *args):
 
 @functools.cache
 def traced_in_float32(name):
-    """A case, and the jaxpr of its gradient."""
+    """Returns a case, and the jaxpr of its gradient."""
     case = CASES[name]()
     return case, jax.make_jaxpr(gradient_of(case))(case.params, case.x)
 
 
 @functools.cache
 def computed_in_float32(name):
-    """What the gradient of a case gives."""
+    """Returns the results of a case's gradient."""
     case, _ = traced_in_float32(name)
     return compiled(gradient_of(case), case.params, case.x)
 
 
 def numbers(tree):
-    """The leaves as float64, PRNG keys by their data."""
+    """Returns the leaves as float64, PRNG keys by their data."""
 
     def number(x):
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -168,7 +168,7 @@ def numbers(tree):
 
 
 def relative_error(tree, truth):
-    """Of the worst leaf; one that is nearly zero is held to a tenth of the mean."""
+    """Returns the worst leaf's error, relative to the leaf or a tenth of the mean."""
     tree, truth = numbers(tree), numbers(truth)
     mean = np.sqrt(sum(np.sum(t**2) for t in truth) / len(truth))
     return max(
@@ -183,7 +183,7 @@ def kinds(tree):
 
 
 def matmuls(closed):
-    return [eqn for eqn, _, _ in walk(closed) if eqn.primitive.name in LOW]
+    return [eqn for eqn, _, _ in walk(closed) if eqn.primitive.name in MATMUL_NAMES]
 
 
 def contracts_nothing(eqn):
@@ -195,7 +195,7 @@ def contracts_nothing(eqn):
 
 
 def check_matmuls(closed, traced, half):
-    """Every matmul that was traced is there, and in half."""
+    """Asserts that every traced matmul is there, and in half."""
     found = matmuls(closed)
     assert len(found) == len(matmuls(traced)) > 0
     for eqn in found:
@@ -222,7 +222,7 @@ def test_a_layer_is_half_in_every_matmul(name):
 
 
 def cases_and_halves():
-    """Some layers of each library in bfloat16; all, and in float16, as time allows."""
+    """Yields some layers of each library in bfloat16; all, and in float16, are slow."""
     for index, name in enumerate(CASES):
         again = name.startswith(AGAIN)
         rest = pytest.mark.weekly if again or index % 2 else pytest.mark.slow
@@ -256,7 +256,7 @@ def check_numbers(result, truth, bounds):
 
 
 def check_state(state, truth, before, bound):
-    """The state is that of float32 to a rounding, and has changed where that has."""
+    """Asserts that the state is float32's up to rounding, and changed where it did."""
     assert kinds(state) == kinds(before)
     leaves = zip(*map(jax.tree.leaves, (state, truth, before)), strict=True)
     for leaf, true, old in leaves:
@@ -322,7 +322,7 @@ def ctc(loss_fn):
 
 @pytest.mark.parametrize("half", BOUNDS)
 def test_ctc_loss_is_for_full_precision(half):
-    """It gathers by a matmul, with sentinels of -1e5 among what it gathers."""
+    """The CTC loss gathers by a matmul, with sentinels of -1e5 among the values."""
     logits = normal(4, 12, 12)
 
     def grad_of(loss_fn):
@@ -374,7 +374,7 @@ def weighed(fn):
 
 @pytest.mark.parametrize("name", thinned(LINALG, 4))
 def test_linear_algebra_keeps_every_bit(name):
-    """Its matmuls ask for the highest precision; but for those of QR's gradient."""
+    """Its matmuls ask for the highest precision, except in QR's gradient."""
     fn = LINALG[name]
     value, grad = jax.jit(fn)(MATRIX), jax.jit(jax.grad(weighed(fn)))(MATRIX)
     for half, (_, bound) in BOUNDS.items():

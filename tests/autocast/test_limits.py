@@ -1,4 +1,4 @@
-"""What autocast does not do; control flow; where an equation says it is from."""
+"""The limits of autocast, control flow, and the source lines of equations."""
 
 import dataclasses
 import inspect
@@ -107,7 +107,7 @@ def test_eager_gradients_trace_once():
         assert fn.num_traces == 1
 
 
-# --- Sentinels, casts that are none, and what is not understood.
+# --- Sentinels, casts without effect, and primitives that are not understood.
 
 
 def test_a_sentinel_through_a_matmul_needs_full_precision():
@@ -170,7 +170,7 @@ def test_an_unknown_primitive_with_a_function_runs_as_traced(name):
     assert [floats(e) for e in dots] == [{F32}] * len(dots)
     assert floats(eqns(closed, "dot_general")[-1]) == {BF16}
     np.testing.assert_array_equal(autocast(fn)(FINE), jax.jit(fn)(FINE))
-    # And takes float32 where it would be given half.
+    # It takes float32 where it would be given half.
     (eqn,) = eqns(rewrite(lambda x: fn(x @ W), FINE), name)
     assert floats(eqn) == {F32}
 
@@ -181,7 +181,7 @@ def layer_norm(h):
 
 
 def test_a_norm_stays_in_float32():
-    """More memory than by hand: half goes in and half comes out, but not inside."""
+    """It takes more memory than by hand: half goes in and out, float32 is inside."""
     closed = rewrite(lambda x: layer_norm(x @ W) @ W, X)
     assert_dots(closed, BF16, 2)
     names = "reduce_sum", "sub", "mul", "div", "rsqrt", "add", "square", "integer_pow"
@@ -227,7 +227,7 @@ def test_a_matmul_that_is_used_twice_is_not_turned():
     assert len(eqns(closed, "dot_general")) == len(eqns(closed, "transpose")) == 1
     for got, expected in zip(by_ops(closed, X), (X @ W, (X @ W).T), strict=True):
         np.testing.assert_array_equal(got, expected)
-    # And one whose transpose exchanges more than the operands' axes.
+    # Nor is one whose transpose exchanges more than the operands' axes.
     batched = lambda x: jnp.einsum("bij,bjk->bik", x, x).transpose(2, 0, 1)
     closed = rewrite(batched, X.reshape(4, 4, 4))
     assert outputs(closed, "transpose") == [BF16]
@@ -246,7 +246,7 @@ def test_a_barrier_keeps_the_dtype_of_each_operand():
 
 
 def boundary(eqn):
-    """The dtypes of an equation, and of each function inside it: in, out."""
+    """Returns the dtypes in and out of an equation, and of each function inside it."""
     yield from (eqn.invars, eqn.outvars)
     for sub in inner_jaxprs(eqn):
         yield from (open_jaxpr(sub).invars, open_jaxpr(sub).outvars)
@@ -284,7 +284,7 @@ def branched(x):
 @pytest.mark.parametrize(
     ("fn", "loop", "num_dots"), [(scanned, "scan", 2), (looped, "while", 2)]
 )
-def test_what_goes_round_a_loop_is_float32(fn, loop, num_dots):
+def test_the_carry_of_a_loop_is_float32(fn, loop, num_dots):
     closed = rewrite(fn, X)
     assert_dots(closed, BF16, num_dots)
     loops = eqns(closed, loop)
@@ -337,7 +337,7 @@ def two_layers(x, w):
 
 
 def locations(text, op):
-    """The locations of an operation in StableHLO, references followed."""
+    """Returns the locations of an operation in StableHLO, references resolved."""
     defined = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
 
     def resolve(location):
@@ -369,7 +369,7 @@ def test_equations_keep_their_source_lines_and_scopes(order):
         (scope,) = [scope for scope in ("encoder", "decoder") if scope in location]
         assert line_of(scope) in location
         found.append(scope)
-    # The gradient has no use for the decoder's output.
+    # The gradient does not use the decoder's output.
     expected = [1, 1] if order == "forward" else [3, 2]
     assert [found.count("encoder"), found.count("decoder")] == expected
 

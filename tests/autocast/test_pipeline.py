@@ -17,7 +17,7 @@ from mpjax._jaxpr.core import check_jaxpr, dtype_of, inner_jaxprs, open_jaxpr, w
 from mpjax._xla_cpu import switch
 
 SETTINGS = make_settings("mixed_bfloat16", (), ())
-# What changes no value, not even in its last bit, wherever it runs.
+# Passes that change no value, not even in its last bit, on any device.
 AFTER_THE_REWRITE = [name.__name__ for name in PASSES[1:4]]
 
 
@@ -29,7 +29,7 @@ def traced_gradient(name):
 
 
 def stages(jaxpr):
-    """The jaxpr after each pass, by the name of the pass."""
+    """Returns the jaxpr after each pass, by the name of the pass."""
     found = {"as traced": jaxpr}
     for run in PASSES:
         jaxpr = run(jaxpr, SETTINGS) if run is rewrite_in_half else run(jaxpr)
@@ -43,7 +43,7 @@ def types(jaxpr):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_pass_leaves_a_sound_jaxpr_of_the_same_type(name):
+def test_each_pass_leaves_a_valid_jaxpr_of_the_same_type(name):
     found = stages(traced_gradient(name))
     for jaxpr in found.values():
         check_jaxpr(open_jaxpr(jaxpr))

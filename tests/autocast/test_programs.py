@@ -1,8 +1,8 @@
-"""Random programs: whatever traces also autocasts, with the types that it had.
+"""Random programs: every program that traces also autocasts, with the same types.
 
 A program is a list of steps on a pool of (4, 4) arrays, each of which adds its result.
-A step is the name of an operation, which of the last results it takes, and, for those
-that call a function, the program that this is.
+A step is the name of an operation, which of the last results it takes, and, if the
+operation calls a function, the program of that function.
 """
 
 import hypothesis
@@ -26,11 +26,11 @@ HALVES = [jnp.asarray(X.T, jnp.bfloat16), jnp.asarray(W.T, jnp.float16)]
 IDS = np.array([2, 0, 3, 2], np.int32)
 MASK = np.tril(np.ones((N, N), bool))
 # The programs' arguments: two matrices to differentiate for, halves, integers, a mask,
-# a number, and what decides a branch.
+# a number, and a boolean that chooses a branch.
 ARGS = (X, W, *HALVES, IDS * MASK, MASK, 0.3, np.int32(1))
-LOW = ("dot_general", "conv_general_dilated")
+MATMUL_NAMES = ("dot_general", "conv_general_dilated")
 
-# --- Operations. They keep to about [-1, 1], and no error grows much in them.
+# --- Operations. Their values stay in about [-1, 1], and errors grow little.
 
 ONE = {
     "tanh": jnp.tanh,
@@ -103,7 +103,7 @@ TWO = {
     "concatenate": lambda a, b: jnp.concatenate([a, b])[2:6],
     "update": lambda a, b: lax.dynamic_update_slice(a, b[:2].astype(a.dtype), (1, 0)),
 }
-# Where a last bit decides on much: for types only.
+# Operations in which a last bit changes much: for types only.
 ROUGH = {
     "less": lambda a, b: a < b,
     "to integers": lambda a, b: (4 * a).astype(jnp.int32),
@@ -194,7 +194,7 @@ def programs(*operations):
     flat = st.sampled_from([name for table in operations for name in table])
     index = st.integers(0, 8)
     plain = st.tuples(flat, index, index, st.none())
-    # As likely as all else together, so that few programs have none.
+    # As likely as all others together, so that few programs have none.
     plain |= st.tuples(st.sampled_from(sorted(TWO)), index, index, st.none())
     steps = plain
     for _ in range(2):
@@ -204,11 +204,11 @@ def programs(*operations):
 
 
 def assert_well_typed(fn, plain, *args):
-    """The rewritten jaxpr is one, with the outputs of the plain function."""
+    """Asserts that the rewritten jaxpr is valid, with the plain function's outputs."""
     closed, outputs = jax.make_jaxpr(fn, return_shape=True)(*args)
     check_jaxpr(open_jaxpr(closed))
     assert types(outputs) == types(jax.eval_shape(plain, *args))
-    for eqn in eqns(closed, *LOW):
+    for eqn in eqns(closed, *MATMUL_NAMES):
         assert len(floats(eqn)) == 1
     return closed
 
@@ -230,8 +230,10 @@ def test_types(program, policy):
     fn = function(program)
     closed = assert_well_typed(autocast(fn, policy), fn, *ARGS)
     traced = jax.make_jaxpr(fn)(*ARGS)
-    float32 = [e for e in eqns(closed, *LOW) if floats(e) == {np.dtype(np.float32)}]
-    assert len(float32) < len(eqns(traced, *LOW))
+    float32 = [
+        e for e in eqns(closed, *MATMUL_NAMES) if floats(e) == {np.dtype(np.float32)}
+    ]
+    assert len(float32) < len(eqns(traced, *MATMUL_NAMES))
 
 
 @hypothesis.settings(max_examples=NUM_EXAMPLES // 4)

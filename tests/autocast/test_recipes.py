@@ -1,7 +1,7 @@
-"""How to train with each library under autocast, and what to keep out of it.
+"""How to train with each library under autocast, and what autocast refuses.
 
-The recipes are whole: a model, a step, a loss that falls. Each puts autocast around
-the gradient of a pure function and hands the model's state through it.
+The recipes are complete: a model, a step, a loss that falls. Each puts autocast around
+the gradient of a pure function and passes the model's state through it.
 """
 
 import functools
@@ -291,7 +291,7 @@ class LinenInside(nn.Module):
 
 
 def test_around_init_it_works():
-    """The parameters are bit for bit what they are without."""
+    """The parameters are bitwise the same as without autocast."""
     key = jax.random.key(0)
     init = functools.partial(LinenModel().init, train=False)
     params = mpjax.autocast(init, "mixed_float16")(key, X)
@@ -299,7 +299,7 @@ def test_around_init_it_works():
 
 
 def test_inside_a_module_nothing_is_created_silently():
-    """As with `jax.jit`: what is made inside cannot be used outside."""
+    """As with `jax.jit`, parameters created inside cannot be used outside."""
     variables = LinenInside().init(jax.random.key(0), X)
     with pytest.raises(jax.errors.UnexpectedTracerError):
         variables["params"]["Dense_0"]["kernel"] + 1

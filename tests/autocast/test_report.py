@@ -1,4 +1,4 @@
-"""What `autocast_report` says, as a table and as data."""
+"""The contents of `autocast_report`, as a table and as data."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_flops_per_dtype_against_a_count_by_hand():
         case.params, case.inputs
     )
     forward = 2 * 128 * (64 * 256 + 256 * 256 + 256 * 10)
-    # Backward: twice as much, but for the gradient of the inputs.
+    # Backward: twice as much, without the gradient of the inputs.
     expected = 3 * forward - 2 * 128 * 64 * 256
     flops = sum(r.flops for r in records(report, "dot_general"))
     assert flops == expected
@@ -104,7 +104,7 @@ def test_rules_and_what_matched_nothing():
     assert "expp" in str(report)
 
 
-def test_reasons_of_what_follows():
+def test_reasons_of_operations_that_promote():
     def f(x, w):
         y = jnp.where(x > 0, x @ w, -1e30)  # float16 has no such number
         return jnp.exp((x @ w) * 2).sum() + (y @ w).sum()

@@ -1,4 +1,4 @@
-"""What one scan stacks up for another: the fewest bytes that give the rest again."""
+"""Residuals between scans: the fewest bytes that rematerialize the rest."""
 
 import functools
 import itertools
@@ -49,7 +49,7 @@ def shrunk(closed):
     "policy", thinned(["mixed_bfloat16", "mixed_float16", "float32"], 3)
 )
 @pytest.mark.parametrize("name", CELLS)
-def test_every_value_is_the_same_to_the_bit(name, policy):
+def test_every_value_is_bitwise_the_same(name, policy):
     closed = in_half(jax.make_jaxpr(jax.value_and_grad(CELLS[name]))(W, X), policy)
     new = shrunk(closed)
     assert num_stacked_bytes(new) <= num_stacked_bytes(closed)
@@ -61,14 +61,14 @@ def kept(name, policy="float32"):
     return stacked(shrunk(closed))[0], stacked(closed)[0]
 
 
-def test_of_a_gate_only_the_gate_is_kept():
+def test_a_gate_keeps_only_itself():
     """Not `1 - z`, `z * (1 - z)` and `1 - tanh**2`."""
     array = f"float32[{LENGTH},{BATCH},{WIDTH}]"
     assert kept("gated") == ([array] * 3, [array] * 6)
 
 
-def test_a_layer_keeps_what_gives_the_rest():
-    """Of a normalization its deviations, of gelu the half operand and the tanh."""
+def test_a_layer_keeps_values_that_rematerialize_the_rest():
+    """A normalization keeps its deviations, gelu its half operand and the tanh."""
     new, old = kept("layers", "mixed_bfloat16")
     wide, narrow = f"[{LENGTH},{BATCH},{2 * WIDTH}]", f"[{LENGTH},{BATCH},{WIDTH}]"
     assert sum(x.endswith(wide) for x in old) >= 5
@@ -77,12 +77,12 @@ def test_a_layer_keeps_what_gives_the_rest():
     assert [x for x in new if x.endswith(narrow)] == [f"float32{narrow}"]
 
 
-# --- The optimum, by trying every set.
+# --- The optimum, found by trying every set.
 
 
 @st.composite
 def bodies(draw):
-    """Operations on what went before, and which of the results are stacked up."""
+    """Draws operations on earlier results, and the results that are residuals."""
     index = st.integers(0, 20)
     names = st.sampled_from(["sin", "add", "neg", "half", "full", "sum", "scale"])
     steps = draw(st.lists(st.tuples(names, index, index), min_size=2, max_size=7))
@@ -120,7 +120,7 @@ def two_loops(program):
 
 
 def least_bytes(closed):
-    """Of every set of variables from which arithmetic gives what is stacked up."""
+    """Returns the fewest bytes of any set that rematerializes the residuals."""
     first = scans(closed)[0]
     body = open_jaxpr(first.params["jaxpr"])
     num_consts, num_carry = Scan(first).num_consts, Scan(first).num_carry
@@ -159,7 +159,7 @@ def test_no_other_choice_takes_fewer_bytes(program):
     assert found == least_bytes(closed)
 
 
-# --- What it keeps to.
+# --- What stays as it was.
 
 
 def sigmoids(w, x):
@@ -167,7 +167,7 @@ def sigmoids(w, x):
     return lax.scan(step, jnp.zeros(x.shape[1:]), x)[1]
 
 
-def test_what_others_use_too_stays():
+def test_residuals_with_other_uses_stay():
     def fn(w, x):
         def first(h, x):
             a = lax.sin(h @ w + x)
@@ -184,7 +184,7 @@ def test_what_others_use_too_stays():
     args = W[0][:, :WIDTH], X
     closed = jax.make_jaxpr(fn)(*args)
     new = shrunk(closed)
-    # `b` is put out, and serves to compute `c` again.
+    # `b` is an output, and rematerializes `c`.
     assert [len(outs) for outs in stacked(closed)] == [3]
     assert [len(outs) for outs in stacked(new)] == [2]
     assert_same_bits(evaluate(new, *args), evaluate(closed, *args))
@@ -211,7 +211,7 @@ def with_call(p):
 
 @pytest.mark.parametrize("make", [with_unused, with_pieces, with_call])
 @pytest.mark.parametrize("used", ["", "p", "pa", "ab"])
-def test_operations_of_several_results_and_stacks_without_use(make, used):
+def test_operations_of_several_results_and_unused_stacks(make, used):
     def fn(w, x):
         first = lambda h, x: make(lax.sin(h @ w + x))
         h, (p, a, *rest) = lax.scan(first, x[0], x)
@@ -270,7 +270,7 @@ def test_inputs_and_constants_of_the_first_serve_the_second_without_a_stack():
     assert_same_bits(evaluate(new, *args), evaluate(closed, *args))
 
 
-def test_what_has_nothing_to_gain_is_the_very_object():
+def test_without_gain_the_jaxpr_is_the_same_object():
     def lengths_differ(w, x):
         ys = sigmoids(w, x)
         return lax.scan(lambda c, y: (c + lax.sin(1 - y), None), x[0], ys[1:])[0]
@@ -279,14 +279,14 @@ def test_what_has_nothing_to_gain_is_the_very_object():
     for fn in (sigmoids, lengths_differ, lambda w, x: x @ w):
         closed = jax.make_jaxpr(fn)(w, X)
         assert minimize_residuals(closed) is closed
-    # float32 all through: nothing to rewrite, and nothing is.
+    # All float32: nothing to rewrite, and nothing is rewritten.
     grad = jax.grad(CELLS["gated"])
     closed = jax.make_jaxpr(autocast(grad, "float32"))(W, X)
     assert max(map(len, stacked(closed))) == 6
 
 
 def test_the_same_function_gives_the_same_jaxpr():
-    """A cache of compiled programs finds it again."""
+    """So that a cache of compiled programs finds it."""
     grad = autocast(jax.grad(CELLS["layers"]))
     first, second = (str(jax.make_jaxpr(grad)(W, X)) for _ in range(2))
     jax.clear_caches()
@@ -309,7 +309,7 @@ def test_a_batch_of_symbolic_size():
 
 
 def layers_gradient(x):
-    """For the first layer's input: for weights JAX refuses to with explicit axes."""
+    """The gradient for the input: JAX refuses that for weights with explicit axes."""
     return jax.grad(lambda x: over(layer, x)(W, jnp.ones((LENGTH, WIDTH))))(x)
 
 
@@ -320,7 +320,7 @@ def test_on_several_devices(axis_type):
     kind = AxisType.Explicit if axis_type == "Explicit" else AxisType.Auto
     mesh = jax.make_mesh((2,), ("data",), (kind,), devices=jax.devices()[:2])
     if axis_type == "Manual":
-        rows = P("data")  # The loss is a mean, here of each half.
+        rows = P("data")  # The loss is a mean, here over each half.
         half = lambda x: autocast(layers_gradient)(x) / 2
         fn = jax.shard_map(half, mesh=mesh, in_specs=rows, out_specs=rows)
     else:

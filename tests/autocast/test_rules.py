@@ -1,7 +1,7 @@
-"""The rules of autocast, one by one: on the rewritten jaxpr, and against NumPy.
+"""The rules of autocast, one by one, on the rewritten jaxpr and against NumPy.
 
-Matrices hold small integers, so that a matmul in half is exact and what follows can be
-told to the bit.
+Matrices hold small integers, so that a matmul in half is exact and later operations can
+be predicted bitwise.
 """
 
 import jax
@@ -54,7 +54,7 @@ def fast_variance(x, w, v):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("fn", [logsumexp_of_sum, softmax_of_difference, fast_variance])
 def test_sums_run_in_float32_for_consumers_that_want_it(fn, policy):
-    """The matmuls are exact, so all is as in float64; in half it would not be."""
+    """The matmuls are exact, so the result is float64's; in half it would not be."""
     x, w, v = (
         integers(2, 8, 64, high=1),
         integers(3, 64, 32, high=1),
@@ -124,7 +124,7 @@ def test_a_constant_is_never_rounded(how, policy):
     closed = rewrite(fn, X, policy=policy)
     assert_dots(closed, dtype, 2)
     assert set(outputs(closed, *COMPUTED)) == {F32}
-    # Computed in float32, and rounded once.
+    # The sum is computed in float32, and rounded once.
     expected = rounded(op(jnp.asarray(rounded(H, dtype))), dtype)
     np.testing.assert_array_equal(by_ops(closed, X)[0], expected)
 
@@ -230,7 +230,7 @@ def test_cotangents_of_a_weight_add_up_in_float32(loss, num, policy, order):
     np.testing.assert_array_equal(result, [[num] * 3, [0] * 3])
 
 
-# --- Matmuls that are left alone, and that are not.
+# --- Matmuls that are left alone, and matmuls that are not.
 
 FINE = (1 + integers(5, 8, 8) / 1e4).astype(np.float32)
 
@@ -283,7 +283,7 @@ def test_the_matmuls_own_preferred_type():
     closed = rewrite(lambda x: fn(x, jnp.float32), X)
     assert_dots(closed, BF16, 1)
     assert eqns(closed, "dot_general")[0].params["preferred_element_type"] == BF16
-    # Asked for half by the user: nothing that autocast may touch.
+    # The user asked for half, which autocast must not change.
     explicit = rewrite(lambda x: fn(x, jnp.float16), X)
     assert floats(eqns(explicit, "dot_general")[0]) == {F32, F16}
 
@@ -308,7 +308,7 @@ def rotated(x):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_primitive_of_the_users_own_in_half(policy):
+def test_a_users_primitive_in_half(policy):
     plain = rewrite(rotated, X, policy=policy)
     assert floats(eqns(plain, "rotate")[0]) == {F32}
     closed = rewrite(rotated, X, policy=policy, low=["rotate"])
@@ -333,7 +333,7 @@ def test_a_primitive_that_the_user_wants_in_float32():
     assert_dots(rewrite(fn, X, high={"dot_general"}), F32, 2)
 
 
-def test_a_call_that_the_user_wants_in_float32_is_left_alone_whole():
+def test_a_call_that_the_user_wants_in_float32_is_left_alone():
     step = lambda c, _: (c @ W, None)
     fn = lambda x: lax.scan(step, x @ W, None, length=2)[0]
     assert_dots(rewrite(fn, X), BF16, 2)

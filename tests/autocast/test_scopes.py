@@ -1,6 +1,6 @@
 """Rules by layer: the name scopes of each library, forward and backward.
 
-Linen and Haiku name their layers. Elsewhere `jax.named_scope` does, and it holds
+Linen and Haiku name their layers. Elsewhere `jax.named_scope` does, and the name holds
 through jit, scan, checkpoint and the gradient.
 """
 
@@ -93,7 +93,7 @@ def scoped_calls():
     return fn, params
 
 
-# What makes the function, and what its two layers are called.
+# The maker of the function, and the names of its two layers.
 SCOPED = {
     "linen": (scoped_linen, "Dense_0", "Dense_1"),
     "haiku": (scoped_haiku, r"linear$", "linear_1"),
@@ -104,7 +104,7 @@ SCOPED = {
 
 
 def matmuls_under(rules, library, form):
-    """The dtypes of the matmuls of the first layer and of the second."""
+    """Returns the dtypes of the matmuls in each of the two layers."""
     make, first, second = SCOPED[library]
     fn, params = make()
     loss = lambda p, x: jnp.mean(fn(p, x) ** 2)

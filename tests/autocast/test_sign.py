@@ -1,7 +1,7 @@
-"""A comparison with zero is asked of the half value where all else takes that.
+"""A comparison with zero takes the half value if all other consumers do.
 
-The derivative of relu asks `x > 0`. Asked of the float32 sum before the cast to half,
-it would have a second copy of every activation saved for the backward pass.
+The derivative of relu compares `x > 0`. If it took the float32 sum before the cast to
+half, a second copy of every activation would be saved for the backward pass.
 """
 
 import jax
@@ -53,7 +53,7 @@ def test_the_mask_of_relu_is_taken_from_the_half_value(activation, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_it_stays_float32_where_another_consumer_has_the_value_so(policy):
+def test_it_stays_float32_where_another_consumer_takes_float32(policy):
     def fn(w, x):
         h = x @ w + 1 / 3
         return jnp.sum(clipped(h) @ w) + jnp.sum(jnp.log(jnp.abs(h)))
@@ -86,8 +86,8 @@ def test_an_equality_stays_float32(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_mask_is_float32s_but_for_what_underflows(policy):
-    """In (0, 2^-25) float16 has zero: no output of this relu, and no gradient."""
+def test_the_mask_equals_float32s_except_where_half_underflows(policy):
+    """float16 flushes (0, 2^-25) to zero: no output of relu there, and no gradient."""
     tiny = 2.0**-30
     bias = jnp.asarray([-1.0, -tiny, 0.0, tiny, 1.0, 2.0, -2.0, np.nan])
 

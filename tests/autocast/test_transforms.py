@@ -42,7 +42,7 @@ def loss_fn(x, w):
 
 
 def dots(fn, *args):
-    """The dtype of each matmul, of which it has one only."""
+    """Returns the dtype of each matmul, which must have only one."""
     closed = jax.make_jaxpr(fn)(*args)
     check_jaxpr(open_jaxpr(closed))
     found = [floats(e) for e in eqns(closed, *MATMULS)]
@@ -58,14 +58,14 @@ def assert_near(new, old, tolerance=0.02):
 
 
 def assert_transformed(new, old, *args):
-    """Half in every matmul, and types and values as without autocast."""
+    """Asserts that every matmul is half, and types and values as without autocast."""
     assert_near(new(*args), old(*args))
     found = dots(new, *args)
     expected = len(eqns(jax.make_jaxpr(old)(*args), *MATMULS))
     assert found == [BF16] * expected
 
 
-# --- One transformation at a time: a function of a function, and its arguments.
+# --- One transformation at a time: a function of a function, with its arguments.
 
 SAVE_DOTS = jax.checkpoint_policies.dots_saveable
 forward = lambda f: lambda x, w: jax.jvp(f, (x, w), (w, x))
@@ -221,7 +221,7 @@ def test_explicit_sharding():
             assert shardings(new) == shardings(old)
 
 
-# --- Functions with a derivative of their own.
+# --- Functions with custom derivatives.
 
 
 CUSTOM = {
@@ -245,7 +245,7 @@ CUSTOM["in each other"].defjvps(
 
 @pytest.mark.parametrize("order", ["inside", "outside"])
 @pytest.mark.parametrize("name", thinned(CUSTOM))
-def test_derivatives_of_ones_own(name, order):
+def test_custom_derivatives(name, order):
     loss = lambda x, w: jnp.sum(nn.softmax(CUSTOM[name](x, w)) ** 2)
     for grad in (jax.grad, partial(jax.grad, argnums=(0, 1))):
         new = grad(autocast(loss)) if order == "inside" else autocast(grad(loss))
@@ -256,7 +256,7 @@ def test_derivatives_of_ones_own(name, order):
 
 
 @pytest.mark.parametrize("name", ["custom_jvp", "custom_vjp"])
-def test_second_derivatives_of_ones_own(name):
+def test_second_derivatives_of_custom_derivatives(name):
     loss = lambda x, w: jnp.sum(jnp.tanh(CUSTOM[name](x, w)))
     twice = lambda fn: jax.grad(lambda x, w: jnp.sum(jax.grad(fn)(x, w) * w))
     for new in (twice(autocast(loss)), autocast(twice(loss))):
@@ -264,8 +264,8 @@ def test_second_derivatives_of_ones_own(name):
         assert set(dots(new, X, W)) == {BF16}
 
 
-def test_a_rule_of_ones_own_is_the_one_used():
-    """It says twice the gradient that there is."""
+def test_a_custom_rule_is_used():
+    """The rule gives twice the true gradient."""
     double = jax.custom_vjp(jnp.matmul)
     double.defvjp(
         lambda x, w: (x @ w, (x, w)),
@@ -282,7 +282,7 @@ FINE = W + np.float32(1e-3)
 
 
 def gradients(inner):
-    """Ways to differentiate, under autocast, a loss with `inner` in its middle."""
+    """Yields ways to differentiate a loss around `inner` under autocast."""
     loss = lambda x, w: jnp.sum((inner(x, w) @ w) ** 2)
     remat = lambda x, w: jnp.sum((jax.checkpoint(inner)(x, w) @ w) ** 2)
     return {
@@ -315,7 +315,7 @@ NUM_DOTS = {
 
 @pytest.mark.parametrize("way", NUM_DOTS)
 @pytest.mark.parametrize("kind", thinned(INNER))
-def test_the_inner_one_wins(kind, way):
+def test_the_inner_autocast_wins(kind, way):
     wrap, dtype = INNER[kind]
     new = gradients(wrap(layer))[way]
     found = dots(new, X, FINE)
@@ -327,8 +327,8 @@ def test_the_inner_one_wins(kind, way):
 
 @pytest.mark.parametrize("kind", ["full_precision", "float32"])
 @pytest.mark.parametrize("disabled", [False, True])
-def test_the_inner_one_wins_to_the_bit(kind, disabled):
-    """Without jit, too."""
+def test_the_inner_autocast_wins_bitwise(kind, disabled):
+    """It does so without jit, too."""
     inner = INNER[kind][0](jnp.matmul)
     outer = autocast(lambda x, w: (inner(x, w), x @ w))
     with jax.disable_jit(disabled):

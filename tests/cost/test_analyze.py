@@ -71,7 +71,7 @@ def test_a_loop_moves_its_bytes_as_often_as_it_runs():
 
 
 def test_a_scan_over_rows_reads_each_row_once():
-    """Slices and updates in place move what they take, not the whole array."""
+    """Slices and updates in place move only their part, not the whole array."""
 
     def fn(x):
         return jax.lax.scan(lambda c, row: (c, jnp.tanh(row)), 0.0, x)[1]
@@ -142,7 +142,7 @@ def test_the_roofline_time_is_the_larger_of_arithmetic_and_memory():
     assert added.bound == "memory"
 
 
-def test_what_is_not_known_is_not_made_up():
+def test_unknown_peaks_give_no_roofline():
     report = cost.analyze(jnp.add, full(8), full(8), device=cost.Device("unknown"))
     assert (report.compute_s, report.memory_s) == (None, None)
     assert (report.roofline_s, report.bound) == (None, None)

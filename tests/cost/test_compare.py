@@ -57,7 +57,7 @@ def test_without_the_devices_memory_there_is_no_largest_batch(capsys):
     assert costs.to_dict()["policies"]["float32"]["largest_batch"] is None
 
 
-def test_what_cannot_be_compared_is_named():
+def test_bad_input_is_named():
     with pytest.raises(ValueError, match="policies is empty"):
         cost.compare(mlp_step, [])
     with pytest.raises(ValueError, match="memory_fraction=0 must be"):

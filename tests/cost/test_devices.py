@@ -14,7 +14,7 @@ from mpjax.cost import _compile
 HALF_ADDED = (jnp.add, *[jax.ShapeDtypeStruct((8,), jnp.bfloat16)] * 2)
 
 
-def test_every_device_has_what_is_asked_of_it():
+def test_every_data_file_is_complete():
     assert cost.device_names() == ["a100", "b200", "h100", "h200", "v100"]
     for name in cost.device_names():
         device = cost.get_device(name)

@@ -4,7 +4,7 @@ import pytest
 
 from mpjax.cost._hlo import moved_bytes
 
-# A loop of 5 steps over two stacks of 5 pieces, of 256 bytes and of 128.
+# A loop of 5 steps over two stacks of 5 slices, of 256 bytes and of 128.
 LOOP = """\
 HloModule loop
 
@@ -54,7 +54,7 @@ FUSIONS = {
 
 
 @pytest.mark.parametrize("form", FUSIONS)
-def test_a_fusion_moves_its_pieces_of_the_stacks_that_it_updates(form):
-    """Each step reads a piece and its index, and writes the piece and its half."""
+def test_a_fusion_moves_only_its_slices_of_stacks(form):
+    """Each step reads a slice and its index, and writes the slice and its half."""
     text = LOOP.replace("FUSION", FUSIONS[form]).replace("TRIPS", TRIPS)
     assert moved_bytes(text) == 5 * (256 + 4 + 256 + 128)

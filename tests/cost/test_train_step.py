@@ -1,4 +1,4 @@
-"""What training steps cost, compiled for an H100 that the machine need not have."""
+"""The cost of training steps, compiled for an H100 that the machine need not have."""
 
 import dataclasses
 import importlib
@@ -57,8 +57,8 @@ def test_dynamic_loss_scaling_moves_nothing_more(policy):
     assert dynamic.temporary_bytes <= 1.01 * plain.temporary_bytes
 
 
-def test_a_scan_over_layers_stacks_up_a_third_of_float32():
-    """Less than by hand, with everything in bfloat16: `mpjax._autocast.residuals`."""
+def test_a_scan_over_layers_takes_a_third_of_float32s_temporaries():
+    """It takes less than by hand in pure bfloat16, by `mpjax._autocast.residuals`."""
     num_layers, width = 6, 256
     w = jax.ShapeDtypeStruct((2, width, 4 * width), "float32")
     x = jax.ShapeDtypeStruct((1024, width), "float32")
@@ -78,8 +78,8 @@ def test_a_scan_over_layers_stacks_up_a_third_of_float32():
     assert cast <= 0.70 * hand_cast
 
 
-def test_what_is_not_timed_as_it_does_not_pay():
-    """See experiments/benchmarks/baselines/tuned.py."""
+def test_changes_that_do_not_pay_on_an_h100():
+    """experiments/benchmarks/baselines/tuned.py therefore does not time them."""
     work = WORKLOADS["mlp"]()
     scale = mpjax.DynamicLossScale()
     plain = report_of(work, "mixed_bfloat16", scale)
@@ -100,7 +100,7 @@ def test_what_is_not_timed_as_it_does_not_pay():
 @pytest.mark.parametrize("form", [("NHWC", "HWIO"), ("NCHW", "OIHW")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_plain_convolutions_cost_nothing(form, dtype):
-    """See `mpjax._xla_cpu.convolutions`: the transposes are none in memory."""
+    """The transposes of `mpjax._xla_cpu.convolutions` move nothing in memory."""
     last = form[0] == "NHWC"
     image = (256, 56, 56, 64) if last else (256, 64, 56, 56)
     kernel = (3, 3, 64, 64) if last else (64, 64, 3, 3)

@@ -1,4 +1,4 @@
-"""What cannot work ends as a paragraph on stderr, and nothing is lost."""
+"""Bad input ends as a paragraph on stderr, and nothing is lost."""
 
 import dataclasses
 import re
@@ -142,7 +142,7 @@ def test_a_damaged_configuration_is_named(call, tmp_path, text):
     assert_paragraph(err, "config.json")
 
 
-def test_a_data_directory_that_is_none(call, tmp_path):
+def test_a_data_dir_that_is_a_file(call, tmp_path):
     (tmp_path / "file").write_text("precious")
     code, err = call("--data-dir", tmp_path / "file", "--workdir", tmp_path / "run")
     assert code == 1

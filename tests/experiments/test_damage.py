@@ -87,7 +87,7 @@ def test_the_one_before_is_used_and_the_result_is_the_same(
     assert {"12", "16", "20"} <= steps
 
 
-def test_a_missing_checkpoint_and_a_cut_line_of_metrics_are_no_matter(
+def test_a_missing_checkpoint_and_a_cut_line_of_metrics_do_no_harm(
     workdir, uninterrupted
 ):
     shutil.rmtree(workdir / "mixed_float16/checkpoints/12")
@@ -202,7 +202,7 @@ def largest_file(directory, *, step):
 
 
 def files(directory):
-    """Every file with its content, but for the plot."""
+    """Returns every file with its content, except the plot."""
     return {
         path: path.read_bytes()
         for path in sorted(directory.rglob("*"))

@@ -115,7 +115,7 @@ def test_a_directory_that_cannot_be_written_is_explained():
         pytest.fail("locked")
 
 
-def test_waiting_for_the_lock_is_said_and_ends(tmp_path, monkeypatch, capsys):
+def test_waiting_for_the_lock_is_reported_and_ends(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "LOCK_TIMEOUT_S", 0.1)
     with filelock.FileLock(tmp_path / ".lock"):
         with (
@@ -126,7 +126,7 @@ def test_waiting_for_the_lock_is_said_and_ends(tmp_path, monkeypatch, capsys):
         assert "waiting for the process that holds" in capsys.readouterr().err
 
 
-def test_the_lock_is_had_once_the_other_lets_go(tmp_path, capsys):
+def test_the_lock_is_taken_once_the_other_process_releases_it(tmp_path, capsys):
     lock = filelock.FileLock(tmp_path / ".lock", thread_local=False)
     lock.acquire()
     timer = threading.Timer(0.3, lock.release)

@@ -1,4 +1,4 @@
-"""The digits that are no MNIST."""
+"""scikit-learn's digits, which are not MNIST."""
 
 import sys
 

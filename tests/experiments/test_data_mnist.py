@@ -281,7 +281,9 @@ def test_an_unknown_dataset_is_explained(no_network):
 
 
 @pytest.mark.parametrize("name", ["missing", "file", "x" * 300, "missing/../file"])
-def test_a_data_dir_that_is_none_is_explained(name, tmp_path, filled, no_network):
+def test_a_data_dir_that_is_not_a_directory_is_explained(
+    name, tmp_path, filled, no_network
+):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"is not a directory that can be read; give a"):
         mnist.load("mnist", tmp_path / name)

@@ -231,7 +231,7 @@ def test_a_shard_of_a_shard_and_the_state_of_another_count():
 
 
 @pytest.mark.parametrize(("index", "count"), [(2, 2), (-1, 2), (0, 0), (1, 1)])
-def test_a_shard_that_is_none_is_refused(index, count):
+def test_an_index_outside_the_shards_is_refused(index, count):
     with pytest.raises(ValueError, match="expected an index from 0 to count - 1"):
         numbered(24, 8).shuffled(0).shard(index, count)
 

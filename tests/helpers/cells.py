@@ -19,7 +19,7 @@ X = rng.normal(size=(LENGTH, BATCH, WIDTH)).astype(np.float32)
 
 
 def evaluate(closed, *args):
-    """One operation at a time, loops unrolled: every rounding is where it is traced."""
+    """Evaluates op by op, loops unrolled: every rounding is where it is traced."""
 
     def run(jaxpr, consts, args):
         body = open_jaxpr(jaxpr)
@@ -63,7 +63,7 @@ def scans(closed):
 
 
 def stacked(closed):
-    """The types of what each scan stacks up, a sorted list per scan that does."""
+    """Returns the sorted types of stacked results, per scan that has any."""
     found = [eqn.outvars[Scan(eqn).num_carry :] for eqn in scans(closed)]
     return [sorted(v.aval.str_short() for v in outs) for outs in found if outs]
 
@@ -74,13 +74,13 @@ def num_stacked_bytes(closed):
 
 
 def in_half(closed, policy):
-    """A jaxpr rewritten by a policy: the first pass of autocast, and no other."""
+    """Returns a jaxpr rewritten by a policy: the first pass of autocast alone."""
     if policy == "float32":
         return closed
     return rewrite_in_half(closed, make_settings(policy, (), ()))
 
 
-# --- Loops as people write them; each a loss of weights and a sequence.
+# --- Loops as people write them: each is a loss of weights and a sequence.
 
 
 ZEROS = jnp.zeros((BATCH, WIDTH))
@@ -108,7 +108,7 @@ def lstm(w, state, x):
 
 
 def layer(w, x, gain):
-    """As in a transformer that scans over its layers."""
+    """Applies one layer, as in a transformer that scans over its layers."""
     y = x - x.mean(-1, keepdims=True)
     y = y * lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * gain
     return x + nn.gelu(y @ w[0]) @ w[1].T, None

@@ -1,4 +1,4 @@
-"""Starts experiments as a person does, and reads what they leave."""
+"""Starts experiments as a person does, and reads their output."""
 
 import atexit
 import json
@@ -31,7 +31,7 @@ atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 
 def environment(*, cached=True):
-    """Without this process's flags of XLA: one device, as most people have."""
+    """Returns an environment without XLA flags: one device, as most people have."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     kept |= {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "JAX_PLATFORMS": "cpu"}
     if not cached:
@@ -63,7 +63,7 @@ def run(*flags, **kwargs):
 
 
 def images(num=120, num_test=40, seed=0):
-    """Small pictures whose label is the place of a bright column."""
+    """Returns small pictures whose label is the index of a bright column."""
     rng = np.random.default_rng(seed)
 
     def some(size):

@@ -1,4 +1,4 @@
-"""Functions with a fault in the line marked `here`, and what must be found."""
+"""Functions with a fault in the line marked `here`, and the record to be found."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ HALF = X.astype(np.float16)
 
 
 class Fault(NamedTuple):
-    """A function with one fault, and the record that must come of it."""
+    """A function with one fault, and the record that it must give."""
 
     fn: Any
     args: tuple

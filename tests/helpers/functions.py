@@ -1,7 +1,7 @@
-"""Functions of many kinds, each with arguments: what autocast is to leave as it is.
+"""Functions of many kinds with their arguments, to test what autocast preserves.
 
-The matrices hold small multiples of 1/4, so that one matmul is exact in half and what
-is sorted, compared or rounded after it comes out the same.
+The matrices hold small multiples of 1/4, so that one matmul is exact in half and values
+that are sorted, compared or rounded after it stay the same.
 
 B: batch, H, W: height and width, D: features.
 """
@@ -22,7 +22,7 @@ from jax.numpy import linalg
 
 
 class Case(NamedTuple):
-    """A function, and what to call it with."""
+    """A function and its arguments."""
 
     fn: Callable[..., Any]
     args: tuple
@@ -33,7 +33,7 @@ def case(fn, *args):
 
 
 def types(tree):
-    """Structure, and shape, dtype and weak type of each leaf."""
+    """Returns the structure, and shape, dtype and weak type of each leaf."""
     leaves, treedef = jax.tree.flatten(tree)
     avals = [getattr(x, "aval", x) for x in leaves]
     return treedef, [(a.shape, a.dtype, a.weak_type) for a in avals]
@@ -92,7 +92,7 @@ nondiff.defvjp(
 
 @jax.custom_vjp
 def rows(x, w, ids):
-    """Takes integers, and returns some."""
+    """Takes integers, and returns integers."""
     return x[ids] @ w, ids + 1
 
 
@@ -296,7 +296,7 @@ def _calls():
     }
 
 
-# What is done to a matrix, by no matmul that autocast may touch...
+# Functions of a matrix, without a matmul that autocast may change...
 OPS = {
     "relu": nn.relu,
     "relu6": nn.relu6,
@@ -351,7 +351,7 @@ OPS = {
     "slope": jax.grad(lambda h: jnp.sum(jnp.tanh(h) ** 2)),
     "tangent": lambda h: jax.jvp(nn.softmax, (h,), (h,)),
 }
-# ... and what there is no half of.
+# ... and functions that do not exist in half.
 FULL_OPS = {
     "interp": lambda h: jnp.interp(h, jnp.arange(8), h[0]),
     "fft": lambda h: (jnp.fft.fft(h), jnp.fft.rfft2(h).real, jnp.fft.irfft(h)),
@@ -373,5 +373,5 @@ AFTER_A_MATMUL = {
     name: case(lambda x, w, op=op: op(x @ w), X, W)
     for name, op in (OPS | FULL_OPS).items()
 }
-# Their equation is made anew whatever it holds, for the sake of its derivative.
+# Autocast always rebuilds their equation, for the sake of its derivative.
 MADE_ANEW = ("custom_jvp", "custom_vjp", "custom_root")

@@ -1,4 +1,4 @@
-"""Compiles models for an H100 that need not be there; prints JSON.
+"""Compiles models for an H100, which the machine need not have; prints JSON.
 
     python tests/helpers/h100.py       # needs pip install "jax[cuda13]"
 
@@ -33,7 +33,7 @@ _MATMUL = re.compile(
 
 
 def large_cases():
-    """The MLP of the Keras guide at batch 8192, a transformer block, the convnet."""
+    """Returns the Keras guide's MLP at batch 8192, a transformer block, the convnet."""
     full = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     labels = lambda n: jax.ShapeDtypeStruct((n,), jnp.int32)
     dense = lambda m, n: {"w": full(m, n), "b": full(n)}
@@ -72,7 +72,7 @@ def large_cases():
 
 
 def operand_dtypes(text):
-    """The operand dtypes of every matmul and convolution in compiled HLO."""
+    """Returns the operand dtypes of all matmuls and convolutions in compiled HLO."""
     found = []
     for computation in text.split("\n\n"):
         dtype_of = dict(_DEFINITION.findall(computation))

@@ -2,7 +2,7 @@
 
 A case is a function `fn(params, x) -> (y, state)`, with parameters as the library
 initialises them. Layers without a matmul of their own (norms, pooling, dropout) stand
-between two that have one, so that what reaches them is half.
+between two layers with a matmul, so that their input is half.
 
 B: batch, T: time, H, W: height and width, D: features.
 """
@@ -21,11 +21,11 @@ from flax import nnx
 from mpjax._jaxpr.core import dtype_of, walk
 
 KEY = jax.random.key(3)
-LOW = ("dot_general", "conv_general_dilated")
+MATMUL_NAMES = ("dot_general", "conv_general_dilated")
 
 
 class Case(NamedTuple):
-    """A layer: its function, the parameters, what it is applied to."""
+    """A layer: its function, parameters and input."""
 
     fn: Callable[[Any, Any], tuple[Any, Any]]
     params: Any
@@ -38,10 +38,10 @@ def normal(*shape, seed=0):
 
 
 def matmul_dtypes(closed):
-    """The dtypes of each matmul, of operands and output together, by name scope."""
+    """Returns the dtypes of each matmul's operands and output, by name scope."""
     found = {}
     for eqn, scope, _ in walk(closed):
-        if eqn.primitive.name in LOW:
+        if eqn.primitive.name in MATMUL_NAMES:
             dtypes = {str(dtype_of(v)) for v in (*eqn.invars, *eqn.outvars)}
             found.setdefault(scope, []).append(dtypes)
     return found
@@ -59,7 +59,7 @@ CAUSAL = np.tril(np.ones((1, 1, 6, 6), bool))
 
 
 def linen(module, x, *, wrap=True, **kwargs):
-    """A Linen module; with `wrap`, between two dense layers."""
+    """Makes a case of a Linen module; with `wrap`, between two dense layers."""
     if wrap:
         module = nn.Sequential([nn.Dense(16), module, nn.Dense(8)])
     variables = dict(module.init(jax.random.key(0), x, **kwargs))
@@ -79,7 +79,7 @@ def linen(module, x, *, wrap=True, **kwargs):
 
 
 def linen_step(cell, x):
-    """A Linen cell for one step."""
+    """Makes a case of a Linen cell for one step."""
     carry = cell.initialize_carry(jax.random.key(1), x.shape)
     carry = jax.tree.map(lambda c: c + 0.5, carry)
     params = cell.init(jax.random.key(0), carry, x)
@@ -139,7 +139,7 @@ LINEN = {
 
 
 def of_nnx(make, x, *, wrap=True, **kwargs):
-    """An NNX module, split; with `wrap`, between two dense layers."""
+    """Makes a case of an NNX module, split; with `wrap`, between two dense layers."""
     rngs = nnx.Rngs(0)
     module = make(rngs)
     if wrap:
@@ -214,25 +214,25 @@ NNX = {
 
 
 def keys():
-    """Fresh PRNG keys."""
+    """Returns fresh PRNG keys."""
     return iter(jax.random.split(jax.random.key(0), 8))
 
 
 def equinox(make, x, call=lambda m, x: jax.vmap(m)(x)):
-    """An Equinox module, partitioned."""
+    """Makes a case of an Equinox module, partitioned."""
     params, static = eqx.partition(make(keys()), eqx.is_inexact_array)
     return Case(lambda p, x: (call(eqx.combine(p, static), x), None), params, x)
 
 
 def between(layer):
-    """An Equinox layer between two linear ones, on one example (D,)."""
+    """Puts an Equinox layer between two linear layers, on one example (D,)."""
     return lambda k: eqx.nn.Sequential(
         [eqx.nn.Linear(16, 16, key=next(k)), layer, eqx.nn.Linear(16, 8, key=next(k))]
     )
 
 
 def between_convs(layer):
-    """An Equinox layer between two convolutions, on one image (D, H, W)."""
+    """Puts an Equinox layer between two convolutions, on one image (D, H, W)."""
     return lambda k: eqx.nn.Sequential(
         [
             eqx.nn.Conv2d(8, 8, 3, key=next(k)),
@@ -243,7 +243,7 @@ def between_convs(layer):
 
 
 def unrolled(cell, x):
-    """Runs an Equinox cell over the time of (B, T, D)."""
+    """Runs an Equinox cell over the time axis of (B, T, D)."""
 
     def one(x):
         zeros = jnp.zeros(cell.hidden_size)
@@ -254,7 +254,7 @@ def unrolled(cell, x):
 
 
 def equinox_stateful(make, x, *, inference=False):
-    """An Equinox module with a state, on a batch."""
+    """Makes a case of an Equinox module with a state, on a batch."""
     model, state = eqx.nn.make_with_state(make)(keys())
     model = eqx.nn.inference_mode(model, inference)
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -325,7 +325,7 @@ EQUINOX = {
 
 
 def haiku(layer, x, *, wrap=True):
-    """A Haiku function of a layer; with `wrap`, between two linear layers."""
+    """Makes a case of a Haiku layer; with `wrap`, between two linear layers."""
 
     def forward(x):
         if not wrap:

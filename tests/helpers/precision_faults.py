@@ -1,4 +1,4 @@
-"""Functions with a fault of precision in the line marked `here`."""
+"""Functions with a precision fault in the line marked `here`."""
 
 from typing import NamedTuple
 

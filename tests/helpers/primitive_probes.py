@@ -1,7 +1,7 @@
-"""One small function per primitive, and what reads a rewritten jaxpr.
+"""One small function per primitive, and helpers that read a rewritten jaxpr.
 
-The trace of each function contains the primitive that it is named by. It takes
-a (4, 4) float32 array of numbers between 0 and 1. Those for the primitives that
+The trace of each function contains the primitive of the same name. It takes
+a (4, 4) float32 array of numbers between 0 and 1. Functions for primitives that
 autocast runs in half or in float32 return arrays of such numbers, too.
 """
 
@@ -41,7 +41,7 @@ def exists(name: str) -> bool:
 
 
 def sharded(fn, out_specs=ROWS, **kwargs):
-    """`fn` on two devices, each with half of the rows."""
+    """Returns `fn` on two devices, each with half of the rows."""
 
     def run(x):
         mesh = sharding.auto_mesh(jax.make_mesh((2,), ("i",)))
@@ -86,7 +86,7 @@ def scan(x):
 
 
 def remembered_scan(x):
-    """What does not change from step to step is computed before, by a call."""
+    """A scan whose constants are computed before it, by a call."""
     keep = jax.checkpoint_policies.dots_saveable
     step = lambda c, y: (c @ jnp.sin(x) + y, None)
     loss = lambda x: lax.scan(step, x, x[None])[0].sum()
@@ -102,7 +102,7 @@ with_own_vjp.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x.T + x.T @ g,))
 
 RAGGED_SIZES = np.array([2, 2], np.int32)
 
-LOW = {
+HALF = {
     "dot_general": lambda x: x @ (x + 1),
     "conv_general_dilated": lambda x: lax.conv(
         x[None, None], x[None, None, :2, :2], (1, 1), "SAME"
@@ -110,7 +110,7 @@ LOW = {
     "ragged_dot_general": lambda x: lax.ragged_dot(x, jnp.stack([x, x]), RAGGED_SIZES),
 }
 
-HIGH = {
+FLOAT32 = {
     "exp": lax.exp,
     "exp2": lax.exp2,
     "expm1": lax.expm1,
@@ -340,7 +340,7 @@ OPAQUE = {
     ),
 }
 
-# --- Reading what autocast makes of a function.
+# --- Reading the jaxpr of a function under autocast.
 
 BF16, F16, F32 = map(np.dtype, (jnp.bfloat16, jnp.float16, jnp.float32))
 POLICIES = {"mixed_bfloat16": BF16, "mixed_float16": F16}
@@ -357,14 +357,14 @@ EYE = np.eye(8, dtype=np.float32)
 
 
 def rewrite(fn, *args, policy="mixed_bfloat16", **kwargs):
-    """The jaxpr of a function under autocast, checked."""
+    """Returns the jaxpr of a function under autocast, checked."""
     closed = jax.make_jaxpr(autocast(fn, policy, **kwargs))(*args)
     check_jaxpr(open_jaxpr(closed))
     return closed
 
 
 def body(closed):
-    """What is inside the jit of autocast, and that of the function itself."""
+    """Returns the jaxpr inside the jits of autocast and of the function itself."""
     (call,) = closed.eqns
     (call,) = open_jaxpr(call.params["jaxpr"]).eqns
     return open_jaxpr(call.params["jaxpr"])
@@ -381,12 +381,12 @@ def eqns(closed, *names):
 
 
 def outputs(closed, *names):
-    """The dtypes that the equations of these names put out, in order."""
+    """Returns the output dtypes of the equations of these names, in order."""
     return [dtype_of(v) for e in eqns(closed, *names) for v in e.outvars]
 
 
 def floats(eqn):
-    """The floating dtypes of an equation."""
+    """Returns the floating dtypes of an equation."""
     atoms = (*eqn.invars, *eqn.outvars)
     return {dtype_of(v) for v in atoms if is_inexact_aval(v.aval)}
 

@@ -1,4 +1,4 @@
-"""What several tests share: bitwise comparison of trees, and a model that overflows."""
+"""Shared helpers: bitwise comparison of trees, and a model that overflows."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from mpjax._tree import is_key
 
 
 def leaf_bytes(tree):
-    """The bytes of every leaf by path, PRNG keys by their data."""
+    """Returns the bytes of every leaf by path, PRNG keys by their data."""
 
     def data(x):
         return np.asarray(jax.random.key_data(x) if is_key(x) else x)
@@ -30,7 +30,7 @@ def assert_same_bits(a, b):
 
 
 def everything(state):
-    """What must not move on a skipped step: all but the loss scale, counters, key."""
+    """Returns what a skipped step must not move: all but loss scale, counters, key."""
     opt = jax.tree.map(
         lambda x: x.inner_state if isinstance(x, mpjax.LossScaleState) else x,
         state.opt_state,
@@ -86,7 +86,7 @@ def regression_batch(size=16, seed=0, spike=None):
 
 
 def thinned(values, step=2, rest="slow"):
-    """Every `step`-th value as it is; those between are marked, slow or weekly."""
+    """Returns every `step`-th value as it is, the others marked slow or weekly."""
     mark = getattr(pytest.mark, rest)
     return [
         pytest.param(value, marks=[mark] if index % step else [])

@@ -1,7 +1,7 @@
-"""The tables of primitives: every name is real, and does what its table says.
+"""The table of primitives: every name is real, and does what the table says.
 
-A probe per name holds them to the installed jax: where it renames a primitive, or has
-a new one, these tests fail.
+A probe per name checks the table against the installed jax: if jax renames a primitive,
+or adds one, these tests fail.
 """
 
 import jax
@@ -27,8 +27,8 @@ from mpjax._jaxpr.flops import count_flops
 from mpjax._jaxpr.primitives import PRIMITIVES, Flops, Kind
 
 PROBES = (
-    probes.LOW
-    | probes.HIGH
+    probes.HALF
+    | probes.FLOAT32
     | probes.ARITHMETIC
     | probes.EXACT
     | probes.CALLS
@@ -37,7 +37,7 @@ PROBES = (
 
 
 def of_kind(*kinds, **facts):
-    """The names in the table of some kinds, whose facts are these."""
+    """Returns the names in the table of some kinds, with some facts."""
     return {
         name
         for name, known in PRIMITIVES.items()
@@ -48,15 +48,15 @@ def of_kind(*kinds, **facts):
 
 CALLS = of_kind(Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM)
 TABLES = {
-    "half": (of_kind(Kind.HALF), probes.LOW),
-    "float32": (of_kind(Kind.FLOAT32), probes.HIGH),
+    "half": (of_kind(Kind.HALF), probes.HALF),
+    "float32": (of_kind(Kind.FLOAT32), probes.FLOAT32),
     "arithmetic": (of_kind(Kind.PROMOTE, is_exact=False), probes.ARITHMETIC),
     "exact": (of_kind(Kind.PROMOTE, is_exact=True), probes.EXACT),
     "calls": (CALLS, probes.CALLS),
     "opaque": (of_kind(Kind.OPAQUE), probes.OPAQUE),
 }
 
-# In no table, so as traced. What no public function of jax makes:
+# Not in the table, so as traced. Primitives that no public function of jax makes:
 INTERNAL = {
     "call",
     "custom_lin",
@@ -66,7 +66,7 @@ INTERNAL = {
     "lt_to",
     "stage",
 }
-# And what holds a function, a mutable array, or no number:
+# Primitives that hold a function, a mutable array, or no number:
 UNLISTED = {
     "after_all",
     "create_token",
@@ -129,7 +129,7 @@ def test_a_version_says_when_a_primitive_came_or_went():
 
 
 def probed(fn, x):
-    """`fn` on half, and what it returns taken by a matmul."""
+    """Returns `fn` of half operands, with a matmul of its results."""
     with jax.named_scope("first"):
         h = x @ MEANS
     with jax.named_scope("probe"):
@@ -138,7 +138,7 @@ def probed(fn, x):
 
 
 def probed_in_full(fn, x):
-    """`fn` on float32; its outputs are returned, and taken by a matmul."""
+    """Returns `fn` of float32 operands; its outputs are returned and enter a matmul."""
     with jax.named_scope("probe"):
         outputs = fn(x)
     return consumed(outputs), outputs
@@ -153,14 +153,14 @@ def consumed(outputs):
 
 
 def rewritten(fn, which, policy="mixed_bfloat16"):
-    """The checked, rewritten jaxpr of a probe."""
+    """Returns the rewritten jaxpr of a probe, checked."""
     closed = jax.make_jaxpr(mpjax.autocast(lambda x: which(fn, x), policy))(X)
     check_jaxpr(open_jaxpr(closed))
     return closed
 
 
 def dtypes(closed, name, scope):
-    """Per equation of a name in a scope, the dtypes of its floats: in, out."""
+    """Returns the floating dtypes, in and out, per equation of a name in a scope."""
     found = [
         ({dtype_of(v) for v in atoms if is_inexact_aval(v.aval)})
         for eqn, where, _ in walk(closed)
@@ -171,7 +171,7 @@ def dtypes(closed, name, scope):
 
 
 def check_values(fn, which):
-    """Autocast changes a probe by roundings to bfloat16 only."""
+    """Asserts that autocast changes a probe by roundings to bfloat16 only."""
     new = jax.tree.leaves(mpjax.autocast(lambda x: which(fn, x))(X))
     old = jax.tree.leaves(which(fn, X))
     for a, b in zip(new, old, strict=True):
@@ -179,9 +179,9 @@ def check_values(fn, which):
         np.testing.assert_allclose(a, b, rtol=0.04, atol=0.04)
 
 
-@pytest.mark.parametrize("name", thinned(installed(probes.HIGH)))
-def test_high_runs_in_float32(name):
-    fn = probes.HIGH[name]
+@pytest.mark.parametrize("name", thinned(installed(probes.FLOAT32)))
+def test_kind_float32_runs_in_float32(name):
+    fn = probes.FLOAT32[name]
     closed = rewritten(fn, probed)
     assert dtypes(closed, "dot_general", "first") == [({HALF}, {HALF})]
     found = dtypes(closed, name, "probe")
@@ -193,7 +193,7 @@ def test_high_runs_in_float32(name):
 @pytest.mark.parametrize(
     "name", thinned(installed((probes.ARITHMETIC | probes.EXACT).keys() - {CAST}))
 )
-def test_follow_runs_in_its_operands_dtype(name):
+def test_kind_promote_runs_in_its_operands_dtype(name):
     fn = PROBES[name]
     closed = rewritten(fn, probed)
     assert dtypes(closed, "dot_general", "first") == [({HALF}, {HALF})]
@@ -211,7 +211,7 @@ def test_follow_runs_in_its_operands_dtype(name):
 
 @pytest.mark.parametrize("name", sorted(of_kind(Kind.PROMOTE, is_activation=True)))
 def test_an_activation_of_float32_is_computed_in_float32(name):
-    """Whoever takes its result; only that may be half."""
+    """Whatever its consumers are; only the result may be half."""
     for which in (probed_in_full, lambda fn, x: probed_in_full(fn, x)[0]):
         found = dtypes(rewritten(PROBES[name], which), name, "probe")
         assert [operands for operands, _ in found] == [{FULL}]
@@ -234,7 +234,7 @@ def test_a_cast_from_float32_to_float32_follows():
     "name", installed(probes.EXACT.keys() - {CAST, "select_and_scatter_add"})
 )
 def test_exact_is_exact(name):
-    """Half in, half out, and not one number other than in float32."""
+    """Half goes in, half comes out, and every number is the same as in float32."""
     half = jnp.asarray(X, HALF)
     fn = PROBES[name]
     for a, b in zip(
@@ -248,10 +248,10 @@ def test_exact_is_exact(name):
 
 @pytest.mark.parametrize("order", ["forward", "inside the gradient", "outside"])
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("name", installed(probes.LOW))
-def test_low_runs_in_half(name, policy, order):
+@pytest.mark.parametrize("name", installed(probes.HALF))
+def test_kind_half_runs_in_half(name, policy, order):
     def loss(x):
-        return jnp.sum(probes.LOW[name](x) ** 2)
+        return jnp.sum(probes.HALF[name](x) ** 2)
 
     cast = lambda fn: mpjax.autocast(fn, policy)
     new, old = {
@@ -274,8 +274,8 @@ def test_low_runs_in_half(name, policy, order):
 
 
 @pytest.mark.parametrize("name", installed(probes.OPAQUE))
-def test_opaque_runs_as_traced(name):
-    """Fed by half, an opaque primitive has the very dtypes that it was traced with."""
+def test_kind_opaque_runs_as_traced(name):
+    """With half operands, an opaque primitive keeps the dtypes of its trace."""
 
     def scoped(x):
         h = x @ MEANS
@@ -306,19 +306,19 @@ def test_a_call_is_rewritten_inside(name):
 
 
 def with_fact(fact):
-    """The installed primitives of which a fact is noted, that a probe traces."""
+    """Returns the installed primitives that have a fact and a probe."""
     names = {name for name, facts in PRIMITIVES.items() if getattr(facts, fact)}
     return installed(names & set(PROBES))
 
 
 def equation(name):
-    """The first equation of a primitive in the trace of its probe, at any depth."""
+    """Returns a primitive's first equation in the trace of its probe, at any depth."""
     eqns = (eqn for eqn, _, _ in walk(jax.make_jaxpr(PROBES[name])(X)))
     return next(eqn for eqn in eqns if eqn.primitive.name == name)
 
 
 def operands(eqn, value=None):
-    """Numbers for the operands of an equation: all different, or all the same."""
+    """Returns numbers for an equation's operands: all different, or all the same."""
     found = []
     for i, x in enumerate(eqn.invars):
         shape, dtype = x.aval.shape, x.aval.dtype
@@ -339,8 +339,8 @@ def floats(values):
     return [np.asarray(x) for x in values if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-# Collectives are evaluated inside a shard_map only, and stay as `test_exact_is_exact`
-# has them.
+# Collectives are evaluated inside a shard_map only; `test_exact_is_exact` covers
+# them.
 OF_DEVICES = {"all_gather", "all_gather_invariant", "all_to_all", "pvary"}
 
 
@@ -433,7 +433,7 @@ def test_outside_of_its_domain_a_function_is_nan(name):
 def test_float16_overflows_just_beyond_the_limit(name):
     eqn, limit = equation(name), float(PRIMITIVES[name].float16_limit)
     if name == "pow":
-        return  # Its limit is that of float16 itself.
+        return  # The limit is float16's own.
     fn = lambda x: np.asarray(bind(eqn, jnp.full((4, 4), x, jnp.float16))[0])
     assert np.isfinite(fn(limit - 0.1)).all()
     assert np.isinf(fn(limit + 1)).all()

@@ -1,4 +1,4 @@
-"""Planted faults: the right operation, line and cause of each. None on healthy code."""
+"""Planted faults: operation, line and cause of each; healthy code gives None."""
 
 import inspect
 import re

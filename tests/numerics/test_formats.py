@@ -1,4 +1,4 @@
-"""What formats lose, against really casting; and which loss scale is advised."""
+"""Losses of each format, compared with real casts, and the advised loss scale."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ TYPES = {
 
 
 def edges(name):
-    """Numbers at, and a float32 ulp beside, each edge of a format."""
+    """Returns numbers at each edge of a format, and a float32 ulp beside it."""
     info = ml_dtypes.finfo(TYPES[name])
     top, tiny = float(info.max), float(info.smallest_normal)
     small = float(info.smallest_subnormal)
@@ -41,7 +41,7 @@ def edges(name):
 
 
 def by_casting(x, name, loss_scale):
-    """The shares of zero, subnormal and overflow of what really is cast."""
+    """Returns the shares of zero, subnormal and overflow of numbers really cast."""
     x = np.asarray(x)
     x = x[np.isfinite(x) & (x != 0)].astype(np.float64) * loss_scale
     # Exact: float64 holds the scaled float32, and NumPy rounds once.
@@ -86,7 +86,7 @@ def test_any_numbers(x, name, exponent):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_jax_casts_alike(name):
-    """But subnormal float32, which XLA may flush."""
+    """All but subnormal float32, which XLA may flush."""
     x = np.concatenate([edges(name), np.float32([1.0, 3.0])])
     x = x[np.abs(x) >= np.finfo(np.float32).tiny]
     cast = np.asarray(jnp.asarray(x).astype(name)).astype(np.float32)

@@ -25,7 +25,7 @@ def ids(dtype):
 
 
 def bit_patterns(dtype, size=20_000, seed=0):
-    """Every number of 16 bits; random ones of more, with every special value."""
+    """Returns every number of 16 bits; random numbers of more, with special values."""
     info = ml_dtypes.finfo(dtype)
     unsigned = np.dtype(f"uint{info.bits}")
     if info.bits == 16:
@@ -41,7 +41,7 @@ def bit_patterns(dtype, size=20_000, seed=0):
 
 
 def by_frexp(x, lo, hi):
-    """The oracle: zeros, below, counts, above, infs, nans."""
+    """Returns the true zeros, below, counts, above, infs, nans."""
     with np.errstate(invalid="ignore"):  # A signalling NaN.
         x = np.asarray(x).astype(F64).ravel()
     finite = x[np.isfinite(x) & (x != 0)]

@@ -72,7 +72,7 @@ class Machine:
 
 
 def trajectory(loss_scale, grads, dtype):
-    """All states along a run of gradients (T, N); the backward pass gives `dtype`."""
+    """Returns all states along a run of gradients (T, N) computed in `dtype`."""
 
     def step(scale, grads):
         scaled = scale.scale(grads).astype(dtype)
@@ -88,7 +88,7 @@ run = jax.jit(trajectory, static_argnums=2)
 
 @st.composite
 def gradients(draw):
-    """(T, N) float32 of slowly changing size; zeros, spikes and Inf among them."""
+    """Draws (T, N) float32 of slowly changing size, with zeros, spikes and Inf."""
     seed, size = draw(st.integers(0, 2**32 - 1)), draw(st.integers(-35, 12))
     spread = draw(st.sampled_from([0, 4, 20]))
     rng = np.random.default_rng(seed)
@@ -131,8 +131,8 @@ def test_nothing_but_zeros_raises_the_scale():
     assert float(scale.picked) == 2.0 ** (26 + 12)
 
 
-def test_where_more_overflows_than_is_seen_the_ceiling_holds():
-    """The loss's cotangent fits float16 up to 2**15; the gradients would to 2**24."""
+def test_the_ceiling_holds_where_overflows_are_not_sampled():
+    """The loss's cotangent fits float16 up to 2**15, the gradients up to 2**24."""
 
     def step(scale, _):
         finite = scale.loss_scale <= 2.0**15
@@ -302,7 +302,7 @@ needs_devices = pytest.mark.skipif(
 @needs_devices
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_all_devices_take_the_smallest_scale_that_one_of_them_picks(check_vma):
-    """Gradients that differ per device, of which one overflows in the second step."""
+    """Gradients differ per device; one overflows in the second step."""
     mesh = auto_mesh(jax.make_mesh((8,), ("data",)))
     tx = mpjax.with_loss_scale(optax.sgd(0.0), HistogramLossScale(), axis_name="data")
 

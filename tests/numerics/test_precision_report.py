@@ -1,4 +1,4 @@
-"""FLOPs and bytes against counts by hand; planted faults; none in healthy code."""
+"""FLOPs and bytes against counts by hand; planted faults, and healthy code."""
 
 import inspect
 import json

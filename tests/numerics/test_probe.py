@@ -26,7 +26,7 @@ def assert_same(found, expected):
 
 
 def assert_counts(histogram, *arrays):
-    """A histogram is that of some arrays."""
+    """Asserts that a histogram counts some arrays."""
     assert_same(histogram, exponent_histogram(list(arrays)))
 
 
@@ -160,7 +160,7 @@ def test_runs_in_a_loop_add_up(fn):
     assert int(found[name].cotangents.num_values) == len(values) * X.size
 
 
-def test_recomputation_is_not_counted_twice():
+def test_rematerialization_is_not_counted_twice():
     _, found = probe(jax.value_and_grad(tap(rematted)))(W, X)
     assert_counts(found["dot_general"].values, X @ W)
     assert_counts(found["dot_general#2"].values, jnp.tanh(X @ W) @ W)

@@ -1,4 +1,4 @@
-"""What counting costs a training loop: at most 5 % where every 100th step counts."""
+"""Counting costs a training loop at most 5 % if every 100th step counts."""
 
 import itertools
 import time
@@ -60,7 +60,7 @@ def test_the_state_of_a_counting_step_is_donated():
 @pytest.mark.weekly
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_counting_in_every_100th_step_costs_at_most_5_percent(policy):
-    """In seconds of the processor, which other work disturbs least."""
+    """In processor seconds, which other load disturbs least."""
     batch = jax.random.uniform(jax.random.key(1), (1024, 784))
     (plain, plain_state), (counting, state) = compile_both(policy, batch)
     times = {"plain": [], "between": [], "counted": []}

@@ -67,7 +67,7 @@ CASES = {
 
 
 def forms(closed):
-    """The dimension numbers of every convolution, at any depth."""
+    """Returns the dimension numbers of every convolution, at any depth."""
     return [
         eqn.params["dimension_numbers"]
         for eqn, _, _ in walk(closed)
@@ -110,7 +110,7 @@ def test_it_is_the_same_in_float64(name):
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("name", CASES)
-def test_what_autocast_makes_half_is_so_written(name, policy):
+def test_half_convolutions_of_autocast_have_that_form(name, policy):
     fn, *shapes = CASES[name]
     args = arrays(*shapes)
     closed = jax.make_jaxpr(mpjax.autocast(value_and_grads(fn), policy))(*args)
@@ -118,7 +118,7 @@ def test_what_autocast_makes_half_is_so_written(name, policy):
     assert all(map(is_plain, forms(closed)))
 
 
-def test_those_in_loops_and_jits_are_found():
+def test_convolutions_in_loops_and_jits_are_found():
     def loss(w, xs):
         step = lambda total, x: (total + jax.jit(conv)(x, w).sum(), None)
         return lax.scan(step, 0.0, xs)[0]
@@ -138,7 +138,7 @@ def test_those_in_loops_and_jits_are_found():
     ],
 )
 def test_microbatches_are_compiled_in_that_form(kwargs):
-    """Else a CPU takes many times as long for them."""
+    """Otherwise a CPU takes many times as long for them."""
 
     def loss_fn(params, batch, key):
         x = batch["x"]
@@ -166,7 +166,7 @@ def test_a_pytree_comes_back_as_it_was():
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_several_devices(axis_type):
-    """Arrays that are split in their type are left to JAX, which knows how."""
+    """Arrays whose type says that they are split are left to JAX."""
     mesh = jax.make_mesh((2,), ("data",), (axis_type,), devices=jax.devices()[:2])
     x, w = arrays(IMAGE_FIRST, KERNEL_FIRST)
     fn = partial(conv, form=FIRST)
@@ -178,8 +178,8 @@ def test_on_several_devices(axis_type):
     np.testing.assert_allclose(out, fn(x, w), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_to_be_split_is_left_alone():
-    """Its place among the channels is that of the form in which it was written."""
+def test_sharded_operands_are_left_alone():
+    """Their split channels keep the axis of the form that the user wrote."""
     mesh = jax.make_mesh((2,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:2])
     x, w = arrays((4, 4, 5, 5), (6, 4, 3, 3))
     fn = partial(conv, form=FIRST, out_sharding=P(None, "d"))

@@ -1,4 +1,4 @@
-"""The form of bfloat16 matmuls: same values, and what XLA:CPU makes of them."""
+"""The form of bfloat16 matmuls: the values, and how XLA:CPU runs them."""
 
 import re
 

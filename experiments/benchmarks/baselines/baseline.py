@@ -34,7 +34,7 @@ class Step:
     Attributes:
       run: `run(num_steps=1)` takes steps one after the other without waiting, as
         a training loop does, then waits for the last and returns the loss before it.
-      temporary_bytes: what the compiled step needs beside its arguments and outputs;
+      temporary_bytes: memory of the compiled step beside its arguments and outputs;
         None where the library does not say.
     """
 
@@ -52,7 +52,7 @@ class Baseline:
       reference: name of the baseline that its time is divided by.
       workloads: names of the models that it can train; None for all.
       needs: the module that must be installed, and the command that installs it.
-      platform: "gpu" for what is of no use elsewhere; None for all.
+      platform: "gpu" for a baseline of no use elsewhere; None for all.
     """
 
     name: str

@@ -3,8 +3,8 @@
 mpjax makes none of these changes by itself; each baseline says what one is worth. Two
 more are settled by compiling for an H100 (jax 0.12, tests/cost/test_train_step.py):
 layouts of XLA's own choice (`Layout.AUTO`) move as many bytes, and float16 sums
-(`F16_F16_F16`) are refused. What the autotuner is to try is set for a run of its own,
-as XLA keeps its choices for as long as a process lives, by
+(`F16_F16_F16`) are refused. The autotuner's search is an
+option of a whole run, because XLA keeps its choices for the life of a process:
 `XLA_FLAGS=--xla_gpu_exhaustive_tiling_search=true`, or
 `XLA_FLAGS=--xla_gpu_cudnn_gemm_fusion_level=2`.
 """

@@ -76,7 +76,7 @@ def test_baselines_are_named_once_and_compared_with_others_that_exist():
         assert set(baseline.workloads or ()) <= set(WORKLOADS)
 
 
-def test_what_a_baseline_is_compared_with_comes_along():
+def test_the_reference_of_a_chosen_baseline_comes_along():
     baselines, _ = speed.choose(speed.all_baselines(), "convnet", "float16, EMA|EMA$")
     assert [baseline.name for baseline in baselines] == [
         FLOAT32,
@@ -86,7 +86,7 @@ def test_what_a_baseline_is_compared_with_comes_along():
     ]
 
 
-def test_a_library_that_is_not_here_is_named_and_left_out():
+def test_a_missing_library_is_named_and_left_out():
     there = Baseline(FLOAT32, lambda case: None, FLOAT32)
     missing = Baseline("other", lambda case: None, FLOAT32, needs=("no_such", "pip it"))
     baselines, left_out = speed.choose([there, missing], "mlp", "")
@@ -153,7 +153,7 @@ def test_many_steps_end_where_as_many_single_ones_do(case):
     assert many.run(4) == losses[-1] != losses[0]
 
 
-def test_what_is_of_use_on_a_gpu_alone_is_not_timed_elsewhere():
+def test_baselines_for_a_gpu_are_not_timed_elsewhere():
     for platform, found in (("cpu", False), ("gpu", True)):
         baselines, _ = speed.choose(speed.all_baselines(), "mlp", "", platform)
         assert any(baseline.platform == "gpu" for baseline in baselines) == found
@@ -261,7 +261,7 @@ def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
     ("flags", "message"),
     [
         ({"workloads": "mpl"}, "must be some of mlp, convnet.*got 'mpl'"),
-        ({"baselines": "("}, "no regular expression"),
+        ({"baselines": "("}, "not a regular expression"),
         ({"num_rounds": 0}, "num-rounds"),
         ({"max_minutes": 0.0}, "max-minutes"),
     ],
@@ -272,5 +272,5 @@ def test_bad_flags_are_reported(flags, message):
 
 
 def test_a_pattern_found_nowhere_lists_the_baselines():
-    with pytest.raises(ConfigError, match=r"in no baseline of mlp.*mpjax, float32"):
+    with pytest.raises(ConfigError, match=r"no baseline of mlp.*mpjax, float32"):
         speed.choose(speed.all_baselines(), "mlp", "jaxamp")
