@@ -42,17 +42,55 @@ class LossScaleState(NamedTuple):
     inner_state: Any
 
 
-class DecidedState(LossScaleState):
-    """A `LossScaleState` on its way through one update whose caller has decided.
+@jax.tree_util.register_pytree_node_class
+class StepDecision:
+    """A train step's decision whether it is taken, on its way to `with_loss_scale`.
 
-    Its `grads_finite` says whether the coming step is taken. `with_loss_scale` makes no
-    check of its own and selects nothing: the updates and the inner state that it
-    returns belong to a step taken, and the caller keeps its old arrays if the step
-    is skipped. Only the loss scale and the counters follow the decision.
+    `make_train_step` passes it as the extra argument `grads_finite`, which optax's own
+    wrappers pass on. Then `with_loss_scale` does not check the same gradients again,
+    and selects nothing: the updates and the inner state that it returns are those of
+    a step taken, and the train step keeps its old arrays if the step is skipped. Only
+    the loss scale and the counters follow the decision.
 
-    The decision travels in the state because every wrapper of optax passes the state
-    on, while some (`optax.lookahead`) drop extra arguments.
+    Attributes:
+      finite: boolean scalar; False skips the step.
     """
+
+    def __init__(self, finite: jax.Array, gradients: Any):
+        """Notes the decision, and the gradients that it is about.
+
+        Args:
+          finite: boolean scalar.
+          gradients: pytree of the gradients that were checked.
+        """
+        self.finite = finite
+        self._checked = jax.tree.leaves(gradients)
+        self._arrivals: list[bool] = []
+
+    def arrive(self) -> None:
+        """Notes that `with_loss_scale` got the decision."""
+        self._arrivals.append(True)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `with_loss_scale` got it, and no wrapper around dropped it."""
+        return bool(self._arrivals)
+
+    def covers(self, updates: Any) -> bool:
+        """Whether all of these gradients are among those that were checked."""
+        checked = set(map(id, self._checked))
+        return all(id(x) in checked for x in jax.tree.leaves(updates))
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array], "StepDecision"]:
+        """Returns the decision as a leaf, so that it passes through `jit`."""
+        return (self.finite,), self
+
+    @classmethod
+    def tree_unflatten(cls, aux: "StepDecision", children: Any) -> "StepDecision":
+        """Returns the decision with another leaf."""
+        decision = object.__new__(cls)
+        decision.__dict__.update(aux.__dict__, finite=children[0])
+        return decision
 
 
 def with_loss_scale(
@@ -111,13 +149,10 @@ def with_loss_scale(
         )
 
     def update(updates, state, params=None, *, grads_finite=None, **extra_args):
-        is_decided = isinstance(state, DecidedState)
         scaled = jax.tree.map(to_full, updates)
-        if is_decided:
-            grads_finite = state.grads_finite
-        elif grads_finite is None:
-            grads_finite = jnp.isfinite(sum_of_squares(scaled))
-        finite = _on_every_device(jnp.asarray(grads_finite), axis_name)
+        is_decided = isinstance(grads_finite, StepDecision)
+        finite = _is_finite(updates, scaled, grads_finite)
+        finite = _on_every_device(finite, axis_name)
         full = params if _takes_half(state.inner_state) else _to_full_tree(params)
         grads = jax.tree.map(float0_to_zeros, state.loss_scale.unscale(scaled))
         updates, inner_state = tx.update(grads, state.inner_state, full, **extra_args)
@@ -184,6 +219,19 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
 def is_loss_scale_state(node: Any) -> bool:
     """Whether a node of an optimizer's state is a state of `with_loss_scale`."""
     return isinstance(node, LossScaleState)
+
+
+def _is_finite(updates: Any, scaled: Any, grads_finite: Any) -> jax.Array:
+    """Returns whether a step counts as finite, by its own check or its caller's."""
+    if not isinstance(grads_finite, StepDecision):
+        if grads_finite is None:
+            return jnp.isfinite(sum_of_squares(scaled))
+        return jnp.asarray(grads_finite)
+    grads_finite.arrive()
+    if grads_finite.covers(updates):
+        return grads_finite.finite
+    # Something before with_loss_scale changed the gradients.
+    return grads_finite.finite & jnp.isfinite(sum_of_squares(scaled))
 
 
 def _on_every_device(finite: jax.Array, axis_name: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """The train step: what it computes, what it leaves alone on a skip, what it refuses."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,6 @@ WRAPPED = {
     "inject_hyperparams": lambda: optax.inject_hyperparams(
         lambda learning_rate: mpjax.with_loss_scale(optax.adam(learning_rate))
     )(learning_rate=0.1),
-    "drops_extra_args": lambda: drop_extra_args(SCALED()),
 }
 
 
@@ -153,6 +153,104 @@ def test_the_step_is_decided_once_and_each_array_selected_once(name):
     after, metrics = step(state, batch)
     assert metrics["grads_finite"]
     assert int(after.step) == 1
+
+
+@pytest.mark.parametrize("tx", [drop_extra_args(SCALED())])
+def test_a_wrapper_that_drops_the_decision(tx):
+    """It is served where the gradients decide, and refused where a model state may."""
+    state = mpjax.TrainState.create(params=jnp.ones(3), tx=tx)
+    loss_fn = lambda params, batch, key: jnp.sum(params * batch)
+    step = mpjax.make_train_step(
+        lambda p, b, k: (loss_fn(p, b, k), None), tx, policy="float32", donate=False
+    )
+    after, metrics = step(state, jnp.array([1.0, jnp.inf, 1.0]))
+    assert not metrics["grads_finite"]
+    assert int(metrics["num_skipped"]) == 1
+    assert_same_bits(everything(after), everything(state))
+    after, metrics = step(state, jnp.ones(3))
+    assert metrics["grads_finite"]
+
+    state = mpjax.TrainState.create(params=jnp.ones(3), tx=tx, model_state=jnp.ones(2))
+    step = mpjax.make_train_step(
+        lambda p, s, b, k: (loss_fn(p, b, k), (s, None)), tx, policy="float32"
+    )
+    with pytest.raises(ValueError, match=r"does not pass .* with_loss_scale\(wrapper"):
+        step(state, jnp.ones(3))
+
+
+class WrapperState(NamedTuple):
+    """State of a wrapper of the test's own."""
+
+    inner_state: Any
+
+
+def test_the_wrapper_that_drops_the_decision_is_named():
+    base = SCALED()
+    tx = optax.GradientTransformation(
+        lambda params: WrapperState(base.init(params)),
+        lambda grads, state, params=None: (grads, state),
+    )
+    state = mpjax.TrainState.create(params=jnp.ones(3), tx=tx, model_state=jnp.ones(2))
+    step = mpjax.make_train_step(
+        lambda p, s, b, k: (jnp.sum(p * b), (s, None)), tx, policy="float32"
+    )
+    with pytest.raises(ValueError, match="optimizer whose state is WrapperState"):
+        step(state, jnp.ones(3))
+
+
+def normalized(grads, state, params=None):
+    """Divides each gradient by its norm: 0 / 0 for a parameter without use."""
+    return jax.tree.map(lambda g: g / jnp.linalg.norm(g), grads), state
+
+
+def veto(tx):
+    def update(grads, state, params=None, **_):
+        return tx.update(grads, state, params, grads_finite=False)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+EMPTY = lambda params: ()
+SCALES = lambda: mpjax.with_loss_scale(optax.sgd(0.1))
+NOT_TAKEN = {
+    "NaN before it": optax.chain(
+        optax.GradientTransformation(EMPTY, normalized), SCALES()
+    ),
+    "Inf before it": optax.chain(optax.scale(1e38), optax.scale(1e38), SCALES()),
+    "a veto": veto(SCALES()),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_only_the_loss_scale_sees_skips_the_whole_step(name):
+    tx = NOT_TAKEN[name]
+    params = {"used": jnp.ones(3), "unused": jnp.ones(2)}
+    state = mpjax.TrainState.create(params=params, tx=tx, ema=True)
+    loss_fn = lambda p, b, k: (jnp.sum(p["used"] * b), None)
+    step = mpjax.make_train_step(
+        loss_fn, tx, policy="float32", ema_decay=0.9, donate=False
+    )
+    after, metrics = step(state, jnp.ones(3))
+    assert not metrics["grads_finite"]
+    assert int(metrics["num_skipped"]) == 1
+    assert_same_bits(everything(after), everything(state))
+
+
+def test_a_wrapper_may_begin_anew_inside():
+    """The state has one type all the way, so that a branch may return a new one."""
+    base = SCALED()
+
+    def update(grads, state, params=None, **extra):
+        updates, new = base.update(grads, state, params, **extra)
+        reset = lambda: base.init(params)
+        return updates, jax.lax.cond(params[0] > 5, reset, lambda: new)
+
+    tx = optax.GradientTransformationExtraArgs(base.init, update)
+    state = mpjax.TrainState.create(params=jnp.ones(3), tx=tx)
+    step = mpjax.make_train_step(lambda p, b, k: (jnp.sum(p * b), None), tx)
+    state, metrics = step(state, jnp.ones(3))
+    assert metrics["grads_finite"]
+    assert type(state.opt_state) is mpjax.LossScaleState
 
 
 def test_what_wraps_the_loss_scale_stays_too():

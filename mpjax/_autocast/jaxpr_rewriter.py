@@ -17,6 +17,7 @@ from mpjax._autocast.eligibility import (
 from mpjax._autocast.environment import Environment
 from mpjax._jaxpr.core import (
     Literal,
+    MadeHalf,
     Var,
     bind,
     dtype_of,
@@ -132,7 +133,7 @@ class JaxprRewriter:
         if dtype is None:
             self._as_traced(eqn, self._rewriter.why_not_half(eqn, self._scope))
             return
-        params = dict(eqn.params)
+        params = MadeHalf(eqn.params)
         if "preferred_element_type" in params:
             params["preferred_element_type"] = dtype
         if "precision" in params:
@@ -180,12 +181,10 @@ class JaxprRewriter:
         self._log(eqn, dtype)
 
     def _keep_constant(self, eqn: Any) -> None:
-        """Records that a moved or cast constant still is one, never to be rounded."""
-        is_cast = eqn.primitive.name == "convert_element_type"
-        if len(eqn.invars) == 1 and (is_cast or facts_of(eqn).moves_data):
-            for var in eqn.outvars:
-                if is_float32(var.aval):
-                    self._env.set_known_value(var, self._env.known_value(eqn.invars[0]))
+        """Records that a constant, reshaped or cast, is still never to be rounded."""
+        out = eqn.outvars[0]
+        if facts_of(eqn).keeps_constant and is_float32(out.aval):
+            self._env.set_known_value(out, self._env.known_value(eqn.invars[0]))
 
     def _narrow_dtype(self, eqn: Any) -> Any:
         """Returns the half dtype in which an op runs despite float32 operands, or None.

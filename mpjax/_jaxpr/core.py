@@ -251,6 +251,14 @@ def is_var(atom: Any) -> bool:
     return not isinstance(atom, Literal)
 
 
+class MadeHalf(dict):
+    """Parameters of a matmul or convolution that autocast made half.
+
+    They survive `eqn.replace`, so that later passes know what is autocast's own; what
+    the user wrote in half stays as it is.
+    """
+
+
 def count_uses(jaxpr: Any) -> collections.Counter[Var]:
     """Returns how often equations read each variable, or the jaxpr returns it."""
     body = open_jaxpr(jaxpr)

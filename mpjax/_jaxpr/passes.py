@@ -9,7 +9,6 @@ import jax
 from mpjax._jaxpr.core import (
     eval_jaxpr,
     inner_jaxprs,
-    is_reserved,
     map_inner_jaxprs,
     open_jaxpr,
     with_equations,
@@ -69,8 +68,7 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
     """Applies `fn` once to a jaxpr and to each jaxpr inside it, the inner ones first.
 
     It enters calls, conditionals, loops and functions with custom derivatives. It does
-    not enter kernels, unknown primitives, `full_precision`, or an inner `autocast`,
-    which has been rewritten already.
+    not enter kernels and unknown primitives.
 
     Args:
       fn: gets a jaxpr, closed or open, and returns one with the same inputs and
@@ -92,7 +90,7 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
         return done[id(old)][1]
 
     def inside(eqn):
-        if facts_of(eqn).kind not in _ENTERED or is_reserved(eqn):
+        if facts_of(eqn).kind not in _ENTERED:
             return eqn
         if all(convert(inner) is inner for inner in inner_jaxprs(eqn)):
             return eqn

@@ -83,6 +83,8 @@ class Facts:
         no others: a constant array stays constant. (If it has as many results as
         operands, like `optimization_barrier`, each result holds the numbers of its own
         operand.)
+      keeps_constant: whether autocast follows a constant through it, so as not to round
+        it: what JAX puts between a number and the operation that takes it.
       is_view: whether XLA does it without touching memory.
       is_slice: whether it reads only as much of its first operand as it returns.
       is_cheap: whether it is arithmetic or a slice: cheaper to rematerialize than to
@@ -117,6 +119,7 @@ class Facts:
     shrinks: bool = False
     moves_data: bool = False
     is_view: bool = False
+    keeps_constant: bool = False
     is_slice: bool = False
     is_cheap: bool = False
     compares_order: bool = False
@@ -221,7 +224,17 @@ _define("logistic tanh erf", kind=Kind.PROMOTE, is_activation=True)
 _define("neg abs max min clamp", kind=Kind.PROMOTE, is_exact=True, is_cheap=True)
 _define("select_n", kind=Kind.PROMOTE, is_exact=True, is_cheap=True, flops=Flops.NONE)
 _define(
-    "reshape squeeze copy name pvary stop_gradient",
+    "reshape squeeze copy pvary stop_gradient",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    moves_data=True,
+    is_view=True,
+    keeps_constant=True,
+    is_cheap=True,
+)
+_define(
+    "name",
     kind=Kind.PROMOTE,
     flops=Flops.NONE,
     is_exact=True,
@@ -243,6 +256,7 @@ _define(
     flops=Flops.NONE,
     is_exact=True,
     moves_data=True,
+    keeps_constant=True,
     is_cheap=True,
 )
 _define(
@@ -313,6 +327,7 @@ _define(
     kind=Kind.PROMOTE,
     flops=Flops.NONE,
     is_exact=True,
+    keeps_constant=True,
     is_cheap=True,
 )
 _define("reduce_precision", kind=Kind.PROMOTE, is_exact=True, is_cheap=True)

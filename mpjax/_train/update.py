@@ -6,17 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mpjax._struct import replace_leaves
 from mpjax._train.gradients import Gradients
 from mpjax._tree import is_inexact, select, to_full
 from mpjax._xla_cpu.hints import order_after
-from mpjax.optimizer import (
-    DecidedState,
-    LossScaleState,
-    is_loss_scale_state,
-    loss_scale_state,
-)
+from mpjax.optimizer import StepDecision, is_loss_scale_state, loss_scale_state
 
 
 def apply_gradients(
@@ -25,7 +21,7 @@ def apply_gradients(
     """Takes one step, unless something is not finite.
 
     Whether the step is taken is decided here, once, and every array of the training
-    state is selected here, once. The optimizer gets the decision in its state.
+    state is selected here, once. The optimizer gets the decision as an extra argument.
 
     Args:
       state: the `TrainState`.
@@ -38,15 +34,14 @@ def apply_gradients(
       The new state, and the metrics.
 
     Raises:
-      ValueError: for an aux that uses a metric's name.
+      ValueError: for an aux that uses a metric's name, or a wrapper that does not
+        pass the decision on.
     """
     scale = loss_scale_state(state.opt_state).loss_scale
     finite = jnp.isfinite(out.squares)
-    if any(map(is_inexact, jax.tree.leaves(state.model_state))):
+    if _has_floats(state.model_state):
         finite &= model_state_is_finite(out.model_state, state.model_state)
-    updates, opt_state = _update(tx, out.scaled, state, finite)
-    scaling = loss_scale_state(opt_state)
-    finite = scaling.grads_finite  # on all devices of with_loss_scale's axis_name
+    updates, opt_state, finite = _update(tx, out.scaled, state, finite)
     params = jax.tree.map(_apply_update, state.params, updates)
     params = select(finite, params, state.params)
     # The same decision, but its selections wait for the parameters.
@@ -61,6 +56,7 @@ def apply_gradients(
         ema_params=select_if_finite(average, state.ema_params),
         key=key,
     )
+    scaling = loss_scale_state(opt_state)
     metrics = {
         "loss": out.loss,
         "grad_norm": scale.unscale(jnp.sqrt(out.squares)),
@@ -82,23 +78,53 @@ def model_state_is_finite(new: Any, old: Any) -> jax.Array:
     return jnp.stack(finite).all()
 
 
-def _update(tx: Any, scaled: Any, state: Any, finite: jax.Array) -> tuple[Any, Any]:
-    """Returns updates and optimizer state as if the step were taken, without selection.
+def _update(
+    tx: Any, scaled: Any, state: Any, finite: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+    """Returns updates and optimizer state as of a step taken, and whether it is taken.
 
-    Only the loss scale and its counters follow `finite`.
+    `with_loss_scale` may still skip it: for another device of its `axis_name`, or for
+    gradients that something around it changed.
+
+    Raises:
+      ValueError: if the decision does not reach `with_loss_scale`, and may be about
+        the model state, which `with_loss_scale` does not see.
     """
+    decision = StepDecision(finite, scaled)
+    update = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(
+        scaled, state.opt_state, state.params, grads_finite=decision
+    )
+    if not decision.has_arrived and _has_floats(state.model_state):
+        raise ValueError(
+            f"{_wrapper_name(state.opt_state)} does not pass the extra argument "
+            "grads_finite on to with_loss_scale, which so would not learn of a model "
+            "state that is not finite; wrap it, with_loss_scale(wrapper(tx)), not the "
+            "other way round."
+        )
+    old, new = loss_scale_state(state.opt_state), loss_scale_state(opt_state)
+    return updates, opt_state, finite & (new.num_skipped == old.num_skipped)
 
-    def decide(node):
-        if not is_loss_scale_state(node):
-            return node
-        return DecidedState(*node._replace(grads_finite=finite))
 
-    def undecide(node):
-        return LossScaleState(*node) if is_loss_scale_state(node) else node
+def _has_floats(tree: Any) -> bool:
+    return any(map(is_inexact, jax.tree.leaves(tree)))
 
-    decided = jax.tree.map(decide, state.opt_state, is_leaf=is_loss_scale_state)
-    updates, decided = tx.update(scaled, decided, state.params)
-    return updates, jax.tree.map(undecide, decided, is_leaf=is_loss_scale_state)
+
+def _wrapper_name(opt_state: Any) -> str:
+    """Returns what the wrappers around `with_loss_scale` call their states."""
+    if is_loss_scale_state(opt_state):
+        return "a wrapper"
+    children = jax.tree.leaves(opt_state, is_leaf=lambda x: x is not opt_state)
+    inner = next(x for x in children if _holds_loss_scale(x))
+    own = type(opt_state).__name__
+    if own in ("tuple", "list", "dict"):
+        return _wrapper_name(inner)
+    return f"the optimizer whose state is {own}"
+
+
+def _holds_loss_scale(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree, is_leaf=is_loss_scale_state)
+    return any(map(is_loss_scale_state, leaves))
 
 
 def _select_all_but_scale(

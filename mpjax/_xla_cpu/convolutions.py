@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 
-from mpjax._jaxpr.core import is_split, new_eqn
+from mpjax._jaxpr.core import MadeHalf, is_split, new_eqn
 from mpjax._jaxpr.passes import map_equations
-from mpjax._tree import is_half
 from mpjax._xla_cpu import switch
 
 
@@ -28,8 +27,7 @@ def put_half_channels_last(jaxpr: Any) -> Any:
     """
 
     def convert(eqn):
-        is_in_half = any(is_half(v.aval) for v in eqn.outvars)
-        return channels_last(eqn) if is_in_half else [eqn]
+        return channels_last(eqn) if isinstance(eqn.params, MadeHalf) else [eqn]
 
     return map_equations(convert, jaxpr) if switch.is_on else jaxpr
 

@@ -16,15 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from mpjax._jaxpr.core import (
+    MadeHalf,
+    Var,
     count_uses,
     dtype_of,
+    is_var,
     new_eqn,
     open_jaxpr,
     unit_axes_eqn,
     with_equations,
 )
 from mpjax._jaxpr.passes import map_equations, map_jaxprs
-from mpjax._tree import is_half
 from mpjax._xla_cpu import switch
 
 _BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -55,7 +57,11 @@ def add_unit_axes(jaxpr: Any) -> Any:
     Returns:
       The jaxpr; the same object if nothing changed.
     """
-    return map_equations(with_unit_axes, jaxpr) if switch.is_on else jaxpr
+
+    def convert(eqn):
+        return with_unit_axes(eqn) if isinstance(eqn.params, MadeHalf) else [eqn]
+
+    return map_equations(convert, jaxpr) if switch.is_on else jaxpr
 
 
 def with_unit_axes(dot: Any) -> list[Any]:
@@ -75,7 +81,9 @@ def with_unit_axes(dot: Any) -> list[Any]:
       dot: an equation; unchanged unless it is a `dot_general` in bfloat16 with one
         contracted axis.
     """
-    if not _has_one_contracted_axis(dot):
+    if dot.primitive.name != "dot_general" or not _is_bfloat16(dot):
+        return [dot]
+    if len(dot.params["dimension_numbers"][0][0]) != 1:
         return [dot]
     contract, batch = dot.params["dimension_numbers"]
     ndims = [len(x.aval.shape) for x in dot.invars]
@@ -113,12 +121,8 @@ def with_unit_axes(dot: Any) -> list[Any]:
     return [*eqns, wide, narrow]
 
 
-def _has_one_contracted_axis(eqn: Any) -> bool:
-    if eqn.primitive.name != "dot_general":
-        return False
-    contract, _ = eqn.params["dimension_numbers"]
-    dtypes = {dtype_of(x) for x in (*eqn.invars, *eqn.outvars)}
-    return dtypes == {_BFLOAT16} and len(contract[0]) == 1
+def _is_bfloat16(dot: Any) -> bool:
+    return {dtype_of(x) for x in (*dot.invars, *dot.outvars)} == {_BFLOAT16}
 
 
 def _shifted(axes: tuple[int, ...], num: int) -> tuple[int, ...]:
@@ -130,15 +134,16 @@ def _swap(jaxpr: Any) -> Any:
     body = open_jaxpr(jaxpr)
     uses = count_uses(body)
     eqns: list[Any] = []
-    dots: dict[Any, int] = {}  # The index of each half matmul, by its result.
+    dots: dict[Var, int] = {}  # The index of each matmul made half, by its result.
     for eqn in body.eqns:
-        index = dots.get(eqn.invars[0]) if eqn.primitive.name == "transpose" else None
+        is_transpose = eqn.primitive.name == "transpose" and is_var(eqn.invars[0])
+        index = dots.get(eqn.invars[0]) if is_transpose else None
         if index is not None and uses[eqn.invars[0]] == 1:
             swapped = _swapped(eqns[index], eqn)
             if swapped is not None:
                 eqns[index] = None
                 eqn = swapped
-        if eqn.primitive.name == "dot_general" and is_half(eqn.outvars[0].aval):
+        if eqn.primitive.name == "dot_general" and isinstance(eqn.params, MadeHalf):
             dots[eqn.outvars[0]] = len(eqns)
         eqns.append(eqn)
     if None not in eqns:
@@ -164,5 +169,5 @@ def _swapped(dot: Any, transpose: Any) -> Any:
     return dot.replace(
         invars=dot.invars[::-1],
         outvars=transpose.outvars,
-        params=dot.params | {"dimension_numbers": numbers},
+        params=MadeHalf(dot.params | {"dimension_numbers": numbers}),
     )

@@ -112,3 +112,47 @@ def test_one_switch_turns_the_forms_of_xla_cpu_off(monkeypatch):
     assert len(without) == len(with_forms) > 0
     assert {dtype_of(eqn.outvars[0]) for eqn in without} == {np.dtype(jnp.bfloat16)}
     assert all(eqn.invars[0].aval.ndim == 2 for eqn in without)
+
+
+def test_what_the_user_wrote_in_half_keeps_its_form():
+    """Beside a matmul that autocast makes half, and transposed as a gradient is."""
+    images = jnp.ones((2, 3, 5, 5), jnp.bfloat16)
+    kernel = jnp.ones((4, 3, 2, 2), jnp.bfloat16)
+
+    def explicit(h, images, kernel):
+        return (h.T @ h).T, (h @ h).T, jax.lax.conv(images, kernel, (1, 1), "SAME")
+
+    def fn(x, *half):
+        return x @ x, explicit(*half)
+
+    x, h = jnp.ones((4, 4)), jnp.ones((4, 4), jnp.bfloat16)
+    new = open_jaxpr(run_pipeline(jax.make_jaxpr(fn)(x, h, images, kernel), SETTINGS))
+    old = open_jaxpr(jax.make_jaxpr(explicit)(h, images, kernel))
+    names = {"dot_general", "conv_general_dilated", "transpose"}
+    kept = [(e.primitive, e.params) for e in old.eqns if e.primitive.name in names]
+    found = [(e.primitive, e.params) for e in new.eqns if e.primitive.name in names]
+    assert len(found) == len(kept) + 1
+    assert [x for x in found if x in kept] == kept
+
+
+def test_a_transposed_number_is_no_matmul():
+    fn = lambda x, w: (x @ w).sum() + jax.lax.transpose(2.0, ())
+    assert float(mpjax.autocast(fn)(jnp.ones((2, 3)), jnp.ones((3, 4)))) == 26
+
+
+@pytest.mark.parametrize("name", ["transpose", "slice", "optimization_barrier"])
+def test_constants_that_are_moved_promote_as_arrays_do(name):
+    """Only what JAX itself puts around a number is followed as a constant."""
+    moved = {
+        "transpose": lambda c: c.T,
+        "slice": lambda c: jax.lax.slice(c, (0, 0), (4, 4)),
+        "optimization_barrier": jax.lax.optimization_barrier,
+    }[name]
+
+    def fn(x):
+        h = x @ x + moved(jnp.full((4, 4), 0.1))
+        return h @ x, jnp.exp(h)
+
+    jaxpr = run_pipeline(jax.make_jaxpr(fn)(jnp.ones((4, 4))), SETTINGS)
+    (add,) = [eqn for eqn, _, _ in walk(jaxpr) if eqn.primitive.name == "add"]
+    assert dtype_of(add.outvars[0]) == np.float32

@@ -133,7 +133,8 @@ def test_rules_by_layer(library, form):
     assert rules.unused_rules() == ()
 
     rules = mpjax.PolicyRules(
-        [(first, "mixed_bfloat16"), (second, "mixed_float16"), ("haed", "float32")]
+        [(first, "mixed_bfloat16"), (second, "mixed_float16"), ("haed", "float32")],
+        default="float32",
     )
     encoder, head = matmuls_under(rules, library, form)
     assert all(dtypes == {"bfloat16"} for dtypes in encoder)

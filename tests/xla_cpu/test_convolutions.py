@@ -157,6 +157,27 @@ def test_microbatches_are_compiled_in_that_form(kwargs):
         assert set(labels) == {"b01f_01io->b01f"}
 
 
+@pytest.mark.parametrize(
+    ("wrap", "policy"),
+    [
+        (lambda net: mpjax.autocast(net, "mixed_bfloat16"), "float32"),
+        (mpjax.full_precision, "mixed_bfloat16"),
+    ],
+    ids=["autocast inside", "full_precision inside"],
+)
+def test_so_are_those_of_a_part_with_its_own_precision(wrap, policy):
+    """JAX derives its gradients afterwards, in whatever form they have."""
+    net = wrap(lambda params, x: conv(jnp.tanh(conv(x, params[0])), params[1]))
+    loss_fn = lambda params, batch, key: (jnp.mean(net(params, batch) ** 2), None)
+    params = arrays((3, 3, 4, 8), (3, 3, 8, 8))
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    state = mpjax.TrainState.create(params=params, tx=tx)
+    step = mpjax.make_train_step(loss_fn, tx, num_microbatches=2, policy=policy)
+    found = forms(jax.make_jaxpr(step)(state, jnp.ones((4, 8, 8, 4))))
+    assert len(found) == 5
+    assert all(map(is_plain, found))
+
+
 def test_a_pytree_comes_back_as_it_was():
     x, w = arrays(IMAGE, KERNEL)
     fn = lambda tree: {"out": (conv(tree["x"], tree["w"]), None), "w": tree["w"]}
