@@ -17,7 +17,7 @@ from mpjax._xla_cpu import switch
 
 
 def put_half_channels_last(jaxpr: Any) -> Any:
-    """Writes all convolutions in half precision channels last.
+    """Writes the convolutions that autocast made half channels last.
 
     Args:
       jaxpr: closed or open.

@@ -33,7 +33,9 @@ _BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
 def swap_transposed_matmuls(jaxpr: Any) -> Any:
-    """Computes each transposed half matmul directly, by exchanging its operands.
+    """Computes transposed matmuls directly, by exchanging their operands.
+
+    Only matmuls that autocast made half (`MadeHalf`) are exchanged.
 
     The gradient of `x @ w` for `w` is traced as a transpose of a matmul. XLA folds the
     two, but not with the cast to half between them: every later pass over the gradient
@@ -49,7 +51,7 @@ def swap_transposed_matmuls(jaxpr: Any) -> Any:
 
 
 def add_unit_axes(jaxpr: Any) -> Any:
-    """Writes bfloat16 matmuls in the form that XLA:CPU runs in bfloat16.
+    """Writes matmuls that autocast made bfloat16 in the form that XLA:CPU runs so.
 
     Args:
       jaxpr: closed or open.

@@ -85,10 +85,19 @@ def regression_batch(size=16, seed=0, spike=None):
     return {"x": jnp.asarray(x), "label": jnp.asarray(label)}
 
 
-def thinned(values, step=2, rest="slow"):
-    """Returns every `step`-th value as it is, the others marked slow or weekly."""
-    mark = getattr(pytest.mark, rest)
+def thinned(values, step=2, rest=None):
+    """Returns one value in `step` as it is, as many again slow, the others weekly.
+
+    With `rest`, all but the first have that mark.
+    """
+
+    def marks(index):
+        if index % step == 0:
+            return []
+        return [
+            getattr(pytest.mark, rest or ("slow" if index % step == 1 else "weekly"))
+        ]
+
     return [
-        pytest.param(value, marks=[mark] if index % step else [])
-        for index, value in enumerate(values)
+        pytest.param(value, marks=marks(index)) for index, value in enumerate(values)
     ]
