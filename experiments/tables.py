@@ -123,13 +123,21 @@ def in_todays_names(result: dict[str, Any]) -> dict[str, Any]:
     def rename(values: dict[str, Any]) -> dict[str, Any]:
         return {names.get(key, key): value for key, value in values.items()}
 
+    def reword(text: str) -> str:
+        for then, today in names.items():
+            if then.startswith("--"):
+                text = text.replace(then, today)
+        return text
+
     experiment, environment = result["experiment"], result["environment"]
+    left_out = result.get("left_out", {})
     words = environment["command"].split()
     command_today = " ".join(names.get(word, word) for word in words)
     return rename(result) | {
         "experiment": names.get(experiment, experiment),
         "environment": environment | {"command_today": command_today},
         "runs": [rename(run) for run in result["runs"]],
+        "left_out": {name: reword(why) for name, why in left_out.items()},
     }
 
 
