@@ -131,7 +131,8 @@ def with_loss_scale(
     Returns:
       An optax transform whose state is a `LossScaleState`. Its `update` also takes
       `grads_finite=`, a boolean scalar that replaces its own check: False skips the
-      step. With `axis_name` it is still combined over all devices.
+      step. With `axis_name` it is still combined over all devices. (`make_train_step`
+      passes a `StepDecision`, and selects the results itself.)
 
     Raises:
       TypeError: if `loss_scale` is not a loss scale.

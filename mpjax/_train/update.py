@@ -87,8 +87,8 @@ def _update(
     gradients that something around it changed.
 
     Raises:
-      ValueError: if the decision does not reach `with_loss_scale`, and may be about
-        the model state, which `with_loss_scale` does not see.
+      ValueError: if the decision does not reach `with_loss_scale` and the model state
+        has floats, which `with_loss_scale` does not see.
     """
     decision = StepDecision(finite, scaled)
     update = optax.with_extra_args_support(tx).update
@@ -98,9 +98,9 @@ def _update(
     if not decision.has_arrived and _has_floats(state.model_state):
         raise ValueError(
             f"{_wrapper_name(state.opt_state)} does not pass the extra argument "
-            "grads_finite on to with_loss_scale, which so would not learn of a model "
-            "state that is not finite; wrap it, with_loss_scale(wrapper(tx)), not the "
-            "other way round."
+            "grads_finite on to with_loss_scale, so the loss scale would not back off "
+            "for a model state that is not finite; put with_loss_scale outside: "
+            "with_loss_scale(wrapper(tx))."
         )
     old, new = loss_scale_state(state.opt_state), loss_scale_state(opt_state)
     return updates, opt_state, finite & (new.num_skipped == old.num_skipped)
