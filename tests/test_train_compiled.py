@@ -66,6 +66,31 @@ def test_weights_are_cast_once_for_all_microbatches(autocast):
     assert casts == [1] * len(state.params)
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu" or jax.__version_info__ < (0, 12),
+    reason="a hint for XLA:CPU, which copies in any case before jax 0.12",
+)
+@pytest.mark.parametrize("optimizer", [optax.rmsprop, optax.adam])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_cpu_writes_parameters_and_moments_in_place(optimizer, policy):
+    """Each is computed once, into its own memory: no copy, no second buffer."""
+    size = 256
+    tx = mpjax.with_loss_scale(optimizer(1e-3))
+    params = [jnp.ones((size, size))] * 2
+    state = mpjax.TrainState.create(params=params, tx=tx)
+    step = mpjax.make_train_step(mlp_loss, tx, policy=policy)
+    batch = {"x": jnp.ones((128, size)), "label": jnp.ones(128)}
+    compiled = step.lower(state, batch).compile()
+    written = re.findall(
+        rf"= f32\[{size},{size}\]\S* (fusion|copy)\(", compiled.as_text()
+    )
+    arrays = [x for x in jax.tree.leaves(state) if x.shape == (size, size)]
+    assert written == ["fusion"] * len(arrays)
+    bound = {"float32": 3.75, "mixed_bfloat16": 2.5}[policy]
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries < bound * arrays[0].nbytes
+
+
 def test_parameters_moments_and_metrics_are_float32():
     state, step = mlp("mixed_float16")
     state, metrics = step(state, regression_batch())

@@ -1,6 +1,5 @@
 """Updates the whole training state, or nothing of it."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import optax
 from mpjax._struct import replace_leaves
 from mpjax._train.gradients import Gradients
 from mpjax._tree import is_inexact, select, to_full
-from mpjax._xla_cpu.hints import order_after
+from mpjax._xla_cpu.hints import write_after
 from mpjax.optimizer import StepDecision, is_loss_scale_state, loss_scale_state
 
 
@@ -44,8 +43,10 @@ def apply_gradients(
     updates, opt_state, finite = _update(tx, out.scaled, state, finite)
     params = jax.tree.map(_apply_update, state.params, updates)
     params = select(finite, params, state.params)
-    # The same decision, but its selections wait for the parameters.
-    select_if_finite = functools.partial(select, order_after(finite, params))
+
+    def select_if_finite(new, old):
+        return write_after(params, select(finite, new, old), old)
+
     average = _average(state, params, ema_decay)
     new_state = replace_leaves(
         state,

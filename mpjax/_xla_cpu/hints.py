@@ -7,6 +7,7 @@ that was not in use before costs several times as much as writing in place.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mpjax._xla_cpu import switch
 
@@ -25,22 +26,29 @@ def prevent_fusion(values: list[jax.Array]) -> list[jax.Array]:
     )
 
 
-def order_after(pred: jax.Array, values: Any) -> jax.Array:
-    """Returns `pred`, but not before `values` are computed.
+def write_after(earlier: Any, new: Any, old: Any) -> Any:
+    """Returns `new`, which is not written over `old` before `earlier` is computed.
 
     New parameters are computed from the old moments, and so are new moments. XLA does
     not know which comes first, so it copies the old moments, unless the new ones wait
     for the parameters; then they are written in place.
 
+    What makes them wait is a selection by a predicate that is always true. It stands
+    behind the train step's own selection: if that one waited, XLA would compute the
+    new moments once, for both, and store them beside the old.
+
     Args:
-      pred: boolean scalar, on which the new moments depend.
-      values: the new parameters, any pytree of arrays.
+      earlier: the new parameters, any pytree of arrays.
+      new: the new moments, any pytree of arrays.
+      old: the old moments, like `new`.
     """
     if not switch.is_on:
-        return pred
+        return new
+
+    def wait(earlier, new, old):
+        always, _ = jax.lax.optimization_barrier((jnp.array(True), earlier))
+        return jax.tree.map(lambda n, o: jnp.where(always, n, o), new, old)
+
     return jax.lax.platform_dependent(
-        pred,
-        values,
-        cpu=lambda pred, values: jax.lax.optimization_barrier((pred, values))[0],
-        default=lambda pred, values: pred,
+        earlier, new, old, cpu=wait, default=lambda earlier, new, old: new
     )
