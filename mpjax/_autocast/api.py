@@ -42,7 +42,9 @@ def autocast(
     The function is traced, and its operations rewritten, forward and backward:
 
     - matmuls and convolutions take and return half;
-    - exponentials, powers, sums and other reductions run in float32;
+    - exponentials, powers, sums and other reductions run in float32, and so does
+      a scalar product: a matmul with no free axis longer than 1;
+    - linear algebra and its derivatives run as traced;
     - every other operation runs in the widest dtype of its operands, with two
       exceptions: a sum or product whose every consumer wants float32 runs in float32,
       and a value that reaches only matmuls (through maxima, reshapes, saved activation

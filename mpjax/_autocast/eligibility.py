@@ -13,6 +13,7 @@ from mpjax._jaxpr.core import (
     canonical_precision,
     is_float32,
     is_inexact_aval,
+    is_linear_algebra,
 )
 from mpjax._jaxpr.primitives import facts_of
 
@@ -99,8 +100,13 @@ def why_not_half(eqn: Any, ambient_precision: Any) -> str:
     precision = canonical_precision(eqn.params.get("precision"))
     if asks_for_more(precision) and precision != canonical_precision(ambient_precision):
         return f"precision={_precision_name(precision)} asked for"
-    if eqn.primitive.name == "dot_general" and not _is_sum(eqn):
-        return "contracts no more than one element"
+    if eqn.primitive.name == "dot_general":
+        if not _is_sum(eqn):
+            return "contracts no more than one element"
+        if _is_scalar_product(eqn):
+            return "a scalar product, which is a sum"
+    if is_linear_algebra(eqn):
+        return "part of linear algebra or its derivative"
     return ""
 
 
@@ -117,6 +123,22 @@ def _is_sum(dot: Any) -> bool:
     (lhs_contract, _), _ = dot.params["dimension_numbers"]
     num = math.prod(dot.invars[0].aval.shape[axis] for axis in lhs_contract)
     return not isinstance(num, int) or num > 1
+
+
+def _is_scalar_product(dot: Any) -> bool:
+    """Whether no free axis of either operand is longer than 1.
+
+    Each of its results is then one sum over all that it takes of both operands, as
+    `vdot` and `inner` of vectors are. An unknown size counts as more than 1.
+    """
+    return all(
+        isinstance(size, int) and size == 1
+        for x, contract, batch in zip(
+            dot.invars, *dot.params["dimension_numbers"], strict=True
+        )
+        for axis, size in enumerate(x.aval.shape)
+        if axis not in (*contract, *batch)
+    )
 
 
 def _precision_name(precision: Any) -> str:

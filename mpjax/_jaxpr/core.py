@@ -313,6 +313,36 @@ def source_line(eqn: Any) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
+_LINEAR_ALGEBRA = re.compile(
+    r"jax/(_src/lax/linalg|_src/lax/control_flow/solves|_src/numpy/linalg"
+    r"|_src/scipy/linalg|_src/tpu/linalg/\w+|_src/scipy/sparse/linalg)\.py$"
+)
+# Matmuls by their own name, whatever calls them; and a solver that calls functions of
+# the user's.
+_MATMULS = ("matmul", "vecdot", "multi_dot", "matrix_power", "tensordot", "outer")
+_ROOTS = ("custom_root", "_custom_root", "root", "root_jvp")
+
+
+def is_linear_algebra(eqn: Any) -> bool:
+    """Whether JAX's linear algebra traced it: a decomposition, a solver, a derivative.
+
+    JAX differentiates these by rules with matmuls of their own, which say by the calls
+    that led to them where they come from. A matmul of `jnp.linalg`'s own name, such as
+    `jnp.linalg.multi_dot`, is none.
+    """
+    traceback = eqn.source_info.traceback
+    if traceback is None:
+        return False
+    calls = [
+        frame.function_name
+        for frame in traceback.frames
+        if _LINEAR_ALGEBRA.search(frame.file_name)
+        and frame.function_name not in _ROOTS
+    ]
+    # The last is the call that is nearest to the user.
+    return bool(calls) and calls[-1] not in _MATMULS
+
+
 def canonical_precision(precision: Any) -> Any:
     """Returns `precision` as the pair that a matmul equation carries, or None."""
     if precision is None or isinstance(precision, tuple):

@@ -278,6 +278,45 @@ def test_a_matmul_that_adds_nothing_up_stays_float32(fn):
     np.testing.assert_array_equal(autocast(fn)(FINE), jax.jit(fn)(FINE))
 
 
+SCALAR_PRODUCTS = {
+    "vdot": jnp.vdot,
+    "inner": jnp.inner,
+    "@": lambda x, y: x @ y,
+    "row @ column": lambda x, y: x[None] @ y[:, None],
+    "einsum": lambda x, y: jnp.einsum("i,i->", x, y),
+    "two axes": lambda x, y: jnp.tensordot(x.reshape(2, -1), y.reshape(2, -1), 2),
+    "batched": lambda x, y: jnp.einsum("bi,bi->b", x[None], y[None]),
+    "mapped": lambda x, y: jax.vmap(jnp.vdot)(x[None], y[None]),
+    "scanned": lambda x, y: lax.map(lambda xy: jnp.vdot(*xy), (x[None], y[None])),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", SCALAR_PRODUCTS)
+def test_a_scalar_product_is_a_sum_and_runs_in_float32(name, policy):
+    """In float16 it would be infinite, in bfloat16 a sum of 256s would not grow."""
+    fn = SCALAR_PRODUCTS[name]
+    x, y = jnp.ones(70000), jnp.full(70000, 1 + 2.0**-10)
+    right = 70000 * (1 + 2.0**-10)
+    for cast in (autocast(fn, policy), jax.jit(autocast(fn, policy))):
+        assert float(cast(x, y).squeeze()) == pytest.approx(right, rel=1e-6)
+    text = str(mpjax.autocast_report(fn, policy)(x, y))
+    assert "a scalar product, which is a sum" in text
+    gradient = autocast(jax.grad(lambda x: fn(x, y).squeeze()), policy)(x)
+    np.testing.assert_array_equal(gradient, y)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_product_with_one_free_axis_is_a_matmul(policy):
+    for fn in (
+        lambda x: x @ x[0],
+        lambda x: x[0] @ x,
+        lambda x: jnp.einsum("bi,bji->bj", x, jnp.stack([x, x], 1)),
+    ):
+        half = {"mixed_float16": F16, "mixed_bfloat16": BF16}[policy]
+        assert_dots(rewrite(fn, X, policy=policy), half, 1)
+
+
 def test_the_matmuls_own_preferred_type():
     fn = lambda x, dtype: jnp.matmul(x, W, preferred_element_type=dtype)
     closed = rewrite(lambda x: fn(x, jnp.float32), X)
