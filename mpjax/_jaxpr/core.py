@@ -336,8 +336,7 @@ def is_linear_algebra(eqn: Any) -> bool:
     calls = [
         frame.function_name
         for frame in traceback.frames
-        if _LINEAR_ALGEBRA.search(frame.file_name)
-        and frame.function_name not in _ROOTS
+        if _LINEAR_ALGEBRA.search(frame.file_name) and frame.function_name not in _ROOTS
     ]
     # The last is the call that is nearest to the user.
     return bool(calls) and calls[-1] not in _MATMULS
