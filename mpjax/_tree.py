@@ -56,8 +56,19 @@ def sum_of_squares(tree: Any) -> jax.Array:
 
 
 def multiply(tree: Any, factor: Any) -> Any:
-    """Multiplies the inexact leaves of a tree by a number, in float32 at least."""
-    return jax.tree.map(lambda x: to_full(x) * factor if is_inexact(x) else x, tree)
+    """Multiplies the inexact leaves of a tree by a number, in float32 at least.
+
+    A weakly typed float64 leaf stays float64, whatever the dtype of the factor.
+    """
+
+    def times(x):
+        if not is_inexact(x):
+            return x
+        if hasattr(x, "dtype"):
+            x = jax.lax.convert_element_type(x, x.dtype)
+        return to_full(x) * factor
+
+    return jax.tree.map(times, tree)
 
 
 def int_array(value: Any) -> Any:

@@ -63,6 +63,13 @@ def test_complex_and_float64_keep_their_width():
         out = scale.unscale(jnp.full(1, 1 / 3, jnp.float64))
         assert out.dtype == jnp.float64
         assert float(out[0]) == (1 / 3) / 2
+        weak = jnp.full(1, 1 / 3)  # weakly typed, so any float32 array would win
+        assert weak.weak_type
+        for each in (scale, mpjax.DynamicLossScale(2.0), mpjax.NoOpLossScale()):
+            scaled = each.scale(weak)
+            assert scaled.dtype == jnp.float64
+            assert each.unscale(scaled).dtype == jnp.float64
+            assert float(each.unscale(scaled)[0]) == 1 / 3
 
 
 @pytest.mark.parametrize("scale", ALL[1:], ids=lambda s: type(s).__name__)

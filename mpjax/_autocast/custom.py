@@ -7,9 +7,11 @@ the function is differentiated.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from mpjax._jaxpr.core import (
     Literal,
@@ -38,7 +40,7 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
         return bind(eqn, *args)
 
     def rewritten(fn):
-        """`fn` with its operations rewritten; float0 and static leaves pass through."""
+        """`fn` with its operations rewritten; zeros and static leaves pass through."""
 
         def run(*args):
             leaves, treedef = jax.tree.flatten(args)
@@ -70,14 +72,24 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
 
     if eqn.primitive.name == "custom_jvp_call":
         fn = jax.custom_jvp(primal)
-        jvp = rewritten(lambda primals, tangents: jax.jvp(call, primals, tangents))
-        fn.defjvp(lambda primals, tangents: jvp(tuple(primals), tuple(tangents)))
+        jvp = rewritten(lambda primals, tangents: _jvp(call, primals, tangents))
+        fn.defjvp(
+            lambda primals, tangents: jvp(tuple(primals), tuple(tangents)),
+            symbolic_zeros=True,
+        )
     else:
         fn = jax.custom_vjp(primal)
-        fn.defvjp(
-            rewritten(lambda *args: jax.vjp(call, *args)),
-            rewritten(lambda vjp, cotangents: vjp(cotangents)),
-        )
+        vjp = rewritten(lambda moved, *args: _vjp(call, moved, args))
+        pull_back = rewritten(lambda vjp, cotangents: vjp(cotangents))
+
+        def forward(*args):
+            moved = tuple(x.perturbed for x in args)
+            return vjp(moved, *(x.value for x in args))
+
+        def backward(vjp, cotangents):
+            return pull_back(vjp, jax.tree.map(_instantiate, cotangents))
+
+        fn.defvjp(forward, backward, symbolic_zeros=True)
     return _trace(fn, [x.aval for x in eqn.invars], [v.aval for v in eqn.outvars])
 
 
@@ -114,6 +126,55 @@ def trace_elementwise(
         for v, dtype in zip(eqn.outvars, out_dtypes, strict=True)
     ]
     return _trace(fn, in_avals, out_avals)
+
+
+def _jvp(fn: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    """Returns `jax.jvp` with respect to those inputs alone that have a tangent."""
+    moved = [not isinstance(x, SymbolicZero) for x in tangents]
+    return jax.jvp(
+        _of_some(fn, primals, moved), _chosen(primals, moved), _chosen(tangents, moved)
+    )
+
+
+def _vjp(fn: Callable[..., Any], moved: Any, args: Any) -> Any:
+    """Returns `jax.vjp` with respect to those inputs alone that are differentiated."""
+    outputs, vjp = jax.vjp(_of_some(fn, args, moved), *_chosen(args, moved))
+    return outputs, jax.tree_util.Partial(_Expand(tuple(moved)), vjp)
+
+
+class _Expand(NamedTuple):
+    """Calls a vjp of some inputs, and gives the others None, which is zero."""
+
+    moved: tuple[bool, ...]
+
+    def __call__(self, vjp: Any, cotangents: Any) -> tuple[Any, ...]:
+        found = iter(vjp(cotangents))
+        return tuple(next(found) if moved else None for moved in self.moved)
+
+
+def _of_some(fn: Callable[..., Any], args: Any, moved: Any) -> Callable[..., Any]:
+    """Returns `fn` as a function of some of its arguments; the others are constants.
+
+    So a rule is not asked for derivatives that nobody wants.
+    """
+
+    def call(*some):
+        given = iter(some)
+        pairs = zip(args, moved, strict=True)
+        return fn(*(next(given) if is_moved else x for x, is_moved in pairs))
+
+    return call
+
+
+def _chosen(values: Any, moved: Any) -> tuple[Any, ...]:
+    pairs = zip(values, moved, strict=True)
+    return tuple(x for x, is_moved in pairs if is_moved)
+
+
+def _instantiate(cotangent: Any) -> Any:
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
 
 
 def _trace(fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]) -> Any:
@@ -153,4 +214,6 @@ def _same(new: Any, old: Any) -> bool:
 
 
 def _is_array(x: Any) -> bool:
+    if isinstance(x, SymbolicZero):
+        return False
     return getattr(x, "dtype", None) not in (None, jax.dtypes.float0)

@@ -66,7 +66,9 @@ def map_inner_jaxprs(fn: Callable[[Any], Any], params: dict[str, Any]) -> dict:
         if is_jaxpr(value):
             return fn(value)
         if isinstance(value, (tuple, list)) and any(map(is_jaxpr, value)):
-            return type(value)(fn(x) if is_jaxpr(x) else x for x in value)
+            new = [fn(x) if is_jaxpr(x) else x for x in value]
+            is_named = hasattr(value, "_fields")
+            return type(value)(*new) if is_named else type(value)(new)
         return value
 
     return {name: convert(value) for name, value in params.items()}

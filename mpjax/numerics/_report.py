@@ -247,7 +247,8 @@ def _operations(jaxpr: Any) -> Iterator[tuple[Any, str, str, int]]:
 def _compute_dtype(eqn: Any) -> str | None:
     operands = [x for x in eqn.invars if is_inexact_aval(x.aval)]
     if facts_of(eqn).is_matmul and operands:
-        return str(jnp.promote_types(*(dtype_of(x) for x in operands[:2])))
+        dtypes = [dtype_of(x) for x in operands[:2]]
+        return str(jnp.promote_types(dtypes[0], dtypes[-1]))
     atoms = [v for v in eqn.outvars if is_inexact_aval(v.aval)] or operands
     dtypes = [dtype_of(x) for x in (*atoms, *eqn.outvars)]
     return str(dtypes[0]) if dtypes and dtypes[0] is not None else None

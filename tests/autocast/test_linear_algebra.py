@@ -104,17 +104,6 @@ def test_a_matmul_is_half_wherever_it_is_called(name):
         assert jnp.dtype("bfloat16") in matmul_dtypes(mpjax.autocast(fn), a)
 
 
-def test_a_function_of_the_users_in_custom_root_is_half():
-    def root(a):
-        solve = lambda f, x: jax.lax.fori_loop(0, 3, lambda _, x: x - 0.1 * f(x), x)
-        fn = lambda x: jnp.tanh(a @ x @ B).sum(1)[:, None] * jnp.ones((1, 6)) - x
-        return jax.lax.custom_root(fn, a, solve, lambda g, y: y)
-
-    assert jnp.dtype("bfloat16") in matmul_dtypes(
-        mpjax.autocast(root), positive_definite()
-    )
-
-
 def test_what_surrounds_linear_algebra_is_half():
     """A matmul of the user's own, before and after a decomposition."""
 

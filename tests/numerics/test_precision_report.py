@@ -125,6 +125,7 @@ def test_each_line_of_a_cached_jit_is_its_own():
         (healthy.behind_a_barrier, (X, W)),
         (healthy.unique_scatter, (X, W)),
         (lambda x: (jnp.cumsum(x), x @ x, x // 2), (INDEX,)),
+        (lambda x: x @ jnp.arange(x.shape[-1]), (X32,)),
         (lambda: None, ()),
         (lambda: (), ()),
         (lambda lr, x: (lr * x).sum(), (0.1, X32)),

@@ -99,6 +99,12 @@ def convolved(w, x):
     return jnp.sum(jnp.tanh(y) ** 2)
 
 
+def solved(w, x):
+    """The jaxprs inside a linear solve stand in a namedtuple."""
+    square = w.T @ w + jnp.eye(w.shape[1])
+    return jnp.sum(jnp.linalg.solve(square, (x @ w).T) ** 2)
+
+
 FUNCTIONS = [
     mlp,
     scanned,
@@ -110,6 +116,7 @@ FUNCTIONS = [
     with_own_rule,
     with_relu,
     convolved,
+    solved,
 ]
 
 
