@@ -135,8 +135,9 @@ def with_loss_scale(
       passes a `StepDecision`, and selects the results itself.)
 
     Raises:
-      TypeError: if `loss_scale` is not a loss scale.
+      TypeError: if `tx` is not an optimizer, or `loss_scale` not a loss scale.
     """
+    refuse_other_than_optimizer(tx)
     tx = optax.with_extra_args_support(tx)
     initial = as_loss_scale(loss_scale)
 
@@ -175,6 +176,21 @@ def with_loss_scale(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def refuse_other_than_optimizer(tx: Any) -> None:
+    """Raises TypeError if `tx` is no optax transform, such as `optax.adam` uncalled."""
+    if hasattr(tx, "init") and hasattr(tx, "update"):
+        return
+    hint = ""
+    if hasattr(tx, "adjust"):
+        hint = "; the optimizer comes first: with_loss_scale(tx, loss_scale)"
+    elif callable(tx):
+        name = getattr(tx, "__name__", "tx")
+        hint = f"; if it makes an optimizer, call it, as in {name}(1e-3)"
+    raise TypeError(
+        f"expected an optax optimizer, with init and update, got {tx!r}{hint}."
+    )
 
 
 def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:

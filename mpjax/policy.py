@@ -117,6 +117,10 @@ class PolicyRules:
                 return policy
         return self.default
 
+    def has_rule_for(self, path: str) -> bool:
+        """Whether some rule is found in `path`, so that the default does not count."""
+        return any(pattern.search(path) for pattern, _ in self._rules)
+
     def policies(self) -> tuple[jmp.Policy, ...]:
         """Returns the policies of all rules, in their order, then the default."""
         return (*(policy for _, policy in self._rules), self.default)

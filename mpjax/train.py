@@ -11,9 +11,10 @@ import optax
 from mpjax._autocast import autocast as autocast_function
 from mpjax._struct import pytree_dataclass, replace_fields, replace_leaves
 from mpjax._train.gradients import Gradients, checkpointed, scaled_gradients
+from mpjax._train.loss import call_loss, describe
 from mpjax._train.update import apply_gradients
 from mpjax._tree import is_inexact, is_key, sum_of_squares, to_full
-from mpjax.optimizer import loss_scale_state
+from mpjax.optimizer import loss_scale_state, refuse_other_than_optimizer
 from mpjax.policy import (
     PolicyLike,
     PolicyRules,
@@ -70,7 +71,7 @@ class TrainState:
 
         Raises:
           ValueError: if `tx` is not wrapped by `with_loss_scale`.
-          TypeError: if `key` is a legacy uint32 key.
+          TypeError: if `key` is a legacy uint32 key, or `tx` not an optimizer.
         """
         key = jax.random.key(0) if key is None else key
         if not is_key(key):
@@ -78,6 +79,7 @@ class TrainState:
                 f"expected a typed key from jax.random.key, got {key!r}; convert "
                 "a legacy key with jax.random.wrap_key_data."
             )
+        refuse_other_than_optimizer(tx)
         opt_state = tx.init(params)
         loss_scale_state(opt_state)
         state = cls(
@@ -133,9 +135,9 @@ def make_train_step(
     scale, the skip counters and the key change.
 
     Args:
-      loss_fn: `(params, batch, key) -> (loss, aux)`; where the state has a model state,
-        `(params, model_state, batch, key) -> (loss, (model_state, aux))`. The loss is
-        a scalar, the mean over the batch.
+      loss_fn: `(params, batch, key) -> loss` or `(loss, aux)`; where the state has a
+        model state, `(params, model_state, batch, key) -> (loss, (model_state, aux))`.
+        The loss is a scalar, the mean over the batch.
       tx: the optimizer, wrapped by `with_loss_scale`.
       policy: the dtype to compute in. Rules are matched against the name scope of an
         op (autocast) or the path of a parameter or input (casts).
@@ -171,13 +173,23 @@ def make_train_step(
       where it is not a dictionary).
 
     Raises:
+      TypeError: if `loss_fn` is no function or `tx` no optimizer; at the first call, if
+        `loss_fn` returns none of these forms, or the state is no `TrainState`.
       ValueError: for a number out of range or an unknown policy; at the first call, for
-        a batch that cannot be cut, a loss that is not a scalar, an aux that uses
-        a metric's name, a state with an EMA but no decay, or the reverse.
+        a batch that cannot be cut, a loss that is not a scalar, a new model state of
+        other keys or shapes, an aux that uses a metric's name, a state with an EMA but
+        no decay, or the reverse.
     """
     rules = resolve(policy)
-    if num_microbatches < 1:
-        raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
+    if not callable(loss_fn):
+        raise TypeError(
+            f"make_train_step(loss_fn, tx) takes a function first, got {loss_fn!r}."
+        )
+    refuse_other_than_optimizer(tx)
+    if not isinstance(num_microbatches, int) or num_microbatches < 1:
+        raise ValueError(
+            f"num_microbatches={num_microbatches!r} must be a whole number, at least 1."
+        )
     if ema_decay is not None and not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
 
@@ -188,12 +200,10 @@ def make_train_step(
         if casts:
             params = cast_to_compute(rules, params, root="params")
             batch = cast_to_compute(rules, batch, root="batch", no_cast=no_cast_inputs)
-        if model_state is None:
-            loss, aux = loss_fn(params, batch, key)
-            return loss, (None, aux)
-        return loss_fn(params, model_state, batch, key)
+        return call_loss(loss_fn, params, model_state, batch, key)
 
     def train_step(state: TrainState, batch: Any):
+        _check_state(state)
         _check_ema(state, ema_decay)
         key, step_key = jax.random.split(state.key)
         if mesh is not None:
@@ -269,6 +279,14 @@ def make_eval_step(
         return rules.default.cast_to_output(evaluate(*args))
 
     return eval_step
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            "train_step(state, batch) takes first what TrainState.create returned, "
+            f"got {describe(state)}."
+        )
 
 
 def _check_ema(state: TrainState, ema_decay: float | None) -> None:

@@ -25,6 +25,7 @@ from mpjax._jaxpr.flatten import (
     Static,
     flatten,
     refuse_modules,
+    refuse_uncallable,
     unflatten,
 )
 from mpjax.policy import PolicyLike, PolicyRules, resolve
@@ -79,7 +80,7 @@ def autocast(
       A function with the arguments and outputs of `fn`.
 
     Raises:
-      TypeError: when called with an NNX module.
+      TypeError: if `fn` is no function; when called with an NNX module.
       ValueError: for an unknown policy, one that computes in float64, or a primitive in
         both `low` and `high`.
 
@@ -87,6 +88,7 @@ def autocast(
     >>> float(f(jnp.ones((2, 3)), jnp.ones((3, 4))))
     7.96...
     """
+    refuse_uncallable(fn, "mpjax.autocast")
     settings = make_settings(policy, low, high)
 
     def evaluate(spec: Static, arrays: list[Any]):
@@ -118,8 +120,9 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
       A function with the arguments and outputs of `fn`, compiled.
 
     Raises:
-      TypeError: when called with an NNX module.
+      TypeError: if `fn` is no function; when called with an NNX module.
     """
+    refuse_uncallable(fn, "mpjax.full_precision")
 
     def evaluate(spec: Static, arrays: list[Any]):
         flat = FlatFunction(fn, spec)

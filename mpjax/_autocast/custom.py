@@ -172,9 +172,8 @@ def _chosen(values: Any, moved: Any) -> tuple[Any, ...]:
 
 
 def _instantiate(cotangent: Any) -> Any:
-    if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
+    is_zero = isinstance(cotangent, SymbolicZero)
+    return jnp.zeros_like(cotangent.aval) if is_zero else cotangent
 
 
 def _trace(fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]) -> Any:

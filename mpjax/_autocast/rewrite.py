@@ -81,7 +81,11 @@ class Rewriter:
 
     def why_not_half(self, eqn: Any, scope: str) -> str:
         """Returns why a matmul stays in float32."""
-        return why_not_half(eqn, self._ambient_precision) or "a rule says float32"
+        reason = why_not_half(eqn, self._ambient_precision)
+        if reason:
+            return reason
+        has_rule = self.settings.rules.has_rule_for(join_scope(scope, eqn))
+        return "a rule says float32" if has_rule else "the default says float32"
 
     def rewrite(self, jaxpr: Any, scope: str = "") -> Any:
         """Rewrites a jaxpr and all inside it; inputs and outputs stay as traced.

@@ -104,6 +104,15 @@ class FlatFunction:
         return outputs
 
 
+def refuse_uncallable(fn: Any, name: str) -> None:
+    """Raises TypeError if `fn`, the first argument of `name`, is no function."""
+    if not callable(fn):
+        raise TypeError(
+            f"{name} takes the function first, {name}(fn, ...), and got {fn!r}. As "
+            f"a decorator with arguments: @functools.partial({name}, ...)."
+        )
+
+
 def refuse_modules(fn: Any, args: Any, kwargs: Any) -> None:
     """Raises TypeError if a Flax NNX module is among the arguments.
 

@@ -89,6 +89,15 @@ def test_why_a_matmul_stays_in_float32(fn, reason):
     assert reason in record.reason
 
 
+def test_a_default_is_no_rule():
+    """Whoever forgot the default learns that no rule matched."""
+    rules = mpjax.PolicyRules([("head", "mixed_bfloat16")], default="float32")
+    (dot,) = records(
+        mpjax.autocast_report(lambda x, w: x @ w, rules)(STRUCT, STRUCT), "dot_general"
+    )
+    assert (dot.dtype, dot.reason) == ("float32", "the default says float32")
+
+
 def test_rules_and_what_matched_nothing():
     rules = mpjax.PolicyRules(
         [("head", "float32"), ("haed", "float16")], default="mixed_bfloat16"
