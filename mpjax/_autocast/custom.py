@@ -172,8 +172,10 @@ def _chosen(values: Any, moved: Any) -> tuple[Any, ...]:
 
 
 def _instantiate(cotangent: Any) -> Any:
-    is_zero = isinstance(cotangent, SymbolicZero)
-    return jnp.zeros_like(cotangent.aval) if is_zero else cotangent
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    aval: Any = cotangent.aval
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _trace(fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]) -> Any:
