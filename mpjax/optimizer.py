@@ -76,6 +76,23 @@ class StepDecision:
         """Whether `with_loss_scale` got it, and no wrapper around dropped it."""
         return bool(self._arrivals)
 
+    def refuse_changed(self, updates: Any) -> None:
+        """Raises ValueError if `updates` are not the gradients that were checked.
+
+        Within a `jit` or `cond` of a wrapper's own they cannot be compared.
+        """
+        traces = {id(getattr(x, "_trace", None)) for x in self._checked}
+        is_comparable = all(
+            id(getattr(x, "_trace", None)) in traces for x in jax.tree.leaves(updates)
+        )
+        if is_comparable and not self.covers(updates):
+            raise ValueError(
+                "something before or around with_loss_scale changes the gradients, "
+                "which are still scaled there, so that clipping, noise or decay act on "
+                "the wrong magnitudes; put it inside: with_loss_scale(optax.chain("
+                "optax.clip_by_global_norm(1.0), tx))."
+            )
+
     def covers(self, updates: Any) -> bool:
         """Whether all of these gradients are among those that were checked."""
         checked = set(map(id, self._checked))
@@ -116,9 +133,11 @@ def with_loss_scale(
     `with_master_weights` or `with_stochastic_rounding` inside: these take the
     half-precision parameters themselves.
 
-    `optax.MultiSteps` and `optax.apply_if_finite` belong inside. Outside, the first
-    multiplies a NaN by zero and stays NaN, and the second hides overflows from the loss
-    scale, which then never backs off.
+    What changes gradients belongs inside: clipping, noise, `optax.MultiSteps` and
+    `optax.apply_if_finite`. Before or around `with_loss_scale` they see scaled
+    gradients; `MultiSteps` would multiply a NaN by zero and stay NaN, `apply_if_finite`
+    hide overflows from the loss scale. `make_train_step`, `scale_loss` and
+    `loss_scale_state` refuse what they can see of this.
 
     Args:
       tx: an optax transform, or an `optax.MultiSteps`.
@@ -142,12 +161,18 @@ def with_loss_scale(
     initial = as_loss_scale(loss_scale)
 
     def init(params):
+        inner_state = _init_inner(tx, params)
+        if _find(inner_state, LossScaleState):
+            raise ValueError(
+                "with_loss_scale around an optimizer that has a loss scale already: "
+                "the gradients would be unscaled twice; drop one of the two."
+            )
         return LossScaleState(
             loss_scale=jax.tree.map(lambda x: jnp.array(x, copy=True), initial),
             grads_finite=jnp.array(True),
             num_skipped=jnp.zeros((), jnp.int32),
             num_consecutive_skipped=jnp.zeros((), jnp.int32),
-            inner_state=_init_inner(tx, params),
+            inner_state=inner_state,
         )
 
     def update(updates, state, params=None, *, grads_finite=None, **extra_args):
@@ -204,7 +229,8 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
       The scaled loss; take its gradient and give that to `tx.update`.
 
     Raises:
-      ValueError: if it holds no state of `with_loss_scale`, or more than one.
+      ValueError: if it holds no state of `with_loss_scale`, or more than one, or one
+        inside `optax.MultiSteps` or `optax.apply_if_finite`.
     """
     return loss_scale_state(opt_state).loss_scale.scale(loss)
 
@@ -217,8 +243,16 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
         inject_hyperparams, MultiSteps and the like, nested as they come.
 
     Raises:
-      ValueError: if there is none, or more than one.
+      ValueError: if there is none, or more than one, or if `optax.MultiSteps` or
+        `optax.apply_if_finite` stands around it.
     """
+    for wrapper, name in _REFUSED.items():
+        if any(_find(x, LossScaleState) for x in _find(opt_state, wrapper)):
+            raise ValueError(
+                f"optax.{name} around with_loss_scale hides overflows from the loss "
+                f"scale, or keeps them for good; put it inside: "
+                f"with_loss_scale(optax.{name}(tx, ...))."
+            )
     found = _find(opt_state, LossScaleState)
     if not found:
         raise ValueError(
@@ -233,6 +267,12 @@ def loss_scale_state(opt_state: Any) -> LossScaleState:
     return found[0]
 
 
+_REFUSED = {
+    optax.MultiStepsState: "MultiSteps",
+    optax.ApplyIfFiniteState: "apply_if_finite",
+}
+
+
 def is_loss_scale_state(node: Any) -> bool:
     """Whether a node of an optimizer's state is a state of `with_loss_scale`."""
     return isinstance(node, LossScaleState)
@@ -245,9 +285,10 @@ def _is_finite(updates: Any, scaled: Any, grads_finite: Any) -> jax.Array:
             return jnp.isfinite(sum_of_squares(scaled))
         return jnp.asarray(grads_finite)
     grads_finite.arrive()
+    grads_finite.refuse_changed(updates)
     if grads_finite.covers(updates):
         return grads_finite.finite
-    # Something before with_loss_scale changed the gradients.
+    # A jit or cond of a wrapper's own hides whether something changed the gradients.
     return grads_finite.finite & jnp.isfinite(sum_of_squares(scaled))
 
 

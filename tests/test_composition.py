@@ -28,10 +28,6 @@ OUTSIDE = {
     "inject_hyperparams": lambda w: optax.inject_hyperparams(
         lambda learning_rate: w(optax.adam(learning_rate))
     )(learning_rate=0.1),
-    "MultiSteps": lambda w: optax.MultiSteps(
-        w(optax.adam(0.1)), 2
-    ).gradient_transformation(),
-    "apply_if_finite": lambda w: optax.apply_if_finite(w(optax.adam(0.1)), 3),
     "schedule_free": lambda w: optax.contrib.schedule_free(
         w(optax.sgd(0.1)), learning_rate=0.1
     ),
@@ -84,6 +80,36 @@ def test_the_loss_scale_is_found_and_exact_inside(name):
     assert_same_bits(params, expected)
     loss = mpjax.scale_loss(jnp.float32(3), state)
     assert float(loss) == 3 * 2.0**15
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.MultiSteps(mpjax.with_loss_scale(optax.adam(0.1)), 2),
+        optax.apply_if_finite(mpjax.with_loss_scale(optax.adam(0.1)), 3),
+        optax.chain(
+            optax.apply_if_finite(
+                optax.chain(mpjax.with_loss_scale(optax.adam(0.1))), 3
+            )
+        ),
+    ],
+    ids=["MultiSteps", "apply_if_finite", "nested"],
+)
+def test_what_hides_overflows_is_refused_around(tx):
+    state = tx.init(PARAMS)
+    for refuse in (
+        lambda: mpjax.loss_scale_state(state),
+        lambda: mpjax.scale_loss(jnp.float32(1), state),
+        lambda: mpjax.TrainState.create(params=PARAMS, tx=tx),
+    ):
+        with pytest.raises(ValueError, match=r"put it inside: with_loss_scale\(optax"):
+            refuse()
+
+
+def test_a_loss_scale_in_a_loss_scale_is_refused():
+    inner = optax.chain(optax.clip(1.0), mpjax.with_loss_scale(optax.adam(0.1)))
+    with pytest.raises(ValueError, match="unscaled twice"):
+        mpjax.with_loss_scale(inner).init(PARAMS)
 
 
 @pytest.mark.parametrize("name", INSIDE)
