@@ -1,5 +1,6 @@
 """A functional train step that leaves the training state as it was on an overflow."""
 
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
@@ -186,7 +187,7 @@ def make_train_step(
             f"make_train_step(loss_fn, tx) takes a function first, got {loss_fn!r}."
         )
     refuse_other_than_optimizer(tx)
-    if not isinstance(num_microbatches, int) or num_microbatches < 1:
+    if not isinstance(num_microbatches, numbers.Integral) or num_microbatches < 1:
         raise ValueError(
             f"num_microbatches={num_microbatches!r} must be a whole number, at least 1."
         )

@@ -79,12 +79,12 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
         )
     else:
         fn = jax.custom_vjp(primal)
-        vjp = rewritten(lambda moved, *args: _vjp(call, moved, args))
+        vjp = rewritten(lambda perturbed, *args: _vjp(call, perturbed, args))
         pull_back = rewritten(lambda vjp, cotangents: vjp(cotangents))
 
         def forward(*args):
-            moved = tuple(x.perturbed for x in args)
-            return vjp(moved, *(x.value for x in args))
+            perturbed = tuple(x.perturbed for x in args)
+            return vjp(perturbed, *(x.value for x in args))
 
         def backward(vjp, cotangents):
             return pull_back(vjp, jax.tree.map(_instantiate, cotangents))
@@ -130,29 +130,41 @@ def trace_elementwise(
 
 def _jvp(fn: Callable[..., Any], primals: Any, tangents: Any) -> Any:
     """Returns `jax.jvp` with respect to those inputs alone that have a tangent."""
-    moved = [not isinstance(x, SymbolicZero) for x in tangents]
+    perturbed = [not isinstance(x, SymbolicZero) for x in tangents]
     return jax.jvp(
-        _of_some(fn, primals, moved), _chosen(primals, moved), _chosen(tangents, moved)
+        _of_some(fn, primals, perturbed),
+        _chosen(primals, perturbed),
+        _chosen(tangents, perturbed),
     )
 
 
-def _vjp(fn: Callable[..., Any], moved: Any, args: Any) -> Any:
-    """Returns `jax.vjp` with respect to those inputs alone that are differentiated."""
-    outputs, vjp = jax.vjp(_of_some(fn, args, moved), *_chosen(args, moved))
-    return outputs, jax.tree_util.Partial(_Expand(tuple(moved)), vjp)
+def _vjp(fn: Callable[..., Any], perturbed: Any, args: Any) -> Any:
+    """Returns `jax.vjp` with respect to the perturbed inputs alone.
+
+    Args:
+      fn: function of arrays.
+      perturbed: booleans; whether each input is differentiated, as JAX says it.
+      args: the inputs.
+
+    Returns:
+      The outputs, and a function from cotangents to one gradient per input, None for
+      an input that is not differentiated.
+    """
+    outputs, vjp = jax.vjp(_of_some(fn, args, perturbed), *_chosen(args, perturbed))
+    return outputs, jax.tree_util.Partial(_Expand(tuple(perturbed)), vjp)
 
 
 class _Expand(NamedTuple):
     """Calls a vjp of some inputs, and gives the others None, which is zero."""
 
-    moved: tuple[bool, ...]
+    perturbed: tuple[bool, ...]
 
     def __call__(self, vjp: Any, cotangents: Any) -> tuple[Any, ...]:
         found = iter(vjp(cotangents))
-        return tuple(next(found) if moved else None for moved in self.moved)
+        return tuple(next(found) if x else None for x in self.perturbed)
 
 
-def _of_some(fn: Callable[..., Any], args: Any, moved: Any) -> Callable[..., Any]:
+def _of_some(fn: Callable[..., Any], args: Any, perturbed: Any) -> Callable[..., Any]:
     """Returns `fn` as a function of some of its arguments; the others are constants.
 
     So a rule is not asked for derivatives that nobody wants.
@@ -160,15 +172,15 @@ def _of_some(fn: Callable[..., Any], args: Any, moved: Any) -> Callable[..., Any
 
     def call(*some):
         given = iter(some)
-        pairs = zip(args, moved, strict=True)
-        return fn(*(next(given) if is_moved else x for x, is_moved in pairs))
+        pairs = zip(args, perturbed, strict=True)
+        return fn(*(next(given) if is_perturbed else x for x, is_perturbed in pairs))
 
     return call
 
 
-def _chosen(values: Any, moved: Any) -> tuple[Any, ...]:
-    pairs = zip(values, moved, strict=True)
-    return tuple(x for x, is_moved in pairs if is_moved)
+def _chosen(values: Any, perturbed: Any) -> tuple[Any, ...]:
+    pairs = zip(values, perturbed, strict=True)
+    return tuple(x for x, is_perturbed in pairs if is_perturbed)
 
 
 def _instantiate(cotangent: Any) -> Any:
