@@ -1,5 +1,6 @@
 """Leaves of parameters and gradients: predicates, casts, sums and selection."""
 
+import re
 from typing import Any
 
 import jax
@@ -46,13 +47,29 @@ def float0_to_zeros(grad: Any) -> Any:
 
 
 def sum_of_squares(tree: Any) -> jax.Array:
-    """Returns the sum of |x|^2 over the inexact leaves, float32 at least; 0 if none."""
+    """Returns the sum of |x|^2 over the inexact leaves, float32 at least; 0 if none.
+
+    Each leaf has a name scope, by which `squared_leaf` knows its path.
+    """
     total = jnp.zeros(())
-    for x in jax.tree.leaves(tree):
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if is_inexact(x):
-            x = to_full(jnp.asarray(x))
-            total += jnp.sum((x * x.conj()).real)
+            with jax.named_scope(f"sum_of_squares[{path_name(path)}]"):
+                x = to_full(jnp.asarray(x))
+                squares = jnp.sum((x * x.conj()).real)
+            total += squares
     return total
+
+
+def squared_leaf(scope: str) -> str | None:
+    """Returns the path of the leaf that `sum_of_squares` squares in a name scope."""
+    found = re.search(r"sum_of_squares\[(.*)\]", scope)
+    return found and found[1]
+
+
+def path_name(key_path: tuple[Any, ...]) -> str:
+    """Returns a pytree key path as `Dense_2/kernel`."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def multiply(tree: Any, factor: Any) -> Any:

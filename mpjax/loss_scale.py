@@ -273,8 +273,9 @@ def as_loss_scale(loss_scale: Any) -> LossScale:
     if isinstance(loss_scale, type) or not isinstance(loss_scale, LossScale):
         raise TypeError(
             "expected a loss scale (an object with loss_scale, scale, unscale and "
-            f"adjust, such as mpjax.DynamicLossScale()), got {loss_scale!r}; "
-            "for a name such as 'dynamic' call mpjax.parse_loss_scale first."
+            f"adjust, such as mpjax.DynamicLossScale()), got {loss_scale!r}; a number "
+            "goes into mpjax.StaticLossScale(number), a name such as 'dynamic' into "
+            "mpjax.parse_loss_scale(name)."
         )
     return loss_scale
 

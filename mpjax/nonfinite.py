@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpjax.loss_scale import as_loss_scale
+
 
 class NonFiniteTrainingError(RuntimeError):
     """Gradients stay non-finite although the loss scale is at its minimum.
@@ -42,11 +44,13 @@ class NonFiniteGuard:
 
         Raises:
           ValueError: if `max_consecutive_skipped` is less than 1.
+          TypeError: if `loss_scale` is none.
         """
         if max_consecutive_skipped < 1:
             raise ValueError(
                 f"max_consecutive_skipped={max_consecutive_skipped} must be at least 1."
             )
+        loss_scale = as_loss_scale(loss_scale)
         self.min_loss_scale = float(getattr(loss_scale, "min_loss_scale", 1.0))
         self.max_consecutive_skipped = max_consecutive_skipped
         self.num_consecutive_skipped = 0

@@ -5,6 +5,7 @@ unscale in float32, check, skip or update, adjust the scale. An existing loop ad
 in two lines: wrap the optimizer, and scale the loss with `scale_loss`.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ class LossScaleState(NamedTuple):
       loss_scale: the loss scale for the next step.
       grads_finite: boolean scalar; whether the last step was taken: its gradients had
         a finite norm, or the caller said so.
-      num_skipped: int32 scalar; steps skipped so far.
+      num_skipped: int32 scalar; steps skipped so far, those without examples too.
       num_consecutive_skipped: int32 scalar; steps skipped since the last finite one.
       inner_state: the state of the wrapped optimizer.
     """
@@ -151,7 +152,9 @@ def with_loss_scale(
       An optax transform whose state is a `LossScaleState`. Its `update` also takes
       `grads_finite=`, a boolean scalar that replaces its own check: False skips the
       step. With `axis_name` it is still combined over all devices. (`make_train_step`
-      passes a `StepDecision`, and selects the results itself.)
+      passes a `StepDecision`, and selects the results itself.) Other extra arguments
+      reach `tx`, where it takes them: `value=` and `value_fn=` are those of the true
+      loss, not of the scaled one; `grad` becomes the unscaled gradients.
 
     Raises:
       TypeError: if `tx` is not an optimizer, or `loss_scale` not a loss scale.
@@ -182,6 +185,7 @@ def with_loss_scale(
         finite = _on_every_device(finite, axis_name)
         full = params if _takes_half(state.inner_state) else _to_full_tree(params)
         grads = jax.tree.map(float0_to_zeros, state.loss_scale.unscale(scaled))
+        extra_args = accepted_extra_args(tx, extra_args | {"grad": grads})
         updates, inner_state = tx.update(grads, state.inner_state, full, **extra_args)
         if not is_decided:
             updates = jax.tree.map(
@@ -218,6 +222,14 @@ def refuse_other_than_optimizer(tx: Any) -> None:
     )
 
 
+def accepted_extra_args(tx: Any, extra_args: dict[str, Any]) -> dict[str, Any]:
+    """Returns those extra arguments that the `update` of an optimizer takes."""
+    parameters = inspect.signature(tx.update).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return extra_args
+    return {name: x for name, x in extra_args.items() if name in parameters}
+
+
 def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
     """Multiplies a loss by the current scale, in float32 at least.
 
@@ -229,9 +241,12 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
       The scaled loss; take its gradient and give that to `tx.update`.
 
     Raises:
+      TypeError: if the arguments are exchanged.
       ValueError: if it holds no state of `with_loss_scale`, or more than one, or one
         inside `optax.MultiSteps` or `optax.apply_if_finite`.
     """
+    if _find(loss, LossScaleState):
+        raise TypeError("the loss comes first: scale_loss(loss, opt_state).")
     return loss_scale_state(opt_state).loss_scale.scale(loss)
 
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import jmp
 
+from mpjax._tree import path_name
+
 PRESETS: Mapping[str, str] = MappingProxyType(
     {
         "float32": "p=f32,c=f32,o=f32",
@@ -54,7 +56,8 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
         return spec
     if not isinstance(spec, str):
         raise TypeError(
-            f"a policy must be a name, a jmp string or a jmp.Policy, got {spec!r}"
+            "a policy must be a name such as 'mixed_float16', a jmp string or a "
+            f"jmp.Policy, got {spec!r}."
         )
     text = re.sub(r"\s+", "", spec)
     try:
@@ -96,10 +99,16 @@ class PolicyRules:
         Raises:
           ValueError: for a pattern that is not a regular expression, or an unknown
             policy.
+          TypeError: for rules that are not pairs.
         """
         self.default = get_policy(default)
         self._rules = []
         self._used: set[str] = set()
+        if isinstance(rules, (str, Mapping)) or any(len(rule) != 2 for rule in rules):
+            raise TypeError(
+                "rules must be a list of pairs, [(pattern, policy), ...], got "
+                f"{rules!r}."
+            )
         for pattern, policy in rules:
             try:
                 self._rules.append((re.compile(pattern), get_policy(policy)))
@@ -136,10 +145,22 @@ class PolicyRules:
 
 
 def resolve(policy: PolicyLike | PolicyRules) -> PolicyRules:
-    """Returns `policy` as rules; a single policy is the default of an empty list."""
-    if isinstance(policy, PolicyRules):
-        return policy
-    return PolicyRules([], default=policy)
+    """Returns `policy` as rules; a single policy is the default of an empty list.
+
+    Raises:
+      ValueError: for an unknown policy, or one with float64 while JAX has it disabled.
+    """
+    is_rules = isinstance(policy, PolicyRules)
+    rules = policy if is_rules else PolicyRules([], default=policy)
+    for each in rules.policies():
+        dtypes = (each.param_dtype, each.compute_dtype, each.output_dtype)
+        if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in dtypes):
+            raise ValueError(
+                f"the policy {str(each)!r} needs float64, which JAX would replace by "
+                "float32 without a word: set JAX_ENABLE_X64=1, or call jax.config."
+                "update('jax_enable_x64', True) before the first array is made."
+            )
+    return rules
 
 
 def can_autocast(rules: PolicyRules) -> bool:
@@ -180,8 +201,3 @@ def cast_to_compute(
         return rules.policy_for(f"{root}/{path}").cast_to_compute(leaf)
 
     return jax.tree_util.tree_map_with_path(cast, tree)
-
-
-def path_name(key_path: tuple[Any, ...]) -> str:
-    """Returns a pytree key path as `Dense_2/kernel`."""
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")

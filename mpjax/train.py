@@ -1,8 +1,9 @@
 """A functional train step that leaves the training state as it was on an overflow."""
 
 import numbers
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -10,11 +11,22 @@ import jax.numpy as jnp
 import optax
 
 from mpjax._autocast import autocast as autocast_function
-from mpjax._struct import pytree_dataclass, replace_fields, replace_leaves
-from mpjax._train.gradients import Gradients, checkpointed, scaled_gradients
-from mpjax._train.loss import call_loss, describe
+from mpjax._struct import pytree_dataclass, replace_fields
+from mpjax._train.explain import JittedStep
+from mpjax._train.gradients import (
+    checkpointed,
+    differentiable_loss,
+    scaled_gradients,
+)
+from mpjax._train.loss import (
+    call_loss,
+    check_arguments,
+    describe,
+    refuse_other_than_arrays,
+)
+from mpjax._train.trainable import find_trainable, split_params
 from mpjax._train.update import apply_gradients
-from mpjax._tree import is_inexact, is_key, sum_of_squares, to_full
+from mpjax._tree import is_floating, is_half, is_inexact, is_key, path_name, to_full
 from mpjax.optimizer import loss_scale_state, refuse_other_than_optimizer
 from mpjax.policy import (
     PolicyLike,
@@ -28,7 +40,7 @@ from mpjax.sharding import batch_sharding, state_sharding
 LABELS = r"(?i)label|target"
 
 
-@pytree_dataclass()
+@pytree_dataclass(static=("trainable",))
 class TrainState:
     """Everything that a training step reads and writes.
 
@@ -39,6 +51,8 @@ class TrainState:
       model_state: state of the model, such as BatchNorm statistics, or None.
       ema_params: float32 exponential moving average of the parameters, or None.
       key: typed PRNG key; moves on every step, skipped or not.
+      trainable: for each leaf of `params`, whether it is trained; None if all are. Part
+        of the structure, not a leaf.
     """
 
     step: Any
@@ -47,6 +61,7 @@ class TrainState:
     model_state: Any
     ema_params: Any
     key: Any
+    trainable: tuple[bool, ...] | None = None
 
     @classmethod
     def create(
@@ -57,6 +72,7 @@ class TrainState:
         model_state: Any = None,
         ema: bool = False,
         key: jax.Array | None = None,
+        trainable: str | Callable[[str], bool] | None = None,
     ) -> Self:
         """Builds the state for step 0.
 
@@ -69,19 +85,30 @@ class TrainState:
           model_state: as `loss_fn` takes it, or None.
           ema: whether to average the parameters; needs `ema_decay` in the step.
           key: typed PRNG key; `jax.random.key(0)` if None.
+          trainable: which parameters are trained, for fine-tuning: a regular expression
+            that is searched in their paths (`head/kernel`, `.*/lora_a`), or a predicate
+            on a path. The others are frozen: not differentiated, without optimizer
+            state, and an overflow in what would be their gradient skips no step. `tx`
+            sees `optax.MaskedNode()` in their place. None trains all.
 
         Raises:
-          ValueError: if `tx` is not wrapped by `with_loss_scale`.
-          TypeError: if `key` is a legacy uint32 key, or `tx` not an optimizer.
+          ValueError: if `tx` is not wrapped by `with_loss_scale`, or `trainable`
+            selects no parameter.
+          TypeError: if `key` is a legacy uint32 key, `tx` not an optimizer, or `params`
+            or `model_state` hold something else than arrays.
         """
         key = jax.random.key(0) if key is None else key
         if not is_key(key):
             raise TypeError(
-                f"expected a typed key from jax.random.key, got {key!r}; convert "
-                "a legacy key with jax.random.wrap_key_data."
+                f"expected a typed key, such as jax.random.key(0), got {key!r}; "
+                "convert a legacy key with jax.random.wrap_key_data."
             )
         refuse_other_than_optimizer(tx)
-        opt_state = tx.init(params)
+        refuse_other_than_arrays(params=params, model_state=model_state)
+        _warn_of_collections(params)
+        is_trained = find_trainable(params, trainable)
+        trained, _ = split_params(params, is_trained)
+        opt_state = tx.init(trained)
         loss_scale_state(opt_state)
         state = cls(
             step=jnp.zeros((), jnp.int32),
@@ -90,6 +117,7 @@ class TrainState:
             model_state=model_state,
             ema_params=jax.tree.map(to_full, params) if ema else None,
             key=key,
+            trainable=is_trained,
         )
         return jax.tree.map(_fresh, state)
 
@@ -122,13 +150,14 @@ def make_train_step(
     policy: PolicyLike | PolicyRules = "mixed_float16",
     autocast: bool = True,
     num_microbatches: int = 1,
+    loss_weight: Callable[[Any], Any] | None = None,
     ema_decay: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     checkpoint_policy: str | Callable[..., bool] | None = None,
     donate: bool = True,
     no_cast_inputs: str = LABELS,
-) -> jax.stages.Wrapped:
+) -> JittedStep:
     """Builds a jitted train step with loss scaling.
 
     A step whose gradients or new model state are not finite is skipped: params,
@@ -150,6 +179,13 @@ def make_train_step(
         parameters are not float32 (`float16`, `float64`) always casts.
       num_microbatches: number of pieces that the batch is cut into. Their gradients are
         averaged in float32; the memory of activations shrinks accordingly.
+      loss_weight: `batch -> scalar`, what the loss of a batch is a mean over: a number
+        of examples, or of tokens that are not padding (`batch["mask"].sum()`). Then
+        gradients, loss and floating aux are means weighted by it, over microbatches and
+        over the devices of `axis_name` (of `mesh`, `loss_fn` sees the whole batch). A
+        piece of weight 0 is left out, its Inf, NaN, integer aux and model state too; a
+        total of 0 skips the step and leaves the loss scale. None weighs all pieces
+        alike, which is wrong for a mean over what is not padding.
       ema_decay: decay of the averaged parameters, in [0, 1]; the state needs
         `ema=True`.
       mesh: devices to split the batch over; see `mpjax.sharding`. The state is placed
@@ -170,8 +206,8 @@ def make_train_step(
       `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
       `.lower`). The metrics are scalars on the device: `loss` and `grad_norm`
       (unscaled, float32), `grads_finite`, `loss_scale` (the scale of this step),
-      `num_skipped`, `num_consecutive_skipped`, and the entries of `aux` (under `aux`
-      where it is not a dictionary).
+      `num_skipped`, `num_consecutive_skipped`, `loss_weight` where there is one, and
+      the entries of `aux` (under `aux` where it is not a dictionary).
 
     Raises:
       TypeError: if `loss_fn` is no function or `tx` no optimizer; at the first call, if
@@ -193,6 +229,12 @@ def make_train_step(
         )
     if ema_decay is not None and not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
+    _check_options(mesh, no_cast_inputs)
+    if loss_weight is not None and not callable(loss_weight):
+        raise TypeError(
+            "loss_weight must be a function of a batch, such as lambda batch: "
+            f"batch['mask'].sum(), got {loss_weight!r}."
+        )
 
     casts = not (autocast and can_autocast(rules))
     loss_fn = checkpointed(loss_fn, checkpoint_policy)
@@ -205,32 +247,46 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any):
         _check_state(state)
+        _check_optimizer(state, tx)
         _check_ema(state, ema_decay)
+        if casts:
+            _check_params(state.params, rules)
         key, step_key = jax.random.split(state.key)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        differentiated = state
+        params, frozen = split_params(state.params, state.trainable)
+        model_state = state.model_state
         if axis_name is not None:
             step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axis_name))
-            differentiated = _varying(state, axis_name)
-        out = scaled_gradients(
-            cast_loss_fn,
-            differentiated,
-            batch,
-            step_key,
-            num_microbatches=num_microbatches,
-            rules=None if casts else rules,
-        )
+            frozen, model_state = _varying((frozen, model_state), axis_name)
+
+        def gradients(params):
+            if axis_name is not None:
+                params = _varying(params, axis_name)
+            return scaled_gradients(
+                cast_loss_fn,
+                (_widen(params, rules, casts), frozen),
+                model_state,
+                state.opt_state,
+                batch,
+                step_key,
+                num_microbatches=num_microbatches,
+                rules=None if casts else rules,
+                loss_weight=loss_weight,
+                axis_name=axis_name,
+            )
+
+        out = gradients(params)
         _warn_of_unused(rules, casts)
-        if axis_name is not None:
-            out = _mean_over_devices(out, axis_name)
-        new_state, metrics = apply_gradients(state, out, tx, ema_decay, key)
+        scale = loss_scale_state(state.opt_state).loss_scale
+        value_fn = differentiable_loss(gradients, scale)
+        new_state, metrics = apply_gradients(state, out, tx, ema_decay, key, value_fn)
         if mesh is not None:
             shardings = state_sharding(new_state, mesh)
             new_state = jax.lax.with_sharding_constraint(new_state, shardings)
         return new_state, metrics
 
-    return jax.jit(train_step, donate_argnums=(0,) if donate else ())
+    return JittedStep(train_step, donate=donate)
 
 
 def make_eval_step(
@@ -241,7 +297,7 @@ def make_eval_step(
     mesh: jax.sharding.Mesh | None = None,
     use_ema: bool = False,
     no_cast_inputs: str = LABELS,
-) -> jax.stages.Wrapped:
+) -> JittedStep:
     """Builds a jitted evaluation step.
 
     Args:
@@ -262,10 +318,13 @@ def make_eval_step(
         has no averaged parameters.
     """
     rules = resolve(policy)
+    if not callable(eval_fn):
+        raise TypeError(f"make_eval_step takes a function first, got {eval_fn!r}.")
+    _check_options(mesh, no_cast_inputs)
     casts = not (autocast and can_autocast(rules))
 
-    @jax.jit
     def eval_step(state: TrainState, batch: Any):
+        _check_state(state)
         if use_ema and state.ema_params is None:
             raise ValueError("use_ema=True needs TrainState.create(..., ema=True).")
         params = state.ema_params if use_ema else state.params
@@ -274,19 +333,63 @@ def make_eval_step(
         if casts:
             params = cast_to_compute(rules, params, root="params")
             batch = cast_to_compute(rules, batch, root="batch", no_cast=no_cast_inputs)
-        has_state = state.model_state is not None
-        args = (params, state.model_state, batch) if has_state else (params, batch)
+        names, args = ("params", "batch"), (params, batch)
+        if state.model_state is not None:
+            names, args = (
+                ("params", "model_state", "batch"),
+                (params, state.model_state, batch),
+            )
+        check_arguments(eval_fn, "eval_fn", names)
         evaluate = eval_fn if casts else autocast_function(eval_fn, rules)
         return rules.default.cast_to_output(evaluate(*args))
 
-    return eval_step
+    return JittedStep(eval_step, donate=False)
+
+
+def _check_options(mesh: Any, no_cast_inputs: Any) -> None:
+    if mesh is not None:
+        if not isinstance(mesh, jax.sharding.Mesh):
+            raise TypeError(
+                "mesh must be a jax.sharding.Mesh, such as jax.make_mesh((jax."
+                f"device_count(),), ('data',)), got {describe(mesh)}."
+            )
+        batch_sharding(mesh)
+    try:
+        re.compile(no_cast_inputs)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"no_cast_inputs={no_cast_inputs!r} is not a regular expression: {error}."
+        ) from error
 
 
 def _check_state(state: Any) -> None:
     if not isinstance(state, TrainState):
         raise TypeError(
-            "train_step(state, batch) takes first what TrainState.create returned, "
+            "a step takes first the state, which TrainState.create returned, "
             f"got {describe(state)}."
+        )
+
+
+def _warn_of_collections(params: Any) -> None:
+    """Warns of Linen variables given whole, with BatchNorm statistics as parameters."""
+    if isinstance(params, Mapping) and "params" in params and len(params) > 1:
+        others = ", ".join(repr(name) for name in params if name != "params")
+        warnings.warn(
+            f"params has 'params' and {others}, which looks like all variables of a "
+            "Linen model: the optimizer would train statistics as if they were "
+            "weights. Pass params=variables.pop('params'), model_state=variables.",
+            stacklevel=3,
+        )
+
+
+def _check_optimizer(state: TrainState, tx: Any) -> None:
+    trained, _ = split_params(state.params, state.trainable)
+    expected = jax.eval_shape(tx.init, trained)
+    if jax.tree.structure(expected) != jax.tree.structure(state.opt_state):
+        raise ValueError(
+            "the state was created with another optimizer than the step: pass the same "
+            "tx to TrainState.create and make_train_step, and create a new state when "
+            "optimizer, loss scale or trained parameters change."
         )
 
 
@@ -312,8 +415,39 @@ def _warn_of_unused(rules: PolicyRules, casts: bool) -> None:
         )
 
 
-def _varying(state: TrainState, axis_name) -> TrainState:
-    """Marks params and model state as varying over devices.
+def _check_params(params: Any, rules: PolicyRules) -> None:
+    """Raises ValueError for float32 parameters and a policy of half ones."""
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        policy = rules.policy_for(f"params/{name}")
+        if is_half(policy.param_dtype) and is_floating(x) and not is_half(x):
+            raise ValueError(
+                f"the policy {str(policy)!r} keeps parameters in half precision, but "
+                f"{name} is {x.dtype}: take 'mixed_float16' or 'mixed_bfloat16', which "
+                "keep them in float32 and compute in half, or create the state with "
+                "mpjax.get_policy(policy).cast_to_param(params)."
+            )
+
+
+def _widen(params: Any, rules: PolicyRules, casts: bool) -> Any:
+    """Casts half parameters to the policy's compute dtype where that is wider.
+
+    So the loss is differentiated with respect to the wide copies; otherwise gradients
+    would be rounded to half on their way back through the cast.
+    """
+
+    def widen(path, x):
+        policy = rules.default
+        if casts:
+            policy = rules.policy_for(f"params/{path_name(path)}")
+        is_wider = is_half(x) and not is_half(policy.compute_dtype)
+        return x.astype(policy.compute_dtype) if is_wider else x
+
+    return jax.tree_util.tree_map_with_path(widen, params)
+
+
+def _varying(tree: Any, axis_name: Any) -> Any:
+    """Marks floats as varying over devices.
 
     Otherwise shard_map would sum the gradients before their check and mean.
     """
@@ -321,28 +455,7 @@ def _varying(state: TrainState, axis_name) -> TrainState:
     def vary(x):
         return jax.lax.pcast(x, axis_name, to="varying") if is_inexact(x) else x
 
-    return replace_leaves(
-        state,
-        params=jax.tree.map(vary, state.params),
-        model_state=jax.tree.map(vary, state.model_state),
-    )
-
-
-def _mean_over_devices(out: Gradients, axis_name) -> Gradients:
-    def mean(x):
-        return jax.lax.pmean(x, axis_name) if is_inexact(x) else x
-
-    def total(x):
-        return mean(x) if is_inexact(x) else jax.lax.psum(x, axis_name)
-
-    scaled = jax.tree.map(mean, out.scaled)
-    return Gradients(
-        scaled=scaled,
-        squares=sum_of_squares(scaled),
-        loss=mean(out.loss),
-        model_state=jax.tree.map(mean, out.model_state),
-        aux=jax.tree.map(total, out.aux),
-    )
+    return jax.tree.map(vary, tree)
 
 
 def _fresh(x: Any) -> jax.Array:

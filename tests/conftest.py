@@ -15,9 +15,9 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import hypothesis
 
 hypothesis.settings.register_profile(
-    "mpjax", deadline=None, max_examples=60, derandomize=True
+    "mpjax", deadline=None, max_examples=30, derandomize=True
 )
 hypothesis.settings.register_profile(
-    "weekly", hypothesis.settings.get_profile("mpjax"), max_examples=600
+    "weekly", hypothesis.settings.get_profile("mpjax"), max_examples=300
 )
 hypothesis.settings.load_profile("mpjax")

@@ -29,7 +29,9 @@ def run(*command):
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
         ("lint-imports", "--no-cache"),
-        ("basedpyright", "--pythonpath", sys.executable),
+        pytest.param(
+            ("basedpyright", "--pythonpath", sys.executable), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda command: command[0] + command[1][:8],
 )

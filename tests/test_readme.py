@@ -46,6 +46,7 @@ def test_autocast_and_its_report(capsys):
     }
 
 
+@pytest.mark.slow
 def test_numerics_says_what_the_text_says(capsys):
     namespace = run("numerics")
     out = capsys.readouterr().out

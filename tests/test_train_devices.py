@@ -45,7 +45,9 @@ def rich(axis_name=None, **kwargs):
     return state, step
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_shard_map_where_one_shard_overflows(check_vma):
     mesh = auto_mesh((8,), ("data",))
     state, step = rich("data")
@@ -124,7 +126,11 @@ def test_the_optimizer_alone_agrees_over_shards_it_does_not_average():
 
 @pytest.mark.parametrize(
     ("shape", "names"),
-    [((8,), ("data",)), ((8,), ("fsdp",)), ((2, 4), ("data", "fsdp"))],
+    [
+        ((2, 4), ("data", "fsdp")),
+        pytest.param((8,), ("data",), marks=pytest.mark.slow),
+        pytest.param((8,), ("fsdp",), marks=pytest.mark.slow),
+    ],
 )
 def test_mesh(shape, names, caplog):
     """Data parallel and fully sharded steps train like one device."""

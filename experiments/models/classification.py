@@ -55,8 +55,14 @@ def make_task(
         evaluate=make_evaluate(model, splits, policy, autocast=autocast),
         data=f"{train.num_examples:,} training images from {splits.source}",
         facts={"dataset": splits.name, "source": splits.source},
+        step_options={"loss_weight": count_examples},
         numerics_interval=numerics_interval,
     )
+
+
+def count_examples(batch: Batch) -> jax.Array:
+    """Returns how many examples of a batch are not padding: its `loss_weight`."""
+    return jnp.sum(batch["mask"])
 
 
 def make_loss_fn(model: nn.Module, *, has_dropout: bool = False) -> Callable[..., Any]:
@@ -132,5 +138,5 @@ def _sums(model: nn.Module, params: Any, batch: Batch, **options: Any) -> Batch:
     return {
         "loss": jnp.sum(jnp.where(batch["mask"], losses, 0)),
         "num_correct": jnp.sum(correct & batch["mask"]),
-        "num_examples": jnp.sum(batch["mask"]),
+        "num_examples": count_examples(batch),
     }

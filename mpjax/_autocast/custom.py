@@ -90,7 +90,8 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
             return pull_back(vjp, jax.tree.map(_instantiate, cotangents))
 
         fn.defvjp(forward, backward, symbolic_zeros=True)
-    return _trace(fn, [x.aval for x in eqn.invars], [v.aval for v in eqn.outvars])
+    in_avals, out_avals = [x.aval for x in eqn.invars], [v.aval for v in eqn.outvars]
+    return _trace(eqn, fn, in_avals, out_avals)
 
 
 def trace_elementwise(
@@ -125,7 +126,7 @@ def trace_elementwise(
         v.aval.update(dtype=dtype)
         for v, dtype in zip(eqn.outvars, out_dtypes, strict=True)
     ]
-    return _trace(fn, in_avals, out_avals)
+    return _trace(eqn, fn, in_avals, out_avals)
 
 
 def _jvp(fn: Callable[..., Any], primals: Any, tangents: Any) -> Any:
@@ -190,9 +191,13 @@ def _instantiate(cotangent: Any) -> Any:
     return jnp.zeros(aval.shape, aval.dtype)
 
 
-def _trace(fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]) -> Any:
+def _trace(
+    eqn: Any, fn: Callable[..., Any], in_avals: list[Any], out_avals: list[Any]
+) -> Any:
+    """Traces a function in the context of an equation, or returns None."""
     try:
-        closed = jax.make_jaxpr(jax.jit(fn))(*map(_struct, in_avals))
+        with eqn.ctx.manager:
+            closed = jax.make_jaxpr(jax.jit(fn))(*in_avals)
     except Exception:  # The user's rule may raise anything when traced by itself.
         return None
     traced = open_jaxpr(closed)
@@ -212,18 +217,9 @@ def _convert(x: Any, dtype: Any) -> Any:
     return x.astype(dtype) if _is_array(x) and x.dtype != dtype else x
 
 
-def _struct(aval: Any) -> Any:
-    return jax.ShapeDtypeStruct(
-        aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False)
-    )
-
-
 def _same(new: Any, old: Any) -> bool:
-    return (new.shape, new.dtype, getattr(new, "vma", None)) == (
-        old.shape,
-        old.dtype,
-        getattr(old, "vma", None),
-    )
+    same = (new.shape, new.dtype) == (old.shape, old.dtype)
+    return same and new.manual_axis_type == old.manual_axis_type
 
 
 def _is_array(x: Any) -> bool:

@@ -51,7 +51,7 @@ def _hoist(eqn: Any) -> list[Any]:
         if weight is None or isinstance(weight, Literal):
             continue
         out = cast.outvars[0]
-        half_of_eqn = _half_of_eqn(cast.invars[0].aval, out.aval)
+        half_of_eqn = _half_of_eqn(cast.invars[0].aval, out.aval, cast.ctx)
         if half_of_eqn is None:
             continue
         key = (cast.invars[0], dtype_of(out))
@@ -107,10 +107,9 @@ def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _half_of_eqn(weight: Any, half: Any) -> Any:
+def _half_of_eqn(weight: Any, half: Any, context: Any) -> Any:
     """Returns the equation of `_half_of` for two types, or None if it has none."""
-    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (weight, half)]
-    with jax.disable_jit(False):
-        (eqn,) = jax.make_jaxpr(_half_of)(*structs).eqns
+    with jax.disable_jit(False), context.manager:
+        (eqn,) = jax.make_jaxpr(_half_of)(weight, half).eqns
     avals = [x.aval for x in (*eqn.invars, *eqn.outvars)]
     return eqn if avals == [weight, half, half] else None

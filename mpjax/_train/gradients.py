@@ -1,113 +1,195 @@
-"""Scaled gradients of a loss, cast by policy, accumulated over microbatches."""
+"""Scaled gradients of a loss, cast by policy, over microbatches and devices."""
 
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpjax._autocast import autocast
 from mpjax._autocast.hoist import hoist_casts_out_of_scans
 from mpjax._jaxpr.passes import apply_passes
-from mpjax._tree import float0_to_zeros, is_inexact, is_key, sum_of_squares, to_full
+from mpjax._train.loss import DerivativeCheck
+from mpjax._train.means import Gradients, mean_over_devices, weigh, weigh_pieces
+from mpjax._train.trainable import merge_params
+from mpjax._tree import (
+    float0_to_zeros,
+    is_floating,
+    is_inexact,
+    is_key,
+    sum_of_squares,
+    to_full,
+)
 from mpjax._xla_cpu.convolutions import put_channels_last
 from mpjax._xla_cpu.hints import prevent_fusion
 from mpjax.optimizer import scale_loss
 from mpjax.policy import PolicyRules
 
 
-class Gradients(NamedTuple):
-    """Gradients, loss and other results of one pass over a batch.
-
-    Attributes:
-      scaled: like params; gradients of the scaled loss, float32 at least, zero for
-        integer parameters.
-      squares: float32 scalar, the sum of their squares.
-      loss: float32 scalar, unscaled.
-      model_state: new model state, in the dtypes of the old.
-      aux: auxiliary outputs of the loss.
-    """
-
-    scaled: Any
-    squares: jax.Array
-    loss: jax.Array
-    model_state: Any
-    aux: Any
-
-
 def scaled_gradients(
-    loss_fn, state, batch, key, *, num_microbatches: int, rules: PolicyRules | None
+    loss_fn: Callable[..., Any],
+    params: tuple[Any, Any],
+    model_state: Any,
+    opt_state: Any,
+    batch: Any,
+    key: Any,
+    *,
+    num_microbatches: int,
+    rules: PolicyRules | None,
+    loss_weight: Callable[[Any], Any] | None,
+    axis_name: Any,
 ) -> Gradients:
     """Differentiates the scaled loss over one batch, in one or several pieces.
 
     Args:
       loss_fn: `(params, model_state, batch, key) -> (loss, (model_state, aux))`, casts
         included.
-      state: the `TrainState`.
+      params: the trained parameters and the frozen ones, as from `split_params`.
+      model_state: as `loss_fn` takes it.
+      opt_state: holds the loss scale.
       batch: arrays whose first axis counts examples.
       key: PRNG key of this step.
-      num_microbatches: number of pieces. Gradients, loss and floating aux are means
-        over them, integer aux sums. The model state passes from piece to piece.
+      num_microbatches: number of pieces. The model state passes from piece to piece.
       rules: policies for autocast; None for no autocast.
+      loss_weight: `batch -> scalar`, what the loss of a piece counts; None if all count
+        alike.
+      axis_name: axes of the surrounding `shard_map`, or None.
+
+    Returns:
+      Gradients, loss and floating aux are means over pieces and devices, integer aux
+      sums.
 
     Raises:
-      ValueError: if the batch cannot be cut into so many equal pieces.
+      TypeError: if the loss is not a real floating number.
+      ValueError: if the batch cannot be cut into so many equal pieces, loss or weight
+        is not a scalar, or the loss does not depend on the trained parameters.
     """
+    check = DerivativeCheck()
 
-    def loss_and_aux(params, model_state, batch, key):
+    def loss_and_aux(trained, frozen, model_state, batch, key):
+        params = merge_params(trained, frozen)
         loss, (model_state, aux) = loss_fn(params, model_state, batch, key)
         if jnp.shape(loss) != ():
             raise ValueError(
                 f"loss_fn must return a scalar loss, got shape {jnp.shape(loss)}; "
                 "take its mean, in float32."
             )
-        loss = to_full(jnp.asarray(loss))
-        return scale_loss(loss, state.opt_state), (loss, model_state, aux)
+        loss = jnp.asarray(loss)
+        if not is_floating(loss):
+            raise TypeError(
+                f"loss_fn must return a real, floating loss, got {loss.dtype}; an "
+                "accuracy or a count has no gradient and belongs into aux."
+            )
+        loss = check.observe(to_full(loss))
+        return scale_loss(loss, opt_state), (loss, model_state, aux)
 
     # A CPU keeps a float16 gradient in float32 anyway.
     is_unfused = rules is not None and rules.default.compute_dtype != jnp.float16
 
-    def piece_gradients(params, model_state, batch, key) -> Gradients:
+    def piece_gradients(trained, frozen, model_state, batch, key) -> Gradients:
         grads, (loss, new_state, aux) = jax.grad(
             loss_and_aux, has_aux=True, allow_int=True
-        )(params, model_state, batch, key)
-        floats = [g for g in jax.tree.leaves(grads) if is_inexact(g)]
+        )(trained, frozen, model_state, batch, key)
+        floats = jax.tree.map(lambda g: g if is_inexact(g) else None, grads)
         squares = sum_of_squares(prevent_fusion(floats) if is_unfused else floats)
         grads = jax.tree.map(lambda g: to_full(float0_to_zeros(g)), grads)
         return Gradients(grads, squares, loss, cast_like(new_state, model_state), aux)
 
-    def mean_gradients(params, model_state, pieces, keys) -> Gradients:
+    def mean_gradients(trained, frozen, model_state, pieces, keys, shares) -> Gradients:
         def body(carry, piece):
             total, model_state = carry
-            out = piece_gradients(params, model_state, *piece)
+            batch, key, share = piece
+            out = piece_gradients(trained, frozen, model_state, batch, key)
+            if share is not None:
+                out = weigh(out, share, model_state)
             total = jax.tree.map(jnp.add, total, out.scaled)
             return (total, out.model_state), (out.loss, out.aux)
 
-        zeros = jax.tree.map(_zero_gradient, params)
+        zeros = jax.tree.map(_zero_gradient, trained)
         (total, model_state), (losses, aux) = jax.lax.scan(
-            body, (zeros, model_state), (pieces, keys)
+            body, (zeros, model_state), (pieces, keys, shares)
         )
-        mean = jax.tree.map(lambda g: g / num_microbatches, total)
-        reduce = lambda x: x.mean(0) if is_inexact(x) else x.sum(0)
+        # Weighted results are added up, since the shares add up to 1.
+        num = num_microbatches if shares is None else 1
+        mean = jax.tree.map(lambda g: g / num, total)
+        reduce = lambda x: x.sum(0) / num if is_inexact(x) else x.sum(0)
         return Gradients(
             scaled=mean,
             squares=sum_of_squares(mean),
-            loss=losses.mean(),
+            loss=losses.sum() / num,
             model_state=model_state,
             aux=jax.tree.map(reduce, aux),
         )
 
-    gradients = piece_gradients
-    if num_microbatches > 1:
+    is_cut = num_microbatches > 1
+    if is_cut:
+        batch = split_batch(batch, num_microbatches)
+        key = jax.random.split(key, num_microbatches)
+    weights = None
+    if loss_weight is not None:
+        weights = weigh_pieces(loss_weight, batch, num_microbatches, axis_name)
+    gradients, args = piece_gradients, (*params, model_state, batch, key)
+    if is_cut:
         # Casts that the loss itself makes run once, not for every piece.
         gradients = apply_passes(
             mean_gradients, hoist_casts_out_of_scans, put_channels_last
         )
-        batch = split_batch(batch, num_microbatches)
-        key = jax.random.split(key, num_microbatches)
+        args = (*args, weights and weights.of_pieces)
     if rules is not None:
         gradients = autocast(gradients, rules)
-    return gradients(state.params, state.model_state, batch, key)
+    out = gradients(*args)
+    check.require_derivative()
+    if is_cut or axis_name is not None:
+        _warn_of_examples_in_aux(out.aux, batch, is_cut)
+    if weights is not None and not is_cut:
+        weighed = weigh(out, weights.of_device, model_state)
+        # On a single device the share is 1, or the whole step is skipped.
+        is_alone = axis_name is None
+        out = weighed._replace(scaled=out.scaled) if is_alone else weighed
+    if axis_name is not None:
+        out = mean_over_devices(out, axis_name, weights)
+    return out._replace(weight=weights and weights.total)
+
+
+def differentiable_loss(
+    gradients: Callable[[Any], Gradients], loss_scale: Any
+) -> Callable[..., jax.Array]:
+    """Returns the loss as a function of the parameters, for line searches.
+
+    Its gradient is that of the scaled loss, unscaled, so that it does not underflow in
+    half precision.
+
+    Args:
+      gradients: from the trained parameters to their gradients.
+      loss_scale: the scale of this step.
+    """
+
+    @jax.custom_vjp
+    def loss(params):
+        return gradients(params).loss
+
+    def forward(params):
+        out = gradients(params)
+        return out.loss, (loss_scale.unscale(out.scaled), params)
+
+    def backward(saved, cotangent):
+        def times(grad, param):
+            if is_inexact(param):
+                return (grad * cotangent).astype(param.dtype)
+            return np.zeros(param.shape, jax.dtypes.float0)
+
+        return (jax.tree.map(times, *saved),)
+
+    loss.defvjp(forward, backward)
+
+    # A line search hands on every extra argument of an update that it has no use for.
+    def value_fn(params, *, grads_finite=None):
+        del grads_finite
+        return loss(params)
+
+    return value_fn
 
 
 def checkpointed(loss_fn: Callable[..., Any], policy: Any) -> Callable[..., Any]:
@@ -161,6 +243,21 @@ def cast_like(tree: Any, like: Any) -> Any:
         return x if is_key(target) else jnp.asarray(x, target.dtype)
 
     return jax.tree.map(cast, tree, like)
+
+
+def _warn_of_examples_in_aux(aux: Any, batch: Any, is_cut: bool) -> None:
+    """Warns of aux per example, which would be averaged over unrelated examples."""
+    sizes = {x.shape[is_cut] for x in jax.tree.leaves(batch) if jnp.ndim(x) > is_cut}
+    for path, x in jax.tree_util.tree_leaves_with_path(aux):
+        if jnp.ndim(x) and jnp.shape(x)[0] > 1 and {jnp.shape(x)[0]} == sizes:
+            where = f"aux{jax.tree_util.keystr(path)}"
+            warnings.warn(
+                f"{where} has shape {jnp.shape(x)}, and a microbatch or device has "
+                f"{jnp.shape(x)[0]} examples: aux is averaged over microbatches and "
+                "devices element by element, so unrelated examples would be mixed. "
+                "Return a mean or a sum, or compute outputs with make_eval_step.",
+                stacklevel=2,
+            )
 
 
 def _zero_gradient(param: Any) -> jax.Array:

@@ -1,11 +1,13 @@
 """Calls a loss, and says what is right if its arguments or results are not."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
 def call_loss(
@@ -29,13 +31,26 @@ def call_loss(
       ValueError: if the new model state has another structure, or other shapes.
     """
     if model_state is None:
-        _check_arguments(loss_fn, ("params", "batch", "key"))
-        return _loss_and_aux(loss_fn(params, batch, key))
-    _check_arguments(loss_fn, ("params", "model_state", "batch", "key"))
-    return _loss_state_and_aux(loss_fn(params, model_state, batch, key), model_state)
+        check_arguments(loss_fn, "loss_fn", ("params", "batch", "key"))
+        outputs = _loss_and_aux(loss_fn(params, batch, key))
+    else:
+        names = ("params", "model_state", "batch", "key")
+        check_arguments(loss_fn, "loss_fn", names)
+        outputs = loss_fn(params, model_state, batch, key)
+        outputs = _loss_state_and_aux(outputs, model_state)
+    _, (_, aux) = outputs
+    refuse_other_than_arrays(aux=aux)
+    return outputs
 
 
-def _check_arguments(fn: Callable[..., Any], names: tuple[str, ...]) -> None:
+def check_arguments(fn: Callable[..., Any], what: str, names: tuple[str, ...]) -> None:
+    """Raises TypeError if a function cannot be called with these arguments.
+
+    Args:
+      fn: any function.
+      what: what the message calls it.
+      names: names of the positional arguments; `model_state` where there is one.
+    """
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # Some builtins have none.
@@ -45,8 +60,8 @@ def _check_arguments(fn: Callable[..., Any], names: tuple[str, ...]) -> None:
     except TypeError:
         has_state = "model_state" in names
         raise TypeError(
-            f"the state has {'a' if has_state else 'no'} model state, so loss_fn is "
-            f"called as loss_fn({', '.join(names)}), but it takes {signature}."
+            f"the state has {'a' if has_state else 'no'} model state, so {what} is "
+            f"called as {what}({', '.join(names)}), but it takes {signature}."
         ) from None
 
 
@@ -96,6 +111,86 @@ def _loss_state_and_aux(outputs: Any, old: Any) -> tuple[Any, tuple[Any, Any]]:
     return loss, (new, aux)
 
 
+class DerivativeCheck:
+    """Finds out, while a gradient is traced, whether the loss has any.
+
+    A model captured by closure (an NNX module, `state.params` for `params`) is constant
+    for JAX: the gradient would be zero, and the run train nothing without a word.
+    """
+
+    def __init__(self):
+        """Starts with no derivative seen."""
+        self._has_derivative = False
+
+    def observe(self, loss: jax.Array) -> jax.Array:
+        """Returns the loss; notes whether it is differentiated."""
+
+        @jax.custom_jvp
+        def same(loss):
+            return loss
+
+        def rule(primals, tangents):
+            (loss,), (tangent,) = primals, tangents
+            if not isinstance(tangent, SymbolicZero):
+                self._has_derivative = True
+            return loss, tangent
+
+        same.defjvp(rule, symbolic_zeros=True)
+        return same(loss)
+
+    def require_derivative(self) -> None:
+        """Raises ValueError if no loss that was observed has a derivative."""
+        if not self._has_derivative:
+            raise ValueError(
+                "the loss does not depend on the trained parameters, so nothing would "
+                "be trained: loss_fn must compute with the params that it is given, "
+                "not with arrays or a module from outside (merge an NNX module inside, "
+                "nnx.merge(graphdef, params)), and without stop_gradient or rounding "
+                "on the way to the loss."
+            )
+
+
+def refuse_other_than_arrays(**trees: Any) -> None:
+    """Raises TypeError for a tree that holds a module, a function, text or the like.
+
+    Args:
+      **trees: trees by the names that the message gives them.
+    """
+    for name, tree in trees.items():
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_module)
+        for path, leaf in leaves:
+            if not _is_array(leaf) or _is_nnx_module(leaf):
+                raise TypeError(
+                    f"{name}{jax.tree_util.keystr(path)} must be an array, got "
+                    f"{describe(leaf)}: {_how_to_split(leaf)}."
+                )
+
+
+def _is_nnx_module(x: Any) -> bool:
+    nnx: Any = sys.modules.get("flax.nnx")
+    return hasattr(nnx, "Module") and isinstance(x, nnx.Module)
+
+
+def _how_to_split(leaf: Any) -> str:
+    """Returns how the parameters of a framework's model are told from the rest."""
+    if isinstance(leaf, str):
+        return "text cannot be traced; keep it outside"
+    if _is_nnx_module(leaf):
+        return (
+            "graphdef, params, rest = nnx.split(model, nnx.Param, ...) gives params "
+            "and a model_state; inside loss_fn, model = nnx.merge(graphdef, params, "
+            "rest, copy=True)"
+        )
+    module = type(leaf).__module__
+    if module.startswith("flax.linen") or hasattr(leaf, "init"):
+        return "model.init(key, x)['params'] gives the parameters of a module"
+    return (
+        "give the arrays alone and put the rest together inside loss_fn, for Equinox "
+        "params, static = eqx.partition(model, eqx.is_inexact_array) and eqx.combine("
+        "params, static)"
+    )
+
+
 def describe(x: Any) -> str:
     """Returns in some words what a value is: a dtype and shape, a tuple of what."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
@@ -107,11 +202,14 @@ def describe(x: Any) -> str:
     if type(x) in (tuple, list):
         inner = ", ".join(map(describe, x[:4])) + (", ..." if len(x) > 4 else "")
         return f"a {type(x).__name__} of {len(x)}: ({inner})"
+    if callable(x) and hasattr(x, "__name__"):
+        return f"the function {x.__name__}"
     return f"an object of type {type(x).__name__}"
 
 
 def _is_array(x: Any) -> bool:
-    return hasattr(x, "dtype") or isinstance(x, (int, float))
+    is_number = isinstance(x, (bool, int, float, complex))
+    return is_number or hasattr(x, "dtype") or hasattr(x, "__jax_array__")
 
 
 def _shapes_of(tree: Any) -> str:

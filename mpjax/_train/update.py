@@ -8,14 +8,25 @@ import jax.numpy as jnp
 import optax
 
 from mpjax._struct import replace_leaves
-from mpjax._train.gradients import Gradients
+from mpjax._train.means import Gradients
+from mpjax._train.trainable import merge_params, split_params
 from mpjax._tree import is_inexact, select, to_full
 from mpjax._xla_cpu.hints import write_after
-from mpjax.optimizer import StepDecision, is_loss_scale_state, loss_scale_state
+from mpjax.optimizer import (
+    StepDecision,
+    accepted_extra_args,
+    is_loss_scale_state,
+    loss_scale_state,
+)
 
 
 def apply_gradients(
-    state: Any, out: Gradients, tx: Any, ema_decay: float | None, key: Any
+    state: Any,
+    out: Gradients,
+    tx: Any,
+    ema_decay: float | None,
+    key: Any,
+    value_fn: Callable[..., jax.Array],
 ) -> tuple[Any, dict[str, Any]]:
     """Takes one step, unless something is not finite.
 
@@ -28,6 +39,7 @@ def apply_gradients(
       tx: the optimizer, wrapped by `with_loss_scale`.
       ema_decay: decay of the averaged parameters, or None.
       key: PRNG key of the new state.
+      value_fn: the loss as a function of the trained parameters.
 
     Returns:
       The new state, and the metrics.
@@ -37,24 +49,39 @@ def apply_gradients(
         pass the decision on.
     """
     scale = loss_scale_state(state.opt_state).loss_scale
+    old_params, frozen = split_params(state.params, state.trainable)
     finite = jnp.isfinite(out.squares)
     if _has_floats(state.model_state):
         finite &= model_state_is_finite(out.model_state, state.model_state)
-    updates, opt_state, finite = _update(tx, out.scaled, state, finite)
-    params = jax.tree.map(_apply_update, state.params, updates)
-    params = select(finite, params, state.params)
+    if out.weight is not None:
+        finite &= jnp.isfinite(out.weight)
+    extra_args = {
+        "value": out.loss,
+        "grad": scale.unscale(out.scaled),
+        "value_fn": jax.tree_util.Partial(value_fn),
+    }
+    updates, opt_state, finite = _update(
+        tx, out.scaled, state, old_params, finite, extra_args
+    )
+    is_taken = finite if out.weight is None else finite & (out.weight != 0)
+    params = jax.tree.map(_apply_update, old_params, updates)
+    params = select(is_taken, params, old_params)
 
-    def select_if_finite(new, old):
-        return write_after(params, select(finite, new, old), old)
+    def select_if_taken(new, old):
+        return write_after(params, select(is_taken, new, old), old)
 
-    average = _average(state, params, ema_decay)
+    opt_state = _select_all_but_scale(select_if_taken, opt_state, state.opt_state)
+    if out.weight is not None:
+        opt_state = _keep_scale(out.weight == 0, opt_state, state.opt_state)
+    all_params = merge_params(params, frozen)
+    average = _average(state, all_params, ema_decay)
     new_state = replace_leaves(
         state,
-        step=state.step + jnp.where(finite, 1, 0),
-        params=params,
-        opt_state=_select_all_but_scale(select_if_finite, opt_state, state.opt_state),
-        model_state=select_if_finite(out.model_state, state.model_state),
-        ema_params=select_if_finite(average, state.ema_params),
+        step=state.step + jnp.where(is_taken, 1, 0),
+        params=all_params,
+        opt_state=opt_state,
+        model_state=select_if_taken(out.model_state, state.model_state),
+        ema_params=select_if_taken(average, state.ema_params),
         key=key,
     )
     scaling = loss_scale_state(opt_state)
@@ -66,6 +93,8 @@ def apply_gradients(
         "num_skipped": scaling.num_skipped,
         "num_consecutive_skipped": scaling.num_consecutive_skipped,
     }
+    if out.weight is not None:
+        metrics["loss_weight"] = out.weight
     return new_state, _with_aux(metrics, out.aux)
 
 
@@ -80,7 +109,12 @@ def model_state_is_finite(new: Any, old: Any) -> jax.Array:
 
 
 def _update(
-    tx: Any, scaled: Any, state: Any, finite: jax.Array
+    tx: Any,
+    scaled: Any,
+    state: Any,
+    params: Any,
+    finite: jax.Array,
+    extra_args: dict[str, Any],
 ) -> tuple[Any, Any, jax.Array]:
     """Returns updates and optimizer state as of a step taken, and whether it is taken.
 
@@ -92,10 +126,9 @@ def _update(
         has floats, which `with_loss_scale` does not see.
     """
     decision = StepDecision(finite, scaled)
+    extra_args = accepted_extra_args(tx, extra_args | {"grads_finite": decision})
     update = optax.with_extra_args_support(tx).update
-    updates, opt_state = update(
-        scaled, state.opt_state, state.params, grads_finite=decision
-    )
+    updates, opt_state = update(scaled, state.opt_state, params, **extra_args)
     if not decision.has_arrived and _has_floats(state.model_state):
         raise ValueError(
             f"{_wrapper_name(state.opt_state)} does not pass the extra argument "
@@ -138,6 +171,20 @@ def _select_all_but_scale(
             return select_if_finite(new, old)
         inner_state = select_if_finite(new.inner_state, old.inner_state)
         return new._replace(inner_state=inner_state)
+
+    return jax.tree.map(choose, new, old, is_leaf=is_loss_scale_state)
+
+
+def _keep_scale(is_kept: jax.Array, new: Any, old: Any) -> Any:
+    """Keeps the loss scale of a step without examples, which counts as skipped."""
+
+    def choose(new, old):
+        if not is_loss_scale_state(new):
+            return new
+        kept = old._replace(
+            num_skipped=old.num_skipped + 1, inner_state=new.inner_state
+        )
+        return select(is_kept, kept, new)
 
     return jax.tree.map(choose, new, old, is_leaf=is_loss_scale_state)
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from mpjax._xla_cpu import switch
 
 
-def prevent_fusion(values: list[jax.Array]) -> list[jax.Array]:
-    """Returns the same values, behind a barrier that no fusion crosses.
+def prevent_fusion(values: Any) -> Any:
+    """Returns the same arrays, any pytree, behind a barrier that no fusion crosses.
 
     A half gradient is cast to float32 for its norm and for the optimizer. If both share
     one cast, XLA computes it for the norm and stores it; behind a barrier, each cast is

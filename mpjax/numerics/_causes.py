@@ -62,6 +62,8 @@ class NonFinite:
         none.
       iterations: the iteration of each surrounding loop, the outermost first.
       leaf: path of the argument, `args[0]['w']`, if the cause is an input.
+      parameters: paths of the parameters whose gradients are not finite, in a train
+        step or an update of `with_loss_scale`.
     """
 
     cause: str
@@ -77,6 +79,7 @@ class NonFinite:
     largest_input: float | None
     iterations: tuple[int, ...] = ()
     leaf: str = ""
+    parameters: tuple[str, ...] = ()
 
     @property
     def remedy(self) -> str:
@@ -89,7 +92,8 @@ class NonFinite:
         size = f"{self.dtype}[{','.join(map(str, self.shape))}]"
         numbers = f"{' and '.join(found)} in {size}, the first at {self.index}"
         if self.cause == INPUT:
-            return f"{numbers} of {self.leaf}: {self.cause}. {self.remedy}"
+            text = f"{numbers} of {self.leaf}: {self.cause}. {self.remedy}"
+            return f"{text} {self._gradients()}".rstrip()
         where = f"{self.primitive or 'constant'}"
         where += f" in {self.scope}" if self.scope else ""
         where += f" at {self.source}" if self.source else ""
@@ -98,7 +102,16 @@ class NonFinite:
             where += f", iteration {'.'.join(map(str, self.iterations))}"
         largest = self.largest_input
         given = "" if largest is None else f"; largest finite input {largest:.4g}"
-        return f"{self.cause}: {where} gave {numbers}{given}. {self.remedy}".rstrip()
+        text = f"{self.cause}: {where} gave {numbers}{given}. {self.remedy}".rstrip()
+        return f"{text} {self._gradients()}".rstrip()
+
+    def _gradients(self) -> str:
+        if not self.parameters:
+            return ""
+        shown = ", ".join(self.parameters[:8])
+        more = len(self.parameters) - 8
+        shown += f" and {more} more" if more > 0 else ""
+        return f"Not finite are the gradients of {shown}."
 
 
 def count(x: Any) -> tuple[int, int, tuple[int, ...]]:

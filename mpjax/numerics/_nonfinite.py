@@ -1,5 +1,6 @@
 """Finds the operation that made the first Inf or NaN, by evaluating a jaxpr."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from mpjax._jaxpr.core import Literal, inner_jaxprs, is_var, open_jaxpr
 from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
 from mpjax._jaxpr.loops import Scan, While
 from mpjax._jaxpr.primitives import Kind, facts_of
-from mpjax._tree import is_inexact
+from mpjax._tree import is_inexact, squared_leaf
 from mpjax.numerics import _causes
 from mpjax.numerics._causes import NonFinite
 from mpjax.numerics._eqn_context import EqnContext
@@ -73,9 +74,12 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
                 TrackedArray(x, _input_origin(x, path))
                 for x, path in zip(values, paths, strict=True)
             ]
-            found = _Interpreter().run(closed, inputs, EqnContext())
+            interpreter = _Interpreter()
+            found = interpreter.run(closed, inputs, EqnContext())
         origins = [x.origin for x in found if x.origin is not None]
-        return min(origins, key=lambda origin: origin.order).record
+        record = min(origins, key=lambda origin: origin.order).record
+        parameters = tuple(interpreter.parameters)
+        return dataclasses.replace(record, parameters=parameters)
 
     return find
 
@@ -106,6 +110,7 @@ class _Interpreter:
 
     def __init__(self):
         self.num_blamed = 0
+        self.parameters: dict[str, None] = {}  # in order; their gradients are bad
 
     def run(
         self, jaxpr: Any, inputs: Sequence[TrackedArray], context: EqnContext
@@ -143,6 +148,9 @@ class _Interpreter:
     ) -> list[TrackedArray]:
         facts = facts_of(eqn)
         arrays = [x.array for x in operands]
+        parameter = squared_leaf(context.scope)
+        if parameter is not None and any(map(_is_bad, arrays)):
+            self.parameters[parameter] = None
         if facts.is_call:
             (jaxpr, *_) = inner_jaxprs(eqn)
             return self._call(jaxpr, operands, context)

@@ -129,7 +129,9 @@ class _Tapper:
                 continue
             raw = Var(v.aval)
             name = self.names.new(operation_name(scope, eqn))
-            (mark,) = open_jaxpr(jax.make_jaxpr(_make_tap(name))(_struct(v.aval))).eqns
+            with eqn.ctx.manager:
+                traced = jax.make_jaxpr(_make_tap(name))(v.aval)
+            (mark,) = open_jaxpr(traced).eqns
             marks.append(
                 mark.replace(invars=[raw], outvars=[v], source_info=eqn.source_info)
             )
@@ -147,7 +149,3 @@ def _make_tap(name: str) -> Callable[[jax.Array], jax.Array]:
         lambda _, cotangent: (checkpoint_name(cotangent, COTANGENT + name),),
     )
     return identity
-
-
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

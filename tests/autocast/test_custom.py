@@ -79,7 +79,10 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy",
+    ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_constants_are_not_differentiated(name, policy):
     loss = lambda x: jnp.sum(FUNCTIONS[name](x) ** 2)

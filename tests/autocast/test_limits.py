@@ -110,6 +110,7 @@ def test_eager_gradients_trace_once():
 # --- Sentinels, casts without effect, and primitives that are not understood.
 
 
+@pytest.mark.slow
 def test_a_sentinel_through_a_matmul_needs_full_precision():
     x, w = integers(2, 2, 20, 8, high=3), integers(3, 8, 12, high=3)
     labels = np.random.default_rng(0).integers(1, 12, (2, 5))
@@ -300,7 +301,9 @@ def test_the_carry_of_a_loop_is_float32(fn, loop, num_dots):
     assert_close(fn, X)
 
 
-@pytest.mark.parametrize("fn", [scanned, branched])
+@pytest.mark.parametrize(
+    "fn", [scanned, pytest.param(branched, marks=pytest.mark.slow)]
+)
 def test_gradients_through_control_flow(fn):
     loss = lambda x: sum(jnp.mean(y**2) for y in jax.tree.leaves(fn(x)))
     for grad in (autocast(jax.grad(loss)), jax.grad(autocast(loss))):

@@ -212,7 +212,7 @@ def scanned(w, num):
 @pytest.mark.parametrize(
     ("loss", "num", "policy"),
     [
-        (unrolled, 300, "mixed_bfloat16"),
+        pytest.param(unrolled, 300, "mixed_bfloat16", marks=pytest.mark.slow),
         (scanned, 4096, "mixed_bfloat16"),
         (scanned, 4096, "mixed_float16"),
     ],

@@ -168,6 +168,7 @@ def test_nan_in_the_data_ends_the_run_after_so_many_skips(call, tmp_path):
     assert_skipped(tmp_path / "run")
 
 
+@pytest.mark.weekly
 def test_nan_without_loss_scaling_is_an_error_to_a_caller_too(tmp_path):
     config = mnist_mlp.Config(
         policy="float32",
@@ -182,6 +183,7 @@ def test_nan_without_loss_scaling_is_an_error_to_a_caller_too(tmp_path):
     assert error.value.found.index[1:] == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_an_error(tmp_path):
     script = tmp_path / "limited.py"
     script.write_text(

@@ -121,6 +121,7 @@ def test_what_is_read_is_every_image_of_the_wheel(prepared, wheel_arrays):
     assert_equal(mnist.load("mnist", prepared), wheel_arrays)
 
 
+@pytest.mark.slow
 def test_preparing_leaves_the_dataset_and_nothing_else(prepared):
     assert contents(prepared) == ["downloads", "mnist"]
     assert contents(prepared / "downloads") == ["manual"]
@@ -292,6 +293,7 @@ def test_a_killed_process_is_explained(data_dir, monkeypatch, tmp_path):
     assert contents(data_dir) == ["downloads"]
 
 
+@pytest.mark.slow
 def test_two_at_once_prepare_once(prepared, data_dir, monkeypatch):
     monkeypatch.setattr(mnist_tfds, "_run", lambda *_: pytest.fail("prepared again"))
     with cache.locked(data_dir):
@@ -322,6 +324,7 @@ def test_a_directory_that_cannot_be_written_is_explained(original_files, monkeyp
         mnist_tfds.prepare(Path("/proc/mpjax"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["tfrecord", "parquet", "riegeli"])
 def test_another_format_is_explained(file_format, copied):
     path = copied / "mnist" / "3.0.1" / "dataset_info.json"
@@ -339,6 +342,7 @@ def overwrite(path: Path, start: int, content: bytes) -> None:
         file.write(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -360,6 +364,7 @@ def test_damaged_files_are_explained(damage, copied):
         mnist.load("mnist", copied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing", ["tensorflow_datasets", "array_record", "PIL.Image"]
 )

@@ -195,7 +195,7 @@ def test_a_run_leaves_weights_tables_and_plots(finished):
     assert table["runs"] == [row for run in result.runs for row in run["precisions"]]
 
 
-@pytest.mark.slow  # with the run that they share
+@pytest.mark.weekly
 def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
     config, expected = finished
     evaluate, seen = loop.evaluate, []

@@ -28,7 +28,7 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_killed_three_times_it_ends_bitwise_the_same(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     rng = random.Random(SEED)
@@ -72,6 +72,7 @@ def test_stopped_by_signals_it_prints_the_command_that_goes_on(uninterrupted, tm
     assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_stops_at_once(tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(

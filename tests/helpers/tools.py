@@ -86,7 +86,7 @@ def regression_batch(size=16, seed=0, spike=None):
 
 
 def thinned(values, step=2, rest=None):
-    """Returns one value in `step` as it is, as many again slow, the others weekly.
+    """Returns one value in `step` as it is, half as many slow, the others weekly.
 
     With `rest`, all but the first have that mark.
     """
@@ -94,9 +94,8 @@ def thinned(values, step=2, rest=None):
     def marks(index):
         if index % step == 0:
             return []
-        return [
-            getattr(pytest.mark, rest or ("slow" if index % step == 1 else "weekly"))
-        ]
+        mark = "slow" if index % (2 * step) == 1 else "weekly"
+        return [getattr(pytest.mark, rest or mark)]
 
     return [
         pytest.param(value, marks=marks(index)) for index, value in enumerate(values)

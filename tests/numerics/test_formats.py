@@ -72,7 +72,7 @@ def test_as_many_are_lost_as_by_casting(name, exponent):
     assert_as_cast(x, name, 2.0**exponent)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1)
     .map(lambda x: np.array(x, np.float32))

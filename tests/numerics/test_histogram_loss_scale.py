@@ -168,6 +168,7 @@ def assert_same(scale, other):
     assert jax.tree.leaves(other) == jax.tree.leaves(scale)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_on_the_way():
     scale = adjusted(HistogramLossScale(2.0**20, interval=2, headroom=5))
     for other in journeys(scale):
@@ -333,7 +334,9 @@ def test_all_devices_take_the_smallest_scale_that_one_of_them_picks(check_vma):
 
 
 @needs_devices
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_the_train_step_on_eight_devices_where_one_overflows(check_vma):
     mesh = auto_mesh(jax.make_mesh((8,), ("data",)))
     params, model_state, loss_fn = batch_norm_model()

@@ -226,6 +226,7 @@ def test_float16_underflow_is_seen_where_it_happens():
     assert int(found["dot_general#2"].cotangents.zeros) == 0
 
 
+@pytest.mark.slow
 def test_a_model_and_its_train_step():
     class Model(flax.linen.Module):
         @flax.linen.compact

@@ -49,6 +49,7 @@ def compile_both(policy, batch):
     )
 
 
+@pytest.mark.slow
 def test_the_state_of_a_counting_step_is_donated():
     batch = jax.random.uniform(jax.random.key(1), (64, 784))
     compiled = [step for step, _ in compile_both("mixed_float16", batch)]

@@ -26,7 +26,7 @@ def config(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_stopped_and_started_again_it_fills_the_table(config, monkeypatch, capsys):
     train_policy = mnist_mlp.train_policy
     trained = []
