@@ -6,14 +6,13 @@ unflattening bypasses `__init__`, and validation stays where users call it.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
 
-from mpjax._tree import is_key
+from mpjax import _flax
 
 T = TypeVar("T")
 
@@ -47,7 +46,6 @@ def pytree_dataclass(*, static: tuple[str, ...] = ()) -> Callable[[type[T]], typ
             return tuple(zip(keys, children, strict=True)), meta
 
         def unflatten(meta, children):
-            _register_with_flax(cls, data)
             node = object.__new__(cls)
             for name, value in zip(data + static, (*children, *meta), strict=True):
                 object.__setattr__(node, name, value)
@@ -56,13 +54,7 @@ def pytree_dataclass(*, static: tuple[str, ...] = ()) -> Callable[[type[T]], typ
         jax.tree_util.register_pytree_with_keys(
             cls, flatten_with_keys, unflatten, flatten
         )
-        init = cls.__init__
-
-        def __init__(self, *args, **kwargs):
-            _register_with_flax(cls, data)
-            init(self, *args, **kwargs)
-
-        cls.__init__ = __init__
+        _flax.register(cls, data)
         return cls
 
     return decorate
@@ -113,46 +105,3 @@ def replace_fields(node: T, changes: dict[str, Any]) -> T:
             f"fields are {', '.join(known)}."
         )
     return replace_leaves(node, **changes)
-
-
-_known_to_flax: set[type] = set()
-
-
-def _register_with_flax(cls: type, data: tuple[str, ...]) -> None:
-    """Registers `cls` with flax.serialization if that is imported; never imports it."""
-    serialization: Any = sys.modules.get("flax.serialization")
-    if cls in _known_to_flax or not hasattr(
-        serialization, "register_serialization_state"
-    ):
-        return
-    _known_to_flax.add(cls)
-
-    def to_state_dict(node):
-        return {
-            name: serialization.to_state_dict(
-                jax.tree.map(_key_to_data, getattr(node, name))
-            )
-            for name in data
-        }
-
-    def from_state_dict(node, state):
-        leaves = {}
-        for name in data:
-            target = getattr(node, name)
-            restored = serialization.from_state_dict(
-                jax.tree.map(_key_to_data, target), state[name], name=name
-            )
-            leaves[name] = jax.tree.map(_data_to_key, target, restored)
-        return replace_leaves(node, **leaves)
-
-    serialization.register_serialization_state(cls, to_state_dict, from_state_dict)
-
-
-def _key_to_data(x):
-    return jax.random.key_data(x) if is_key(x) else x
-
-
-def _data_to_key(target, x):
-    if is_key(target):
-        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(target))
-    return x

@@ -1,6 +1,8 @@
 """The train step: what it computes, what it leaves alone on a skip, what it refuses."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -395,3 +397,57 @@ def test_an_unknown_checkpoint_policy_is_reported():
     tx = mpjax.with_loss_scale(optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"is none of .*dots_saveable"):
         mpjax.make_train_step(mlp_loss, tx, checkpoint_policy="dots")
+
+
+SERIALIZE = """
+import sys
+
+if sys.argv[1] == "flax first":
+    import flax.serialization
+import jax
+import jax.numpy as jnp
+import mpjax
+import optax
+
+tx = mpjax.with_loss_scale(optax.adamw(0.1), mpjax.DynamicLossScale(2.0**7))
+
+
+def create():
+    params = {"base": jnp.ones(3), "head": jnp.full(2, 3.0)}
+    return mpjax.TrainState.create(
+        params=params, tx=tx, ema=True, key=jax.random.key(3), trainable="head",
+        model_state={"mean": jnp.zeros(2)},
+    )
+
+
+if sys.argv[1] == "shapes alone":
+    state = jax.eval_shape(create)
+else:
+    state = create()
+import flax.serialization
+
+path = sys.argv[2]
+if sys.argv[3] == "write":
+    data = flax.serialization.to_bytes(state.replace(step=jnp.int32(5)))
+    open(path, "wb").write(data)
+else:
+    restored = flax.serialization.from_bytes(state, open(path, "rb").read())
+    right = create().replace(step=jnp.int32(5))
+    assert jax.tree.structure(restored) == jax.tree.structure(right)
+    same = lambda a, b: a.dtype == b.dtype and (jnp.asarray(a) == jnp.asarray(b)).all()
+    assert all(jax.tree.leaves(jax.tree.map(same, restored, right)))
+"""
+
+
+def test_serialization_whichever_is_imported_first(tmp_path):
+    """In processes of their own, one of which has built no state before it restores."""
+    for order, action in (
+        ("mpjax first", "write"),
+        ("flax first", "read"),
+        ("shapes alone", "read"),
+    ):
+        command = (sys.executable, "-c", SERIALIZE, order, tmp_path / "state", action)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
