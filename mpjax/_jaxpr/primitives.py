@@ -104,6 +104,8 @@ class Facts:
         partial result.
       is_sensitive: whether its relative error is many times that of its operand, or it
         overflows early, so that half precision harms it.
+      ranks: whether it ranks the numbers of its operand: its results, or the order of
+        its other operands, depend on which of two is larger.
       float16_limit: the argument beyond which it overflows in float16, as text.
       is_logarithm: whether it is a logarithm.
       pole: index of the operand that makes an Inf, and at which value; None if none.
@@ -129,6 +131,7 @@ class Facts:
     sums_axes: bool = False
     accumulates: bool = False
     is_sensitive: bool = False
+    ranks: bool = False
     float16_limit: str = ""
     is_logarithm: bool = False
     pole: tuple[int, float] | None = None
@@ -343,7 +346,9 @@ _define("custom_jvp_call custom_vjp_call", kind=Kind.CUSTOM, is_call=True)
 # algebra, random numbers.
 _define("ge gt le lt", compares_order=True, is_cheap=True)
 _define("eq ne and or xor not is_finite", is_cheap=True)
-_define("argmax argmin reduce_and reduce_or reduce_xor", flops=Flops.PER_INPUT)
+_define("argmax argmin", flops=Flops.PER_INPUT, ranks=True)
+_define("sort top_k approx_top_k", ranks=True)
+_define("reduce_and reduce_or reduce_xor", flops=Flops.PER_INPUT)
 _define("rem", pole=(1, 0.0))
 _define(
     "bitcast_convert_type iota device_put random_bits random_seed random_split"
@@ -357,7 +362,7 @@ _define(
 _define(
     """
     shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi
-    nextafter floor ceil round sort top_k approx_top_k
+    nextafter floor ceil round
     select_and_gather_add fft cholesky eig eigh lu qr svd schur
     triangular_solve tridiagonal_solve hessenberg householder_product tridiagonal
     lu_pivots_to_permutation

@@ -16,6 +16,10 @@ DIVISION_BY_ZERO = "division by zero"
 LOG_OF_ZERO = "logarithm of zero"
 OUT_OF_DOMAIN = "outside of the function's domain"
 NAN_OF_INF = "NaN from Inf"
+CANCELLATION = "difference of half results"
+SINGULAR = "singular matrix"
+NOT_POSITIVE = "matrix that is not positive definite"
+CONSTANT_CAST = "constant that a cast turned to Inf"
 INPUT = "already in an input"
 CONSTANT = "a constant of the function"
 UNKNOWN = "unknown"
@@ -32,6 +36,14 @@ _REMEDIES = {
     "function, not after it.",
     NAN_OF_INF: "An Inf met another Inf, or a zero: mask with a large finite number "
     "instead of Inf, and mask no row entirely.",
+    CANCELLATION: "Subtract before squaring and summing, or keep the function in "
+    "float32: mpjax.full_precision(fn); clipping would only hide it.",
+    SINGULAR: "It has no inverse: add a small multiple of the identity, or use "
+    "jnp.linalg.lstsq or pinv.",
+    NOT_POSITIVE: "Add a small multiple of the identity, and check that the matrix is "
+    "symmetric.",
+    CONSTANT_CAST: "Take a number that the dtype can hold, jnp.finfo(x.dtype).min for "
+    "a mask, or keep the operation in float32 (mpjax.autocast does).",
     INPUT: "Look at the data, or at the step that computed the parameters.",
     CONSTANT: "The function returns a constant that is not finite.",
     UNKNOWN: "",
@@ -44,9 +56,11 @@ class NonFinite:
 
     Attributes:
       cause: "overflow of half precision" (finite in float32), "overflow", "division by
-        zero", "logarithm of zero", "outside of the function's domain", "NaN from Inf"
-        (Inf - Inf, 0 * Inf), "already in an input", "a constant of the function" or
-        "unknown".
+        zero", "logarithm of zero", "outside of the function's domain", "difference of
+        half results" (a difference that a half matmul's rounding put below zero, before
+        a square root or the like), "singular matrix", "matrix that is not positive
+        definite", "NaN from Inf" (Inf - Inf, 0 * Inf), "constant that a cast turned to
+        Inf", "already in an input", "a constant of the function" or "unknown".
       primitive: name of the operation; empty for an input or constant.
       scope: its name scope.
       source: the user's source line, `model.py:12:4 (loss_fn)`.
@@ -62,6 +76,7 @@ class NonFinite:
         none.
       iterations: the iteration of each surrounding loop, the outermost first.
       leaf: path of the argument, `args[0]['w']`, if the cause is an input.
+      matmul: the half matmul that a "difference of half results" comes from.
       parameters: paths of the parameters whose gradients are not finite, in a train
         step or an update of `with_loss_scale`.
     """
@@ -79,6 +94,7 @@ class NonFinite:
     largest_input: float | None
     iterations: tuple[int, ...] = ()
     leaf: str = ""
+    matmul: str = ""
     parameters: tuple[str, ...] = ()
 
     @property
@@ -102,6 +118,8 @@ class NonFinite:
             where += f", iteration {'.'.join(map(str, self.iterations))}"
         largest = self.largest_input
         given = "" if largest is None else f"; largest finite input {largest:.4g}"
+        if self.matmul:
+            given += f"; its input holds rounded results of {self.matmul}"
         text = f"{self.cause}: {where} gave {numbers}{given}. {self.remedy}".rstrip()
         return f"{text} {self._gradients()}".rstrip()
 
@@ -146,6 +164,10 @@ def find_cause(eqn: Any, values: list[Any], outputs: list[Any]) -> str:
     """
     facts = facts_of(eqn)
     num_nan = sum(count(x)[0] for x in outputs if is_inexact(x))
+    if eqn.primitive.name == "triangular_solve" and _has_zero_diagonal(eqn, values[0]):
+        return SINGULAR
+    if eqn.primitive.name == "cholesky" and np.isfinite(_wide(values[0])).all():
+        return NOT_POSITIVE
     operand = _operand(eqn, values)
     out_of_domain = facts.outside_domain if num_nan else None
     if operand is not None and out_of_domain and np.any(out_of_domain(operand)):
@@ -157,6 +179,12 @@ def find_cause(eqn: Any, values: list[Any], outputs: list[Any]) -> str:
     if any(map(is_half, outputs)) and _is_finite_in_float32(eqn, values):
         return HALF_OVERFLOW
     return UNKNOWN if num_nan else OVERFLOW
+
+
+def _has_zero_diagonal(eqn: Any, matrix: Any) -> bool:
+    if eqn.params["unit_diagonal"]:
+        return False
+    return bool(np.any(np.diagonal(np.asarray(matrix), axis1=-2, axis2=-1) == 0))
 
 
 def _operand(eqn: Any, values: list[Any]) -> Any:

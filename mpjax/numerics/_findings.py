@@ -11,6 +11,8 @@ from mpjax._jaxpr.primitives import facts_of
 
 HALF_ACCUMULATION = "accumulation in half"
 HALF_FUNCTION = "sensitive function in half"
+CANCELLATION = "difference of half results"
+DECISION = "decision by half results"
 LEAK = "leak to float32"
 FLOAT32_MATMUL = "matmul in float32"
 FLOAT64 = "float64"
@@ -23,8 +25,9 @@ class Finding:
     """An operation whose precision is not what it should be.
 
     Attributes:
-      kind: "accumulation in half", "sensitive function in half", "leak to float32",
-        "matmul in float32", "float64", "retrace" or "cast there and back".
+      kind: "accumulation in half", "sensitive function in half", "difference of half
+        results", "decision by half results", "leak to float32", "matmul in float32",
+        "float64", "retrace" or "cast there and back".
       primitive: name of the operation.
       dtype: dtype of its result; for a matmul the dtype in which it computes.
       scope: its name scope.
@@ -47,9 +50,7 @@ class Finding:
     flops: int = 0
 
     def __str__(self) -> str:
-        where = self.primitive
-        where += f" in {self.scope}" if self.scope else ""
-        where += f" at {self.source}" if self.source else ""
+        where = place(self)
         cost = [f"{self.num_calls} calls"] if self.num_calls > 1 else []
         cost += [f"{self.flops / 1e6:.3g} MFLOP"] if self.flops else []
         where += f" ({', '.join(cost)})" if cost else ""
@@ -118,3 +119,10 @@ def accumulation_remedy(eqn: Any) -> str:
     if facts_of(eqn).accumulates and hasattr(jnp, name):
         return f"Accumulate in float32, jnp.{name}(x, dtype=jnp.float32), cast after."
     return "Accumulate in float32, x.astype(jnp.float32), and cast after."
+
+
+def place(site: Any) -> str:
+    """Returns a site as text: `dot_general in router at model.py:12:4 (route)`."""
+    where = site.primitive
+    where += f" in {site.scope}" if site.scope else ""
+    return where + (f" at {site.source}" if site.source else "")

@@ -15,6 +15,7 @@ from mpjax._jaxpr.core import Literal, count_uses, inner_jaxprs, open_jaxpr
 from mpjax._jaxpr.loops import Scan, While
 from mpjax._jaxpr.primitives import facts_of
 from mpjax.numerics._eqn_context import EqnContext
+from mpjax.numerics._half_results import UNKNOWN, History
 
 
 class Site(NamedTuple):
@@ -49,6 +50,7 @@ class AbstractValue:
       accumulated: `(carried, site)` if it is a carried value plus something
         independent of it.
       depends_on: the carried values that it is made of.
+      history: what half matmuls, squares and choices it was made of.
     """
 
     is_constant: bool = True
@@ -60,6 +62,7 @@ class AbstractValue:
     carried: Any = None
     accumulated: Any = None
     depends_on: frozenset = frozenset()
+    history: History = UNKNOWN
 
     def join(self, other: "AbstractValue") -> "AbstractValue":
         """Returns what is known of a value that may be either of two."""
@@ -69,6 +72,7 @@ class AbstractValue:
             leak=self.leak or other.leak,
             is_float64=self.is_float64 and other.is_float64,
             depends_on=self.depends_on | other.depends_on,
+            history=self.history.join(other.history),
         )
 
 
@@ -102,7 +106,10 @@ class Flow:
         consts = getattr(jaxpr, "consts", ())
         for var, const in zip(body.constvars, consts, strict=False):
             # A tracer of an outer transformation is not a constant.
-            env[var] = AbstractValue(is_constant=not isinstance(const, Tracer))
+            env[var] = AbstractValue(
+                is_constant=not isinstance(const, Tracer),
+                history=History(origin=id(const)),
+            )
 
         def read(atom):
             constant = AbstractValue()
@@ -215,4 +222,10 @@ def _in_use(value: AbstractValue, num_uses: int) -> AbstractValue:
 
 def _settled(value: AbstractValue) -> tuple:
     """Returns the facts by which an iteration may still change the next one."""
-    return value.is_constant, bool(value.leak), value.is_float64, value.depends_on
+    return (
+        value.is_constant,
+        bool(value.leak),
+        value.is_float64,
+        value.depends_on,
+        value.history,
+    )

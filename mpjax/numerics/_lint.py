@@ -13,6 +13,8 @@ from mpjax._tree import is_half
 from mpjax.numerics._accumulation import accumulated, accumulates_in_half, num_terms
 from mpjax.numerics._eqn_context import EqnContext
 from mpjax.numerics._findings import (
+    CANCELLATION,
+    DECISION,
     FLOAT32_MATMUL,
     FLOAT64,
     HALF_ACCUMULATION,
@@ -21,10 +23,18 @@ from mpjax.numerics._findings import (
     ROUND_TRIP,
     Finding,
     accumulation_remedy,
+    place,
     rounding_message,
     stall_message,
 )
 from mpjax.numerics._flow import AbstractValue, Flow, Site, site_of
+from mpjax.numerics._half_results import (
+    Decision,
+    History,
+    cancelled,
+    decided,
+    follow,
+)
 
 # Functions of JAX by which users cast.
 _CASTS = ("astype", "convert_element_type", "asarray", "array")
@@ -44,10 +54,12 @@ def find(jaxpr: Any) -> tuple[list[Finding], list[AbstractValue]]:
         AbstractValue(
             is_constant=not is_inexact_aval(v.aval),
             is_float64=_is_float64(v),
+            history=History(origin=("argument", index)),
         )
-        for v in open_jaxpr(jaxpr).invars
+        for index, v in enumerate(open_jaxpr(jaxpr).invars)
     ]
     outputs = lint.flow.run(jaxpr, inputs, EqnContext())
+    lint.check_outputs(outputs)
     escaped = lint.escaped_leaks | {v.leak for v in outputs}
     return [x for x in lint.found if x.kind != LEAK or x.source in escaped], outputs
 
@@ -107,6 +119,7 @@ class _Lint:
             # A product with a cotangent does not pass the leak on.
             leak="" if context.is_backward else _leak(values),
             depends_on=frozenset().union(*(v.depends_on for v in values)),
+            history=self._follow(eqn, values, context),
         )
         if not eqn.outvars or not is_inexact_aval(eqn.outvars[0].aval):
             return dataclasses.replace(out, leak="")
@@ -117,7 +130,10 @@ class _Lint:
             # Each result of a split has uses of its own.
             once = first.is_used_once and len(eqn.outvars) == 1
             out = dataclasses.replace(
-                first, is_constant=out.is_constant, is_used_once=once
+                first,
+                is_constant=out.is_constant,
+                is_used_once=once,
+                history=out.history,
             )
         else:
             out = self._check_operands(eqn, values, context, out)
@@ -126,6 +142,49 @@ class _Lint:
         if dtype_of(eqn.outvars[0]) != np.float32:
             out = dataclasses.replace(out, leak="")
         return self._check_float64(eqn, values, context, out)
+
+    # What half matmuls have rounded.
+
+    def _follow(
+        self, eqn: Any, values: list[AbstractValue], context: EqnContext
+    ) -> History:
+        histories = [v.history for v in values]
+        product = cancelled(eqn, histories)
+        if product is not None:
+            self._add(
+                CANCELLATION,
+                eqn,
+                context,
+                "sums of squares, less the product of the same numbers by "
+                f"{place(product.matmul)}, whose half results are rounded: of two "
+                "numbers that are close, little else is left",
+                "Subtract first, ((a[:, None] - b) ** 2).sum(-1), or keep the function "
+                "in float32: mpjax.full_precision(fn).",
+            )
+        decision = decided(eqn, histories, [v.is_constant for v in values])
+        if decision is not None:
+            self._add_decision(decision)
+            histories = [dataclasses.replace(h, decision=None) for h in histories]
+        return follow(eqn, histories, site_of(eqn, context), context.times)
+
+    def check_outputs(self, outputs: list[AbstractValue]) -> None:
+        """Adds the decisions that a function returns."""
+        for value in outputs:
+            if value.history.decision is not None:
+                self._add_decision(value.history.decision)
+
+    def _add_decision(self, decision: Decision) -> None:
+        self._add(
+            DECISION,
+            decision.eqn,
+            EqnContext(times=decision.times),
+            f"ranks half results of {place(decision.matmul)}, where rounding decides "
+            "between those that are close",
+            "Keep that matmul in float32, by a rule for its name scope, or by "
+            "mpjax.full_precision(fn).",
+            site=decision.site,
+            dtype=dtype_of(decision.eqn.invars[0]),
+        )
 
     # Accumulation and functions in half.
 

@@ -18,6 +18,14 @@ from mpjax._tree import is_inexact, squared_leaf
 from mpjax.numerics import _causes
 from mpjax.numerics._causes import NonFinite
 from mpjax.numerics._eqn_context import EqnContext
+from mpjax.numerics._findings import place
+from mpjax.numerics._flow import AbstractValue, Flow, site_of
+from mpjax.numerics._half_results import (
+    Difference,
+    History,
+    follow,
+    is_below_zero_by_rounding,
+)
 
 
 def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
@@ -74,7 +82,7 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
                 TrackedArray(x, _input_origin(x, path))
                 for x, path in zip(values, paths, strict=True)
             ]
-            interpreter = _Interpreter()
+            interpreter = _Interpreter(closed)
             found = interpreter.run(closed, inputs, EqnContext())
         origins = [x.origin for x in found if x.origin is not None]
         record = min(origins, key=lambda origin: origin.order).record
@@ -99,16 +107,26 @@ class Origin(NamedTuple):
 
 
 class TrackedArray(NamedTuple):
-    """An array, and the origin of its Inf and NaN; None if it is finite."""
+    """An array, and what is known of it.
+
+    Attributes:
+      array: the array.
+      origin: the origin of its Inf and NaN; None if it is finite.
+      is_constant: whether it depends on no argument.
+    """
 
     array: Any
     origin: Origin | None
+    is_constant: bool = False
 
 
 class _Interpreter:
     """Evaluates equations one by one, and tracks where Inf and NaN come from."""
 
-    def __init__(self):
+    def __init__(self, jaxpr: Any):
+        self._half_results = _HalfResults(jaxpr)
+        # Differences of half results, by equation: whether rounding made one negative.
+        self.rounded: dict[int, bool] = {}
         self.num_blamed = 0
         self.parameters: dict[str, None] = {}  # in order; their gradients are bad
 
@@ -117,7 +135,7 @@ class _Interpreter:
     ) -> list[TrackedArray]:
         body = open_jaxpr(jaxpr)
         consts = [
-            TrackedArray(x, self._constant_origin(x))
+            TrackedArray(x, self._constant_origin(x), is_constant=True)
             for x in getattr(jaxpr, "consts", ())
         ]
         env = dict(
@@ -127,7 +145,8 @@ class _Interpreter:
         def read(atom):
             if isinstance(atom, Literal):
                 array = jnp.asarray(atom.val, dtype=_jaxpr.dtype_of(atom))
-                return TrackedArray(array, self._constant_origin(array))
+                origin = self._constant_origin(array)
+                return TrackedArray(array, origin, is_constant=True)
             return env[atom]
 
         last_uses = {
@@ -137,6 +156,8 @@ class _Interpreter:
         for i, eqn in enumerate(body.eqns):
             operands = [read(x) for x in eqn.invars]
             outputs = self._equation(eqn, operands, context.enter(eqn))
+            if all(x.is_constant for x in operands):
+                outputs = [x._replace(is_constant=True) for x in outputs]
             env.update(zip(eqn.outvars, outputs, strict=True))
             for v in {*_variables(eqn.invars), *eqn.outvars} - kept:
                 if last_uses.get(v, i) <= i:
@@ -159,7 +180,12 @@ class _Interpreter:
             return self._call(branch, operands[1:], context)
         outputs = _jaxpr.bind(eqn, *arrays)
         if not any(map(_is_bad, outputs)):
+            if facts.is_addition and self._half_results.is_difference(eqn):
+                is_rounded = is_below_zero_by_rounding(arrays, outputs[0])
+                self.rounded[id(eqn)] = is_rounded
             return [TrackedArray(x, None) for x in outputs]
+        if eqn.primitive.name == "custom_linear_solve":
+            return self._linear_solve(eqn, operands, context)
         if facts.kind is Kind.LOOP:
             loop = self._scan if eqn.primitive.name == "scan" else self._while
             return loop(eqn, operands, context)
@@ -172,6 +198,13 @@ class _Interpreter:
         if not any(map(_is_bad, outputs)):
             return [TrackedArray(x, None) for x in outputs]
         return self.run(jaxpr, operands, context)
+
+    def _linear_solve(self, eqn, operands, context) -> list[TrackedArray]:
+        lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+        first = lengths.matvec + lengths.vecmat
+        consts = operands[first : first + lengths.solve]
+        vectors = operands[sum(lengths) :]
+        return self._call(jaxprs.solve, [*consts, *vectors], context)
 
     def _scan(self, eqn, operands, context) -> list[TrackedArray]:
         scan = Scan(eqn)
@@ -216,11 +249,24 @@ class _Interpreter:
                 return constants[0]
         if constants and any(origin.record.num_nan for origin in constants):
             return constants[0]
+        for origin in constants:
+            if origin.record.cause == _causes.CONSTANT_CAST:
+                return origin._replace(is_constant=False)
         arrays = [x.array for x in operands]
         bad = next(x for x in outputs if _is_bad(x))
         num_nan, num_inf, index = _causes.count(bad)
+        cause, matmul = _causes.find_cause(eqn, arrays, outputs), ""
+        is_constant = all(x.is_constant for x in operands)
+        if cause == _causes.HALF_OVERFLOW and is_constant and not context.is_backward:
+            cause = _causes.CONSTANT_CAST
+        difference = self._half_results.difference_in(eqn)
+        # Where a compiled call computed it, the numbers are unknown.
+        is_rounded = difference and self.rounded.get(id(difference.eqn), True)
+        if difference and is_rounded and cause in _OF_SMALL_NUMBERS:
+            cause, matmul = _causes.CANCELLATION, place(difference.matmul)
         record = NonFinite(
-            cause=_causes.find_cause(eqn, arrays, outputs),
+            cause=cause,
+            matmul=matmul,
             primitive=eqn.primitive.name,
             scope=context.scope,
             source=context.source,
@@ -233,12 +279,48 @@ class _Interpreter:
             largest_input=_causes.largest_finite(arrays),
             iterations=context.iterations,
         )
-        return Origin((1, self.num_blamed), record, is_constant=False)
+        is_cast = cause == _causes.CONSTANT_CAST
+        return Origin((1, self.num_blamed), record, is_constant=is_cast)
 
     def _constant_origin(self, x: Any) -> Origin | None:
         if not _is_bad(x):
             return None
         return Origin((2, 0), _describe(x, _causes.CONSTANT), is_constant=True)
+
+
+_OF_SMALL_NUMBERS = (
+    _causes.OUT_OF_DOMAIN,
+    _causes.DIVISION_BY_ZERO,
+    _causes.LOG_OF_ZERO,
+)
+
+
+class _HalfResults:
+    """What half matmuls made, by the equations that take it."""
+
+    def __init__(self, jaxpr: Any):
+        """Follows them through a jaxpr, without computing anything."""
+        self._operands: dict[int, list[History]] = {}
+        self._differences: set[int] = set()
+        inputs = [AbstractValue(is_constant=False) for _ in open_jaxpr(jaxpr).invars]
+        Flow(self._rule, lambda *_: None).run(jaxpr, inputs, EqnContext())
+
+    def is_difference(self, eqn: Any) -> bool:
+        """Whether it is a sum or difference in which a half matmul takes part."""
+        return id(eqn) in self._differences
+
+    def difference_in(self, eqn: Any) -> Difference | None:
+        """Returns the difference that an operand of an equation was made of, if any."""
+        histories = self._operands.get(id(eqn), [])
+        return next((h.difference for h in histories if h.difference), None)
+
+    def _rule(self, eqn, values, context) -> AbstractValue:
+        histories = [v.history for v in values]
+        self._operands[id(eqn)] = histories
+        history = follow(eqn, histories, site_of(eqn, context), context.times)
+        if history.difference is not None and history.difference.eqn is eqn:
+            self._differences.add(id(eqn))
+        return AbstractValue(is_constant=False, history=history)
 
 
 @functools.lru_cache(maxsize=256)

@@ -167,6 +167,9 @@ def precision_report(fn: Callable[..., Any]) -> Callable[..., PrecisionReport]:
     - sums, cumulative sums, products and scatters of more than 8 numbers, and totals
       carried by a loop, in float16 or bfloat16 (matmuls accumulate in float32);
     - exponentials, logarithms and powers in float16 or bfloat16;
+    - squared distances `a² + b² - 2ab` whose product is a half matmul;
+    - `top_k`, `argmax` and `sort` by results of a half matmul, where the choice is used
+      or returned (comparing it with labels, as for an accuracy, is not a use);
     - half that became float32 because it met a constant (a NumPy number,
       `jnp.linspace`, `jax.nn.one_hot`, random numbers), not by an explicit cast, and
       then reached a matmul or an output, or turned more half values into float32;

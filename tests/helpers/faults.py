@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn
 
+import mpjax
 from mpjax.numerics import _causes as causes
 
 X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
@@ -219,7 +220,86 @@ def by_a_large_scale(x):
 
 
 gradient = jax.value_and_grad
+MILLION = jnp.asarray(1e6)
+NEAR = np.random.default_rng(0).normal(4, 1, (64, 32)).astype(np.float32)
+CENTERS = NEAR[:8] + np.random.default_rng(1).normal(0, 0.1, (8, 32)).astype(np.float32)
+
+
+def squared_distances(a, b):
+    return (a**2).sum(-1)[:, None] + (b**2).sum(-1)[None] - 2 * a @ b.T
+
+
+@mpjax.autocast
+def distances(a, b):
+    return jnp.sqrt(squared_distances(a, b))  # here
+
+
+@mpjax.autocast
+def logarithms_of_distances(a, b):
+    return jnp.log(jax.jit(squared_distances)(a, b))  # here
+
+
+def clipped_distances(a, b):
+    return jnp.sqrt(jnp.maximum(squared_distances(a, b), 0)).sum()  # here
+
+
+@mpjax.autocast
+def gradient_of_clipped_distances(a, b):
+    return jax.grad(clipped_distances)(a, b)
+
+
+@mpjax.autocast
+def root_of_a_negative_score(a, b):
+    return jnp.sqrt(a @ b.T - 500)  # here
+
+
+def row_masked_whole_in_half(x):
+    masked = jnp.where(x > 0, x, -1e9)  # here
+    return nn.softmax(masked)
+
+
+def constant_too_large_for_half(x):
+    return x * MILLION.astype(jnp.float16)  # here
+
+
+def singular_solve(x):
+    return jnp.linalg.solve(x, np.ones(2, np.float32))  # here
+
+
+def singular_inverse(x):
+    return jnp.linalg.inv(x)  # here
+
+
+def singular_triangle(x):
+    return jax.scipy.linalg.solve_triangular(x * 0, np.ones(2, np.float32))  # here
+
+
+def not_positive(x):
+    return jnp.linalg.cholesky(-x)  # here
+
+
+SINGULAR = np.array([[1, 2], [2, 4]], np.float32)
+
 FAULTS = [
+    Fault(distances, (NEAR, CENTERS), "sqrt", causes.CANCELLATION),
+    Fault(logarithms_of_distances, (NEAR, CENTERS), "log", causes.CANCELLATION),
+    Fault(root_of_a_negative_score, (NEAR, CENTERS), "sqrt", causes.OUT_OF_DOMAIN),
+    Fault(
+        row_masked_whole_in_half,
+        (HALF - 2,),
+        "convert_element_type",
+        causes.CONSTANT_CAST,
+    ),
+    Fault(
+        constant_too_large_for_half,
+        (HALF + 2,),
+        "convert_element_type",
+        causes.CONSTANT_CAST,
+    ),
+    Fault(singular_solve, (SINGULAR,), "triangular_solve", causes.SINGULAR),
+    Fault(singular_inverse, (SINGULAR,), "triangular_solve", causes.SINGULAR),
+    Fault(singular_triangle, (SINGULAR,), "triangular_solve", causes.SINGULAR),
+    Fault(not_positive, (SINGULAR,), "cholesky", causes.NOT_POSITIVE),
     Fault(
         half_matmul, (HALF, W.astype(np.float16)), "dot_general", causes.HALF_OVERFLOW
     ),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn
 
+import mpjax
 from mpjax.numerics import _findings as kinds
 
 
@@ -290,3 +291,60 @@ def python_number_out(state, x):
 def other_dtype_out(state, x):
     _, mean = updated(state, x)
     return {"total": state["total"] * mean, "mean": mean}, mean  # here
+
+
+@fault(kinds.CANCELLATION, "sub", X, W)
+def squared_distances(x, w):
+    squares = lambda a: jnp.sum(a.astype(FULL) ** 2, -1)
+    product = (x @ w.T).astype(FULL)
+    return squares(x)[:, None] + squares(w)[None] - 2 * product  # here
+
+
+@fault(kinds.CANCELLATION, "sub", X, W)
+def squared_distances_in_another_order(x, w):
+    wide, rows = x.astype(FULL), w.astype(FULL)
+    square = jnp.einsum("ij,ij->i", wide, wide)[:, None]
+    twice = 2 * jnp.einsum("ik,jk->ij", x, w)
+    return (square - twice) + jnp.square(rows).sum(1)  # here
+
+
+@fault(kinds.CANCELLATION, "add", X32, W32)
+def kernel_under_autocast(x, w):
+    @mpjax.autocast
+    def squared(x, w):
+        products = -2 * jnp.dot(x, w.T)
+        return jnp.sum(x * x, 1, keepdims=True) + jnp.sum(w * w, 1) + products  # here
+
+    return jnp.exp(-squared(x, w))
+
+
+@fault(kinds.DECISION, "top_k", X32, W32)
+def router_under_autocast(x, w):
+    @mpjax.autocast
+    def route(x, w):
+        probabilities = nn.softmax(x @ w)
+        return lax.top_k(probabilities, 2)[1]  # here
+
+    return route(x, w)
+
+
+@fault(kinds.DECISION, "argmax", X, W)
+def nearest_code(x, w):
+    scores = (x @ w.T).astype(FULL)
+    index = jnp.argmax(scores, 1)  # here
+    return w[index] * 2
+
+
+@fault(kinds.DECISION, "argmin", X, W)
+def mask_of_the_chosen(x, w):
+    scores = x @ w
+    chosen = jnp.argmin(scores, 1)  # here
+    mask = chosen[:, None] == jnp.arange(32)
+    return jnp.where(mask, x, 0)
+
+
+@fault(kinds.DECISION, "sort", X, W)
+def order_of_scores(x, w):
+    scores = (x @ w).astype(FULL)[:, 0]
+    order = jnp.argsort(scores)  # here
+    return jnp.take(x, order, 0)

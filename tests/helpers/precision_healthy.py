@@ -97,3 +97,48 @@ def behind_a_barrier(x, w):
 
 def unique_scatter(x, w):
     return w.at[jnp.arange(16)].add(x, unique_indices=True), jnp.prod(x), jnp.std(x)
+
+
+def accuracy(x, w, index):
+    logits = (x @ w).astype(FULL)
+    return jnp.mean(jnp.argmax(logits, 1) == index)
+
+
+def masked_accuracy(x, w, index):
+    correct = jnp.argmax((x @ w).astype(FULL), -1) == index
+    return jnp.sum(correct & (index > 0)) / jnp.sum(index > 0)
+
+
+def residual(x, w):
+    error = (x @ w).astype(FULL) - np.ones((16, 32), np.float32)
+    return jnp.sqrt(jnp.mean(error**2))
+
+
+def sampled(x, w):
+    logits = (x @ w).astype(FULL)
+    return jax.random.categorical(jax.random.key(0), logits)
+
+
+def sorted_by_integers(x, w, index):
+    order = jnp.argsort(index)
+    return (x @ w)[order]
+
+
+def routed_in_float32(x, w):
+    scores = x.astype(FULL) @ w.astype(FULL)
+    return lax.top_k(nn.softmax(scores), 2)[1]
+
+
+def distances_by_differences(x, w):
+    wide = x.astype(FULL)[:, None] - w.astype(FULL)[None]
+    return jnp.sqrt(jnp.sum(wide**2, -1))
+
+
+def distances_in_float32(x, w):
+    a, b = x.astype(FULL), w.astype(FULL)
+    return (a**2).sum(-1)[:, None] + (b**2).sum(-1) - 2 * a @ b.T
+
+
+def penalty_and_product(x, w):
+    penalty = 1e-3 * jnp.sum(w.astype(FULL) ** 2)
+    return jnp.mean((x @ w).astype(FULL)) + jnp.sum(x.astype(FULL) ** 2) * 0 + penalty

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import faults
 from helpers.faults import FAULTS, W, X, gradient, inside_jit, log_of_negative
 from jax import lax, nn
 
@@ -43,6 +44,22 @@ def test_a_planted_fault_is_found(fault, jitted):
     assert found.remedy
     assert text.endswith(found.remedy)
     assert (", backward pass" in text) == fault.is_backward
+
+
+def test_a_difference_of_half_results_names_the_matmul():
+    """Also where the difference is clipped, and its derivative divides by zero."""
+    args = faults.NEAR, faults.CENTERS
+    for fn, primitive in (
+        (faults.distances, "sqrt"),
+        (faults.gradient_of_clipped_distances, "div"),
+    ):
+        found = find_nonfinite(fn)(*args)
+        assert (found.primitive, found.cause) == (primitive, causes.CANCELLATION)
+        assert found.matmul.startswith("dot_general at faults.py:")
+        assert found.matmul in str(found)
+        assert "full_precision" in found.remedy
+        full = find_nonfinite(mpjax.full_precision(original(fn)))(*args)
+        assert full is None
 
 
 def test_there_are_enough():
