@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from mpjax._autocast.eligibility import asks_for_sign, is_eligible
+from mpjax._autocast.kinds import CONTAINERS
 from mpjax._jaxpr.core import (
     Literal,
     inner_jaxprs,
@@ -83,7 +84,7 @@ class DemandAnalysis:
         kind = self._kind_of(eqn)
         if kind is Kind.HALF:
             return True
-        if kind in (Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM):
+        if kind in CONTAINERS:
             if eqn.primitive.name == "custom_vjp_call":
                 return True
             return any(map(self.can_change, inner_jaxprs(eqn)))

@@ -71,6 +71,7 @@ class JaxprRewriter:
             Kind.FLOAT32: self._as_traced,
             Kind.PROMOTE: self._promote,
             Kind.CALL: self._call,
+            Kind.CALL_AS_TRACED: self._inside,
             Kind.COND: self._cond,
             Kind.LOOP: self._loop,
             Kind.CUSTOM: self._custom,
@@ -287,7 +288,11 @@ class JaxprRewriter:
     def _loop(self, eqn: Any) -> None:
         if eqn.primitive.name == "scan":
             self._scan(eqn)
-            return
+        else:
+            self._inside(eqn)
+
+    def _inside(self, eqn: Any) -> None:
+        """Rewrites what is inside; inputs and outputs stay as traced."""
         invars = [self._env.as_traced(x, eqn) for x in eqn.invars]
         self._env.write(eqn, invars=invars, params=self._rewrite_params(eqn))
 
@@ -322,7 +327,7 @@ class JaxprRewriter:
             return
         traced = rewriter.trace_custom(eqn, self._scope)
         if traced is None:
-            self._loop(eqn)
+            self._inside(eqn)
             return
         if rewriter.log is not None:
             self._rewrite_params(eqn)  # only to log what is inside

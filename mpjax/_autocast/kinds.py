@@ -4,7 +4,13 @@ from collections.abc import Collection
 
 from mpjax._jaxpr.primitives import PRIMITIVES, Kind
 
-_CONTAINERS = (Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM)
+CONTAINERS = (
+    Kind.CALL,
+    Kind.CALL_AS_TRACED,
+    Kind.COND,
+    Kind.LOOP,
+    Kind.CUSTOM,
+)
 
 
 def choose_kinds(low: Collection[str], high: Collection[str]) -> dict[str, Kind]:
@@ -30,7 +36,7 @@ def choose_kinds(low: Collection[str], high: Collection[str]) -> dict[str, Kind]
             f"{', '.join(both)}: in both low= and high=; drop it from one."
         )
     kinds = {name: facts.kind for name, facts in PRIMITIVES.items()}
-    containers = {name for name, kind in kinds.items() if kind in _CONTAINERS}
+    containers = {name for name, kind in kinds.items() if kind in CONTAINERS}
     calls = sorted(containers & set(low))
     if calls:
         raise ValueError(

@@ -34,6 +34,7 @@ from mpjax.policy import PolicyLike, PolicyRules
 
 _COLUMNS = ("primitive", "dtype", "MFLOP", "calls", "scope", "source", "why")
 _NOT_UNDERSTOOD = "not understood: runs as traced"
+_NOT_ENTERED = "not understood: the matmuls inside run as traced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,8 @@ class AutocastReport:
 
     def not_understood(self) -> tuple[AutocastRecord, ...]:
         """Returns the operations whose primitive mpjax's table does not know."""
-        return tuple(r for r in self.records if r.reason == _NOT_UNDERSTOOD)
+        reasons = (_NOT_UNDERSTOOD, _NOT_ENTERED)
+        return tuple(r for r in self.records if r.reason in reasons)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain values, ready for JSON."""
@@ -115,7 +117,8 @@ class AutocastReport:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Returns a row per operation that does arithmetic or is not understood."""
-        shown = (r for r in self.records if r.flops or r.reason == _NOT_UNDERSTOOD)
+        unknown = self.not_understood()
+        shown = (r for r in self.records if r.flops or r in unknown)
         return [
             (
                 r.primitive,
@@ -221,7 +224,12 @@ class _Log:
             return "an operand is float32"
         if facts_of(eqn).is_known:
             return "runs as traced"
-        return _NOT_UNDERSTOOD
+        inner = inner_jaxprs(eqn)
+        if not inner:
+            return _NOT_UNDERSTOOD
+        if any(facts_of(e).is_matmul for jaxpr in inner for e, _, _ in walk(jaxpr)):
+            return _NOT_ENTERED
+        return "runs as traced"
 
     def _add(self, eqn: Any, scope: str, times: int, dtype: Any, reason: str) -> None:
         floats = [v.aval for v in eqn.outvars if is_inexact_aval(v.aval)]

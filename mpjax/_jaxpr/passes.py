@@ -99,4 +99,10 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
     return convert(jaxpr)
 
 
-_ENTERED = (Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM)
+_ENTERED = (
+    Kind.CALL,
+    Kind.CALL_AS_TRACED,
+    Kind.COND,
+    Kind.LOOP,
+    Kind.CUSTOM,
+)

@@ -34,6 +34,9 @@ class Kind(enum.Enum):
     CALL = "call"
     """A call: rewritten inside, dtypes pass through."""
 
+    CALL_AS_TRACED = "call as traced"
+    """A call: rewritten inside, inputs and outputs as traced."""
+
     COND = "cond"
     """A conditional: rewritten inside, inputs pass through, outputs as traced."""
 
@@ -338,6 +341,8 @@ _define("reduce_precision", kind=Kind.PROMOTE, is_exact=True, is_cheap=True)
 # Functions inside functions.
 _define("jit remat2 closed_call eval_jaxpr", kind=Kind.CALL, is_call=True)
 _define("shard_map", kind=Kind.CALL)
+# With a rule of its own for vmap or transposition, which expects the traced dtypes.
+_define("custom_vmap_call linear_call", kind=Kind.CALL_AS_TRACED, is_call=True)
 _define("cond", kind=Kind.COND)
 _define("scan while", kind=Kind.LOOP)
 _define("custom_jvp_call custom_vjp_call", kind=Kind.CUSTOM, is_call=True)
@@ -365,18 +370,19 @@ _define(
     nextafter floor ceil round
     select_and_gather_add fft cholesky eig eigh lu qr svd schur
     triangular_solve tridiagonal_solve hessenberg householder_product tridiagonal
-    lu_pivots_to_permutation
-    cholesky_update symmetric_product real imag complex conj empty
+    lu_pivots_to_permutation custom_linear_solve
+    cholesky_update symmetric_product real imag complex conj empty empty2
     axis_index pmax pmin pbroadcast platform_index
     debug_callback debug_print pure_callback io_callback
     random_clone random_fold_in random_gamma rng_bit_generator rng_uniform threefry2x32
     """
 )
+# Reductions by a function of the user's, and kernels.
+_define("reduce reduce_window", reduces_by_jaxpr=True)
+_define("pallas_call")
 
-# Not understood: they run as traced, and `autocast_report` lists them.
-_define(
-    "reduce reduce_window select_and_scatter", is_known=False, reduces_by_jaxpr=True
-)
+# Not understood: it runs as traced, and `autocast_report` lists it.
+_define("select_and_scatter", is_known=False, reduces_by_jaxpr=True)
 
 PRIMITIVES: Mapping[str, Facts] = MappingProxyType(_table)
 """The facts of each primitive by name."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import primitive_probes
 from jax.extend.core import Primitive
 
 import mpjax
@@ -171,3 +172,61 @@ def test_an_empty_report():
     report = mpjax.autocast_report(lambda x: x + 1)(3)
     assert report.flops_by_dtype() == {}
     assert "no floating-point" in str(report)
+
+
+@jax.custom_batching.custom_vmap
+def with_own_vmap(x):
+    return x @ x
+
+
+@with_own_vmap.def_vmap
+def _(axis_size, in_batched, x):
+    return jnp.einsum("bij,bjk->bik", x, x), True
+
+
+def with_own_transposition(x):
+    return jax.custom_derivatives.linear_call(
+        lambda r, v: r @ v, lambda r, v: r.T @ v, x, x
+    )
+
+
+@pytest.mark.parametrize("fn", [with_own_vmap, with_own_transposition])
+def test_calls_with_rules_of_their_own_are_rewritten_inside(fn):
+    x = jax.random.normal(jax.random.key(0), (8, 8))
+    report = mpjax.autocast_report(fn)(x)
+    assert report.flops_by_dtype() == {"bfloat16": 2 * 8**3}
+    assert report.not_understood() == ()
+    np.testing.assert_allclose(mpjax.autocast(fn)(x), fn(x), rtol=0.05, atol=0.05)
+    assert "bf16" in jax.jit(mpjax.autocast(fn)).lower(x).as_text()
+
+
+def test_their_rule_gets_the_traced_dtypes():
+    """Under a vmap outside, the user's own rule runs, in float32."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+    found = jax.vmap(mpjax.autocast(with_own_vmap))(x)
+    np.testing.assert_allclose(found, jax.vmap(with_own_vmap)(x), rtol=1e-5, atol=1e-5)
+
+
+opaque_call = Primitive("call_of_a_library")
+opaque_call.def_abstract_eval(lambda x, *, body: x.update(weak_type=False))
+opaque_call.def_impl(lambda x, *, body: jax.core.eval_jaxpr(body.jaxpr, (), x)[0])
+
+
+@pytest.mark.parametrize(
+    ("inside", "is_listed"), [(jnp.tanh, False), (lambda x: x @ x, True)]
+)
+def test_a_librarys_call_is_listed_where_a_matmul_is_lost(inside, is_listed):
+    x = jnp.ones((4, 4))
+    body = jax.make_jaxpr(inside)(x)
+    report = mpjax.autocast_report(lambda x: opaque_call.bind(x, body=body))(x)
+    assert bool(report.not_understood()) == is_listed
+    assert ("the matmuls inside run as traced" in str(report)) == is_listed
+
+
+@pytest.mark.parametrize(
+    "name", ["custom_linear_solve", "reduce_window", "empty2", "pallas_call"]
+)
+def test_what_jax_makes_is_understood(name):
+    x = jax.random.uniform(jax.random.key(0), (4, 4))
+    report = mpjax.autocast_report(primitive_probes.OPAQUE[name])(x)
+    assert report.not_understood() == ()

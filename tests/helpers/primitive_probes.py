@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import io_callback
+from jax.experimental import io_callback, pallas
 from jax.lax import linalg
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -233,7 +233,34 @@ CALLS = {
     "while": lambda x: lax.while_loop(lambda c: c[0, 0] > 1, lambda c: c @ c, x),
     "custom_jvp_call": jax.nn.relu,
     "custom_vjp_call": with_own_vjp,
+    "custom_vmap_call": lambda x: with_own_vmap(x),
+    "linear_call": lambda x: jax.custom_derivatives.linear_call(
+        lambda r, v: r @ v, lambda r, v: r.T @ v, x, x
+    ),
 }
+
+
+@jax.custom_batching.custom_vmap
+def with_own_vmap(x):
+    return x @ x
+
+
+@with_own_vmap.def_vmap
+def _(axis_size, in_batched, x):
+    return x @ x, True
+
+
+def kernel(x):
+    def add_one(x_ref, out_ref):
+        out_ref[...] = x_ref[...] + 1
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pallas.pallas_call(add_one, out_shape=out, interpret=True)(x)
+
+
+def cond_gradient(x):
+    loss = lambda x: lax.cond(x[0, 0] > 0, lambda x: jnp.sin(x).sum(), jnp.sum, x)
+    return jax.grad(loss)(x)
 
 
 def _on_ints():
@@ -308,6 +335,10 @@ OPAQUE = {
     "hessenberg": linalg.hessenberg,
     "householder_product": lambda x: linalg.householder_product(x, x[0]),
     "tridiagonal": lambda x: linalg.tridiagonal(x),
+    "custom_linear_solve": binary(jnp.linalg.solve),
+    "reduce": lambda x: lax.reduce(x, 1.0, lambda a, b: a * b + b, (0,)),
+    "reduce_window": reduce_window(lambda a, b: a * b + b, 1.0),
+    "pallas_call": kernel,
     "complex": binary(lax.complex),
     "real": lambda x: lax.real(lax.complex(x, x)),
     "imag": lambda x: lax.imag(lax.complex(x, x)),
@@ -318,6 +349,7 @@ OPAQUE = {
     "pbroadcast": sharded(lambda x: lax.pbroadcast(x, "i", 0)),
     "device_put": lambda x: jax.device_put(x),
     "empty": lambda x: lax.empty((4,), x.dtype),
+    "empty2": cond_gradient,
     "platform_index": lambda x: lax.platform_dependent(x, cpu=lax.sin, default=lax.cos),
     "debug_callback": lambda x: jax.debug.callback(print, x),
     "debug_print": lambda x: jax.debug.print("{}", x),

@@ -13,6 +13,7 @@ from helpers import primitive_probes as probes
 from helpers.tools import thinned
 
 import mpjax
+from mpjax._autocast.kinds import CONTAINERS
 from mpjax._jaxpr.core import (
     bind,
     check_jaxpr,
@@ -46,7 +47,7 @@ def of_kind(*kinds, **facts):
     }
 
 
-CALLS = of_kind(Kind.CALL, Kind.COND, Kind.LOOP, Kind.CUSTOM)
+CALLS = of_kind(*CONTAINERS)
 TABLES = {
     "half": (of_kind(Kind.HALF), probes.HALF),
     "float32": (of_kind(Kind.FLOAT32), probes.FLOAT32),
@@ -60,7 +61,6 @@ TABLES = {
 INTERNAL = {
     "call",
     "custom_lin",
-    "empty2",
     "eq_to",
     "le_to",
     "lt_to",
@@ -70,12 +70,9 @@ INTERNAL = {
 UNLISTED = {
     "after_all",
     "create_token",
-    "custom_linear_solve",
     "dce_sink",
     "get",
     "ragged_all_to_all",
-    "reduce",
-    "reduce_window",
     "select_and_scatter",
     "swap",
 }
