@@ -27,6 +27,7 @@ from mpjax._train.loss import (
 from mpjax._train.trainable import find_trainable, split_params
 from mpjax._train.update import apply_gradients
 from mpjax._tree import is_floating, is_half, is_inexact, is_key, path_name, to_full
+from mpjax._xla_cpu.switch import partitioned
 from mpjax.optimizer import loss_scale_state, refuse_other_than_optimizer
 from mpjax.policy import (
     PolicyLike,
@@ -261,6 +262,10 @@ def make_train_step(
             frozen, model_state = _varying((frozen, model_state), axis_name)
 
         def gradients(params):
+            with partitioned(mesh is not None):
+                return local_gradients(params)
+
+        def local_gradients(params):
             if axis_name is not None:
                 params = _varying(params, axis_name)
             return scaled_gradients(

@@ -59,6 +59,23 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
     return found
 
 
+def default_branch(eqn: Any) -> Any:
+    """Returns the branch of a choice by platform that names none, or None.
+
+    It says what is meant; the others say the same for a platform (see `_xla_cpu`).
+    """
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None or None not in platforms:
+        return None
+    return eqn.params["branches"][platforms.index(None)]
+
+
+def jaxprs_meant(eqn: Any) -> list[Any]:
+    """Returns the jaxprs inside an equation, of a choice by platform the default."""
+    branch = default_branch(eqn)
+    return inner_jaxprs(eqn) if branch is None else [branch]
+
+
 def map_inner_jaxprs(fn: Callable[[Any], Any], params: dict[str, Any]) -> dict:
     """Applies `fn` to each jaxpr among the parameters of an equation."""
 
@@ -175,6 +192,30 @@ def context_of(eqn: Any) -> Iterator[None]:
         yield
 
 
+def vary_as(jaxpr: Any, aval: Any) -> Any:
+    """Returns a jaxpr whose results vary over the axes of a `shard_map` as `aval` does.
+
+    A jaxpr traced on its own does not know of these axes, even if its inputs do.
+    """
+    body, names = open_jaxpr(jaxpr), {}
+
+    def typed(var):
+        if not is_inexact_aval(var.aval):
+            return var
+        names[var] = Var(var.aval.update(manual_axis_type=aval.manual_axis_type))
+        return names[var]
+
+    eqns = [
+        eqn.replace(
+            invars=renamed(eqn.invars, names),
+            outvars=list(map(typed, eqn.outvars)),
+            params=map_inner_jaxprs(lambda inner: vary_as(inner, aval), eqn.params),
+        )
+        for eqn in body.eqns
+    ]
+    return with_equations(jaxpr, eqns=eqns, outvars=renamed(body.outvars, names))
+
+
 def as_inside(call: Any, eqn: Any) -> Any:
     """Returns an equation of a called function as an equation of the caller.
 
@@ -201,7 +242,7 @@ def walk(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[Any, str
     for eqn in open_jaxpr(jaxpr).eqns:
         yield eqn, join_scope(scope, eqn), times
         inner = join_scope(scope, eqn)
-        for sub in inner_jaxprs(eqn):
+        for sub in jaxprs_meant(eqn):
             yield from walk(sub, inner, times * num_trips(eqn))
 
 

@@ -8,6 +8,10 @@ output, it accumulates in bfloat16, five times as slow as in float32. But a matm
 two contracted axes, or two free axes, it first brings into the form of the library. So
 matmuls get one more axis of length 1, which changes no value, and which XLA removes on
 every device. The derivatives of such a matmul have the axis too.
+
+A program that is partitioned over a mesh, be it of one device, goes through other
+passes first, which undo these forms, and would accumulate in bfloat16. There a CPU
+multiplies the same half numbers in float32.
 """
 
 from typing import Any
@@ -18,12 +22,14 @@ import jax.numpy as jnp
 from mpjax._jaxpr.core import (
     MadeHalf,
     Var,
+    context_of,
     count_uses,
     dtype_of,
     is_var,
     new_eqn,
     open_jaxpr,
     unit_axes_eqn,
+    vary_as,
     with_equations,
 )
 from mpjax._jaxpr.passes import map_equations, map_jaxprs
@@ -61,7 +67,11 @@ def add_unit_axes(jaxpr: Any) -> Any:
     """
 
     def convert(eqn):
-        return with_unit_axes(eqn) if isinstance(eqn.params, MadeHalf) else [eqn]
+        if not isinstance(eqn.params, MadeHalf):
+            return [eqn]
+        if switch.is_partitioned(eqn):
+            return in_float32_on_cpu(eqn)
+        return with_unit_axes(eqn)
 
     return map_equations(convert, jaxpr) if switch.is_on else jaxpr
 
@@ -121,6 +131,34 @@ def with_unit_axes(dot: Any) -> list[Any]:
         primitive=jax.lax.squeeze_p, invars=wide.outvars, params=squeezed
     )
     return [*eqns, wide, narrow]
+
+
+def in_float32_on_cpu(dot: Any) -> list[Any]:
+    """Returns equations for a matmul that a CPU computes in float32, and rounds.
+
+    Args:
+      dot: an equation; unchanged unless it is a `dot_general` in bfloat16.
+    """
+    if dot.primitive.name != "dot_general" or not _is_bfloat16(dot):
+        return [dot]
+
+    def half(x, y):
+        return dot.primitive.bind(x, y, **dot.params)
+
+    # If it is differentiated later, it saves the half operands alone.
+    @jax.checkpoint
+    def wide(x, y):
+        params = dot.params | {"preferred_element_type": jnp.dtype(jnp.float32)}
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return dot.primitive.bind(x, y, **params).astype(_BFLOAT16)
+
+    def matmul(x, y):
+        return jax.lax.platform_dependent(x, y, cpu=wide, default=half)
+
+    with jax.disable_jit(False), context_of(dot):
+        traced = jax.make_jaxpr(jax.jit(matmul))(*(x.aval for x in dot.invars))
+    (call,) = open_jaxpr(vary_as(traced, dot.outvars[0].aval)).eqns
+    return [call.replace(invars=dot.invars, outvars=dot.outvars)]
 
 
 def _is_bfloat16(dot: Any) -> bool:

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 from jax.core import Tracer
 
-from mpjax._jaxpr.core import Literal, count_uses, inner_jaxprs, open_jaxpr
+from mpjax._jaxpr.core import (
+    Literal,
+    count_uses,
+    inner_jaxprs,
+    jaxprs_meant,
+    open_jaxpr,
+)
 from mpjax._jaxpr.loops import Scan, While
 from mpjax._jaxpr.primitives import facts_of
 from mpjax.numerics._eqn_context import EqnContext
@@ -145,7 +151,7 @@ class Flow:
             return outputs
         if name == "cond":
             outputs, *others = [
-                self.run(x, values[1:], inside) for x in eqn.params["branches"]
+                self.run(x, values[1:], inside) for x in jaxprs_meant(eqn)
             ]
             for other in others:
                 outputs = [a.join(b) for a, b in zip(outputs, other, strict=True)]

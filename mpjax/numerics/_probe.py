@@ -247,6 +247,10 @@ class _Interpreter:
             facts = facts_of(eqn)
             if facts.is_call:
                 return self._call(eqn, values, context)
+            branch = _jaxpr.default_branch(eqn)
+            if branch is not None:
+                call, labels = self.make(branch, context)
+                return *call(*values[1:]), labels
             if facts.kind is Kind.COND:
                 return self._cond(eqn, values, context)
             if facts.kind is Kind.LOOP:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax._jaxpr.core import dtype_of, inner_jaxprs, is_inexact_aval, num_bytes, walk
+from mpjax._jaxpr.core import dtype_of, is_inexact_aval, jaxprs_meant, num_bytes, walk
 from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
 from mpjax._jaxpr.flops import count_flops
 from mpjax._jaxpr.primitives import facts_of
@@ -239,7 +239,7 @@ def _operations(jaxpr: Any) -> Iterator[tuple[Any, str, str, int]]:
         if source is not None:
             source = short_source(eqn) or source
         is_operation = source is not None and not holds_operations(eqn)
-        for sub in inner_jaxprs(eqn):
+        for sub in jaxprs_meant(eqn):
             # The scalar function of a reduction does not count on its own.
             own = None if is_operation or source is None else source
             inside.update((id(x), own) for x in getattr(sub, "eqns", ()))
