@@ -6,6 +6,7 @@ in two lines: wrap the optimizer, and scale the loss with `scale_loss`.
 """
 
 import inspect
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -233,6 +234,10 @@ def accepted_extra_args(tx: Any, extra_args: dict[str, Any]) -> dict[str, Any]:
 def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
     """Multiplies a loss by the current scale, in float32 at least.
 
+    Differentiate the result; log the loss itself, which `has_aux=True` returns beside
+    the gradients: `return scale_loss(loss, opt_state), loss`. Warns if something comes
+    before `with_loss_scale` in an `optax.chain`.
+
     Args:
       loss: scalar of any floating dtype.
       opt_state: a state that holds the state of `with_loss_scale` at any depth.
@@ -247,7 +252,26 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
     """
     if _find(loss, LossScaleState):
         raise TypeError("the loss comes first: scale_loss(loss, opt_state).")
+    _warn_of_what_comes_before(opt_state)
     return loss_scale_state(opt_state).loss_scale.scale(loss)
+
+
+def _warn_of_what_comes_before(opt_state: Any) -> None:
+    """Warns if `with_loss_scale` is not the first of an `optax.chain`.
+
+    A chain's state is a tuple of its parts' states; what the others do does not show.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_loss_scale_state)
+    for path, leaf in leaves:
+        indices = [key.idx for key in path if hasattr(key, "idx")]
+        if is_loss_scale_state(leaf) and any(indices):
+            warnings.warn(
+                "something comes before with_loss_scale in an optax.chain, and would "
+                "see gradients that are still scaled, so that clipping, noise or decay "
+                "act on the wrong magnitudes; put it inside: with_loss_scale("
+                "optax.chain(optax.clip_by_global_norm(1.0), tx)).",
+                stacklevel=3,
+            )
 
 
 def loss_scale_state(opt_state: Any) -> LossScaleState:

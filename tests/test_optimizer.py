@@ -184,3 +184,35 @@ def test_two_losses_with_an_optimizer_each():
     out = [tx.update(g, s) for g, s in zip(grads, states, strict=True)]
     assert [float(u[0]) for u, _ in out] == [0.0, -1.0]
     assert [float(s.loss_scale.loss_scale) for _, s in out] == [2.0**14, 2.0**15]
+
+
+@pytest.mark.parametrize("before", [optax.clip_by_global_norm(1.0), optax.scale(0.5)])
+def test_a_loop_by_hand_is_told_of_what_comes_before(before):
+    tx = optax.chain(before, mpjax.with_loss_scale(optax.sgd(0.1)))
+    state = tx.init(jnp.ones(3))
+    with pytest.warns(UserWarning, match="something comes before with_loss_scale"):
+        jax.jit(lambda loss: mpjax.scale_loss(loss, state))(1.0)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        mpjax.with_loss_scale(
+            optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+        ),
+        optax.chain(
+            mpjax.with_loss_scale(optax.sgd(1.0)), optax.add_decayed_weights(0.1)
+        ),
+        optax.masked(mpjax.with_loss_scale(optax.sgd(1.0)), True),
+    ],
+)
+def test_a_loop_by_hand_is_not_told_otherwise(tx):
+    assert float(mpjax.scale_loss(1.0, tx.init(jnp.ones(3)))) == 2.0**15
+
+
+def test_the_scaled_loss_is_unscaled_by_the_state_that_scaled_it():
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    state = tx.init(jnp.ones(3))
+    scaled = mpjax.scale_loss(jnp.float32(0.3), state)
+    found = mpjax.loss_scale_state(state).loss_scale.unscale(scaled)
+    assert float(found) == float(jnp.float32(0.3))

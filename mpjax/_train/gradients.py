@@ -24,7 +24,7 @@ from mpjax._tree import (
 )
 from mpjax._xla_cpu.convolutions import put_channels_last
 from mpjax._xla_cpu.hints import prevent_fusion
-from mpjax.optimizer import scale_loss
+from mpjax.optimizer import loss_scale_state
 from mpjax.policy import PolicyRules
 
 
@@ -67,6 +67,7 @@ def scaled_gradients(
         is not a scalar, or the loss does not depend on the trained parameters.
     """
     check = DerivativeCheck()
+    scale = loss_scale_state(opt_state).loss_scale
 
     def loss_and_aux(trained, frozen, model_state, batch, key):
         params = merge_params(trained, frozen)
@@ -83,7 +84,7 @@ def scaled_gradients(
                 "accuracy or a count has no gradient and belongs into aux."
             )
         loss = check.observe(to_full(loss))
-        return scale_loss(loss, opt_state), (loss, model_state, aux)
+        return scale.scale(loss), (loss, model_state, aux)
 
     # A CPU keeps a float16 gradient in float32 anyway.
     is_unfused = rules is not None and rules.default.compute_dtype != jnp.float16
