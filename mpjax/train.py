@@ -211,12 +211,15 @@ def make_train_step(
       the entries of `aux` (under `aux` where it is not a dictionary).
 
     Raises:
-      TypeError: if `loss_fn` is no function or `tx` no optimizer; at the first call, if
-        `loss_fn` returns none of these forms, or the state is no `TrainState`.
-      ValueError: for a number out of range or an unknown policy; at the first call, for
-        a batch that cannot be cut, a loss that is not a scalar, a new model state of
-        other keys or shapes, an aux that uses a metric's name, a state with an EMA but
-        no decay, or the reverse.
+      TypeError: if `loss_fn` or `loss_weight` is no function, `tx` no optimizer or
+        `mesh` no mesh; at the first call, if `loss_fn` returns none of these forms, or
+        the state is no `TrainState`.
+      ValueError: for a number out of range, an unknown policy, or float64 without x64;
+        at the first call, for a batch that cannot be cut, a loss or weight that is not
+        a scalar, a loss that depends on no trained parameter, a new model state of
+        other keys or shapes, an aux that uses a metric's name, a state of another
+        optimizer, with an EMA but no decay, or the reverse; and for a state that was
+        given to a step before, with `donate`.
     """
     rules = resolve(policy)
     if not callable(loss_fn):
@@ -261,11 +264,8 @@ def make_train_step(
             step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axis_name))
             frozen, model_state = _varying((frozen, model_state), axis_name)
 
+        @partitioned(mesh is not None)
         def gradients(params):
-            with partitioned(mesh is not None):
-                return local_gradients(params)
-
-        def local_gradients(params):
             if axis_name is not None:
                 params = _varying(params, axis_name)
             return scaled_gradients(

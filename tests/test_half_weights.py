@@ -203,3 +203,37 @@ def test_the_same_seed_gives_the_same_rounding():
 
     assert np.array_equal(run(0), run(0))
     assert not np.array_equal(run(0), run(1))
+
+
+def keep_gradients():
+    """An optimizer that moves nothing, and whose state is the last gradients."""
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    return optax.GradientTransformation(
+        zeros, lambda grads, state, params=None: (zeros(grads), grads)
+    )
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("policy", ["float32", "p=bf16,c=f32,o=f32"])
+def test_gradients_of_half_parameters_are_float32(policy, autocast, num_microbatches):
+    """Under a policy that computes in float32, they are not rounded to half."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    w = jax.random.normal(keys[0], (8, 4)).astype(jnp.bfloat16)
+    x = jax.random.normal(keys[1], (16, 8))
+    tx = mpjax.with_loss_scale(keep_gradients())
+    state = mpjax.TrainState.create(params={"w": w}, tx=tx)
+    step = mpjax.make_train_step(
+        lambda params, batch, key: jnp.mean((batch @ params["w"]) ** 2),
+        tx,
+        policy=policy,
+        autocast=autocast,
+        num_microbatches=num_microbatches,
+    )
+    state, _ = step(state, x)
+    found = state.opt_state.inner_state["w"]
+    wide_x, wide_w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    right = 2 * wide_x.T @ (wide_x @ wide_w) / (16 * 4)
+    assert found.dtype == jnp.float32
+    assert state.params["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-6)

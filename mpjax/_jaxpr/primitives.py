@@ -107,6 +107,9 @@ class Facts:
         partial result.
       is_sensitive: whether its relative error is many times that of its operand, or it
         overflows early, so that half precision harms it.
+      is_proportional: whether its result is proportional to each of its operands, or to
+        the inverse of one.
+      tests_equality: whether it is == or !=.
       ranks: whether it ranks the numbers of its operand: its results, or the order of
         its other operands, depend on which of two is larger.
       float16_limit: the argument beyond which it overflows in float16, as text.
@@ -134,6 +137,8 @@ class Facts:
     sums_axes: bool = False
     accumulates: bool = False
     is_sensitive: bool = False
+    is_proportional: bool = False
+    tests_equality: bool = False
     ranks: bool = False
     float16_limit: str = ""
     is_logarithm: bool = False
@@ -222,12 +227,14 @@ _define("gather", kind=Kind.FLOAT32, flops=Flops.NONE, is_slice=True)
 
 # Arithmetic: rounds its result, or depends on its operand's last bit.
 _define("add sub add_any", kind=Kind.PROMOTE, is_addition=True, is_cheap=True)
-_define("mul one_minus_square sign", kind=Kind.PROMOTE, is_cheap=True)
-_define("div", kind=Kind.PROMOTE, is_cheap=True, pole=(1, 0.0))
+_define("mul", kind=Kind.PROMOTE, is_cheap=True, is_proportional=True)
+_define("one_minus_square sign", kind=Kind.PROMOTE, is_cheap=True)
+_define("div", kind=Kind.PROMOTE, is_cheap=True, is_proportional=True, pole=(1, 0.0))
 _define("logistic tanh erf", kind=Kind.PROMOTE, is_activation=True)
 
 # Exact: the numbers of the operands, chosen, negated or moved.
-_define("neg abs max min clamp", kind=Kind.PROMOTE, is_exact=True, is_cheap=True)
+_define("neg", kind=Kind.PROMOTE, is_exact=True, is_cheap=True, is_proportional=True)
+_define("abs max min clamp", kind=Kind.PROMOTE, is_exact=True, is_cheap=True)
 _define("select_n", kind=Kind.PROMOTE, is_exact=True, is_cheap=True, flops=Flops.NONE)
 _define(
     "reshape squeeze copy pvary stop_gradient",
@@ -350,7 +357,8 @@ _define("custom_jvp_call custom_vjp_call", kind=Kind.CUSTOM, is_call=True)
 # As traced on purpose: comparisons and integers, bits, indices and sentinels, linear
 # algebra, random numbers.
 _define("ge gt le lt", compares_order=True, is_cheap=True)
-_define("eq ne and or xor not is_finite", is_cheap=True)
+_define("eq ne", is_cheap=True, tests_equality=True)
+_define("and or xor not is_finite", is_cheap=True)
 _define("argmax argmin", flops=Flops.PER_INPUT, ranks=True)
 _define("sort top_k approx_top_k", ranks=True)
 _define("reduce_and reduce_or reduce_xor", flops=Flops.PER_INPUT)

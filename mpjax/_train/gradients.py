@@ -113,15 +113,16 @@ def scaled_gradients(
             body, (zeros, model_state), (pieces, keys, shares)
         )
         # Weighted results are added up, since the shares add up to 1.
-        num = num_microbatches if shares is None else 1
-        mean = jax.tree.map(lambda g: g / num, total)
-        reduce = lambda x: x.sum(0) / num if is_inexact(x) else x.sum(0)
+        is_weighed = shares is not None
+        combine = lambda x: x.sum(0) if is_weighed or not is_inexact(x) else x.mean(0)
+        if not is_weighed:
+            total = jax.tree.map(lambda g: g / num_microbatches, total)
         return Gradients(
-            scaled=mean,
-            squares=sum_of_squares(mean),
-            loss=losses.sum() / num,
+            scaled=total,
+            squares=sum_of_squares(total),
+            loss=combine(losses),
             model_state=model_state,
-            aux=jax.tree.map(reduce, aux),
+            aux=jax.tree.map(combine, aux),
         )
 
     is_cut = num_microbatches > 1

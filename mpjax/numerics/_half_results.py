@@ -164,11 +164,10 @@ def _decision(
         for history in histories[:keys]:
             if is_choice and history.matmul is not None:
                 return Decision(site, history.matmul, times, eqn)
-    is_test = eqn.primitive.name in ("eq", "ne")
     for x, history in zip(eqn.invars, histories, strict=True):
         # A comparison with labels is a metric; one along a new axis makes a mask.
         is_spread = history.is_spread or eqn.outvars[0].aval.size > x.aval.size
-        if history.decision is not None and (is_spread or not is_test):
+        if history.decision is not None and (is_spread or not facts.tests_equality):
             return history.decision
     return None
 
@@ -208,7 +207,7 @@ def _of_elementwise(
     is_square = name == "square" or (name == "integer_pow" and eqn.params["y"] == 2)
     if is_square or (name == "mul" and len(origins) == 1):
         squares = histories[0].squares or frozenset(origins - {None})
-    elif facts.is_addition or name in ("mul", "div", "neg", "sqrt"):
+    elif facts.is_addition or facts.is_proportional or name == "sqrt":
         squares = frozenset().union(*(h.squares for h in histories))
         factors = frozenset().union(*(h.factors for h in histories))
     if cancelled(eqn, histories) is not None:

@@ -26,7 +26,7 @@ from helpers.primitive_probes import (
 )
 from jax import lax
 
-from mpjax import autocast, full_precision
+from mpjax import autocast, autocast_report, full_precision
 from mpjax._jaxpr.core import dtype_of, inner_jaxprs, open_jaxpr
 
 # --- The contract of tracing.
@@ -149,12 +149,8 @@ def test_a_cast_to_float32_of_float32_is_invisible():
 
 FINE = (1 + integers(5, 8, 8) / 1e4).astype(np.float32)
 
-_vmapped = jax.custom_batching.custom_vmap(lambda x: x @ FINE)
-_vmapped.def_vmap(lambda size, batched, x: (x @ FINE, True))
-
 UNKNOWN = {
     "composite": lambda x: lax.composite(lambda x: x @ FINE, "my.matmul")(x),
-    "custom_vmap_call": lambda x: _vmapped(x),
     "custom_linear_solve": lambda x: lax.custom_linear_solve(
         lambda y: FINE @ y + 9 * y, x, lambda _, b: b @ FINE, symmetric=True
     ),
@@ -174,6 +170,9 @@ def test_an_unknown_primitive_with_a_function_runs_as_traced(name):
     # It takes float32 where it would be given half.
     (eqn,) = eqns(rewrite(lambda x: fn(x @ W), FINE), name)
     assert floats(eqn) == {F32}
+    # Linear algebra is so on purpose; of anything else the report says so.
+    listed = autocast_report(fn)(FINE).not_understood()
+    assert [r.primitive for r in listed] == ([name] if name == "composite" else [])
 
 
 def layer_norm(h):
