@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from helpers.tools import assert_same_bits
+from helpers.tools import assert_same_bits, thinned
 
 import mpjax
 
@@ -112,7 +112,7 @@ def test_a_loss_scale_in_a_loss_scale_is_refused():
         mpjax.with_loss_scale(inner).init(PARAMS)
 
 
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("name", thinned(INSIDE))
 def test_the_loss_scale_is_exact_around(name):
     tx = mpjax.with_loss_scale(INSIDE[name]())
     params, state = train(tx, range(4), scaled=True)

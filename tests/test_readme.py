@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.tools import thinned
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -64,7 +65,7 @@ def test_cost_compares_the_policies(capsys):
     assert "mixed_bfloat16" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", thinned(FRAMEWORKS, 4, rest="slow"))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_train_step_learns_in_each_framework(name):
     namespace = run(name)

@@ -44,6 +44,8 @@ class JittedStep:
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the jitted function."""
+        if name == "_jitted":  # Not made yet, as while it is copied.
+            raise AttributeError(name)
         return getattr(self._jitted, name)
 
 

@@ -105,7 +105,7 @@ def follow(eqn: Any, histories: list[History], site: Any, times: int) -> History
         return dataclasses.replace(first, is_spread=first.is_spread or grows)
     new = History(
         origin=id(eqn),
-        is_random=name.startswith("random_") or any(h.is_random for h in histories),
+        is_random=_is_random(eqn, histories, facts),
         decision=_decision(eqn, histories, facts, site, times),
         is_spread=any(h.is_spread for h in histories),
     )
@@ -172,6 +172,17 @@ def _decision(
     return None
 
 
+def _is_random(eqn: Any, histories: list[History], facts: Facts) -> bool:
+    """Whether results are noise: random numbers, and what is made of them alone.
+
+    A product with noise is noise; a sum is, if all of it is. A matmul's result is not.
+    """
+    if eqn.primitive.name.startswith("random_"):
+        return True
+    are_random = [h.is_random for h in histories]
+    return (all if facts.is_addition else any)(are_random) and not facts.is_matmul
+
+
 def _of_matmul(eqn: Any, histories: list[History], new: History, site: Any) -> History:
     operands = [h.origin for h in histories[:2]]
     if eqn.primitive.name == "dot_general":
@@ -207,7 +218,7 @@ def _of_elementwise(
     is_square = name == "square" or (name == "integer_pow" and eqn.params["y"] == 2)
     if is_square or (name == "mul" and len(origins) == 1):
         squares = histories[0].squares or frozenset(origins - {None})
-    elif facts.is_addition or facts.is_proportional or name == "sqrt":
+    elif facts.is_addition or name == "sqrt" or _is_scaling(eqn, facts):
         squares = frozenset().union(*(h.squares for h in histories))
         factors = frozenset().union(*(h.factors for h in histories))
     if cancelled(eqn, histories) is not None:
@@ -215,6 +226,12 @@ def _of_elementwise(
     return dataclasses.replace(
         new, matmul=matmul, difference=difference, squares=squares, factors=factors
     )
+
+
+def _is_scaling(eqn: Any, facts: Facts) -> bool:
+    """Whether it multiplies or divides an array by one number, or negates it."""
+    sizes = sorted(x.aval.size for x in eqn.invars)
+    return facts.is_proportional and all(size == 1 for size in sizes[:-1])
 
 
 def is_below_zero_by_rounding(operands: list[Any], result: Any) -> bool:

@@ -218,8 +218,8 @@ AGAIN = ("equinox", "haiku")
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in CASES if not n.startswith(AGAIN)]
-    + thinned([n for n in CASES if n.startswith(AGAIN)], 4),
+    thinned([n for n in CASES if not n.startswith(AGAIN)])
+    + thinned([n for n in CASES if n.startswith(AGAIN)], 8),
 )
 def test_a_layer_is_half_in_every_matmul(name):
     case, traced = traced_in_float32(name)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
 import pytest
+from helpers.tools import thinned
 from jax.scipy.sparse.linalg import bicgstab, cg, gmres
 
 import mpjax
@@ -84,7 +85,9 @@ def test_no_matmul_of_linear_algebra_or_its_derivative_is_half(name):
 
 
 @pytest.mark.parametrize("name", ["cg", "eigh", "pinv", "qr", "solve"])
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy", thinned(["mixed_bfloat16", "mixed_float16"], rest="weekly")
+)
 def test_the_gradient_is_that_of_float32(name, policy):
     fn = total(FUNCTIONS[name])
     a = positive_definite()

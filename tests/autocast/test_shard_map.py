@@ -76,13 +76,18 @@ WAYS = {
 }
 
 
+USUAL = ("relu", "custom_vjp", "remat", "scan", "full_precision")
+
+
 def cases():
-    """Every body one way round, one body every way; the others weekly."""
+    """Some bodies one way round, one body three ways; the others weekly."""
     for name in BODIES:
         for way in WAYS:
             if (name, way) == ("custom_vjp", "jvp"):
                 continue  # JAX itself has no forward mode there.
-            is_default = way == "grad(autocast)" or name == "relu"
+            is_default = (way == "grad(autocast)" and name in USUAL) or (
+                way in ("tap", "jit(grad(autocast))") and name == "relu"
+            )
             marks = () if is_default else pytest.mark.weekly
             yield pytest.param(name, way, marks=marks)
 
@@ -99,7 +104,7 @@ def test_the_gradient_is_that_of_the_plain_function(name, way):
     assert error <= tolerance
 
 
-@pytest.mark.parametrize("num", [1, 4])
+@pytest.mark.parametrize("num", [1, pytest.param(4, marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("way", ["grad(autocast)", "tap"])
 def test_without_checks_and_on_one_device(way, check_vma, num):

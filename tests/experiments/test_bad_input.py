@@ -93,6 +93,7 @@ def test_a_mistyped_policy_of_the_parity_table_exits_2(call):
     assert_paragraph(err, "Did you mean")
 
 
+@pytest.mark.weekly
 def test_a_workdir_with_another_configuration_is_left_alone(call, finished):
     before = contents(finished)
     code, err = call(*SMALL, "--num-units", "5", "--seed", "3", "--workdir", finished)

@@ -17,6 +17,8 @@ from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.errors import CheckpointError
 from experiments.harness.files import read_json
 
+pytestmark = pytest.mark.slow
+
 
 class Stop(Exception):
     """Ends a run from inside."""

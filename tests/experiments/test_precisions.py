@@ -9,6 +9,8 @@ import pytest
 from experiments.harness import precisions
 from experiments.models.deep_convnet import DeepConvNet
 
+pytestmark = pytest.mark.weekly
+
 HALVES = ("bfloat16", "float16")
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 

@@ -348,3 +348,14 @@ def order_of_scores(x, w):
     scores = (x @ w).astype(FULL)[:, 0]
     order = jnp.argsort(scores)  # here
     return jnp.take(x, order, 0)
+
+
+@fault(kinds.DECISION, "top_k", X32, W32)
+def router_after_dropout(x, w):
+    @mpjax.autocast
+    def route(x, w):
+        keep = jax.random.bernoulli(jax.random.key(0), 0.9, x.shape)
+        scores = jnp.where(keep, x, 0) @ w + 1.0
+        return lax.top_k(scores, 2)[1]  # here
+
+    return route(x, w)

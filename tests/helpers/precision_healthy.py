@@ -142,3 +142,9 @@ def distances_in_float32(x, w):
 def penalty_and_product(x, w):
     penalty = 1e-3 * jnp.sum(w.astype(FULL) ** 2)
     return jnp.mean((x @ w).astype(FULL)) + jnp.sum(x.astype(FULL) ** 2) * 0 + penalty
+
+
+def normed_residual(x, w):
+    wide = x.astype(FULL)
+    normed = wide / jnp.sqrt(jnp.sum(wide**2, -1, keepdims=True))
+    return normed + (x @ w).astype(FULL)

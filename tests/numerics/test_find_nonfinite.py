@@ -11,6 +11,7 @@ import optax
 import pytest
 from helpers import faults
 from helpers.faults import FAULTS, W, X, gradient, inside_jit, log_of_negative
+from helpers.tools import thinned
 from jax import lax, nn
 
 import mpjax
@@ -28,7 +29,7 @@ def marked_line(fn):
     return line
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["", "jit"])
+@pytest.mark.parametrize("jitted", thinned([True, False]), ids=["jit", ""])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: original(f.fn).__name__)
 def test_a_planted_fault_is_found(fault, jitted):
     fn = jax.jit(fault.fn) if jitted else fault.fn

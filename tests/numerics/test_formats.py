@@ -104,6 +104,7 @@ def test_beyond_the_range_numbers_count_as_of_the_next_exponent():
     assert representable_fraction(h, "float16", 2.0**5).overflow == third
 
 
+@pytest.mark.slow
 def test_under_jit_the_scale_may_be_traced():
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 1e-6
     h = exponent_histogram(x)

@@ -132,6 +132,8 @@ def test_each_line_of_a_cached_jit_is_its_own():
         (healthy.routed_in_float32, (X, W)),
         (healthy.distances_by_differences, (X, W)),
         (healthy.distances_in_float32, (X, W)),
+        (healthy.penalty_and_product, (X, W)),
+        (healthy.normed_residual, (X, W)),
         (lambda x: (jnp.cumsum(x), x @ x, x // 2), (INDEX,)),
         (lambda x: x @ jnp.arange(x.shape[-1]), (X32,)),
         (lambda: None, ()),

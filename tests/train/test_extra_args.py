@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.tools import thinned
 from jax.sharding import PartitionSpec as P
 
 import mpjax
@@ -83,7 +84,10 @@ def test_trajectories_are_those_without_scaling(name, num_microbatches, autocast
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
     "policy",
-    ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.weekly)],
+    [
+        pytest.param("mixed_float16", marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", marks=pytest.mark.weekly),
+    ],
 )
 def test_half_precision(name, policy):
     _, losses = run(OPTIMIZERS[name], policy=policy)
@@ -151,7 +155,7 @@ def test_a_loop_by_hand_hands_out_unscaled_gradients():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", thinned([*OPTIMIZERS][::-1]))
 def test_inside_shard_map(name):
     mesh = sharding.auto_mesh(jax.make_mesh((8,), ("data",)))
     tx = mpjax.with_loss_scale(OPTIMIZERS[name](), axis_name="data")

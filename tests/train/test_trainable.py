@@ -95,7 +95,9 @@ def test_frozen_parameters_cost_nothing():
     assert num_matmuls(None) == 5
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize(
+    "num_microbatches", [2, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_an_overflow_of_what_is_frozen_skips_nothing(num_microbatches):
     """The square root's derivative at zero is Inf, for the base alone."""
     base = {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)}

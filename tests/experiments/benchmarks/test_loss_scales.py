@@ -67,7 +67,7 @@ def test_bad_settings(settings, message):
         loss_scales.Config(**settings)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_compares_and_leaves_a_table_and_a_plot(tmp_path):
     config = loss_scales.Config(
         networks="mlp",

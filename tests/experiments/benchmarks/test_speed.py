@@ -36,7 +36,7 @@ def float32(case):
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
 @pytest.mark.parametrize(
     "baseline",
-    thinned(speed.all_baselines(), 3, rest="weekly"),
+    thinned(speed.all_baselines(), 6, rest="weekly"),
     ids=lambda baseline: baseline.name,
 )
 def test_every_baseline_takes_the_same_steps(baseline, case, float32):
@@ -240,7 +240,7 @@ def test_after_some_minutes_no_further_baseline_is_begun(case):
     assert left_out == {"late": "1e-09 minutes had gone by"}
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_leaves_a_table_and_a_plot(tmp_path, capsys):
     config = speed.Config(
         workloads="convnet",
