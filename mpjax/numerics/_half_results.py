@@ -175,12 +175,16 @@ def _decision(
 def _is_random(eqn: Any, histories: list[History], facts: Facts) -> bool:
     """Whether results are noise: random numbers, and what is made of them alone.
 
-    A product with noise is noise; a sum is, if all of it is. A matmul's result is not.
+    A product with noise is noise; a sum is, if but for numbers in the code all of it
+    is. A matmul's result is not.
     """
     if eqn.primitive.name.startswith("random_"):
         return True
-    are_random = [h.is_random for h in histories]
-    return (all if facts.is_addition else any)(are_random) and not facts.is_matmul
+    if facts.is_matmul or not any(h.is_random for h in histories):
+        return False
+    return not facts.is_addition or all(
+        h.is_random or h.origin is None for h in histories
+    )
 
 
 def _of_matmul(eqn: Any, histories: list[History], new: History, site: Any) -> History:
