@@ -1,9 +1,7 @@
 """A functional train step that leaves the training state as it was on an overflow."""
 
 import numbers
-import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -12,6 +10,16 @@ import optax
 
 from mpjax._autocast import autocast as autocast_function
 from mpjax._struct import pytree_dataclass, replace_fields
+from mpjax._train.checks import (
+    check_ema,
+    check_optimizer,
+    check_options,
+    check_params,
+    check_state,
+    refuse_other_than_arrays,
+    warn_of_collections,
+    warn_of_unused,
+)
 from mpjax._train.explain import JittedStep
 from mpjax._train.gradients import (
     checkpointed,
@@ -21,12 +29,10 @@ from mpjax._train.gradients import (
 from mpjax._train.loss import (
     call_loss,
     check_arguments,
-    describe,
-    refuse_other_than_arrays,
 )
 from mpjax._train.trainable import find_trainable, split_params
 from mpjax._train.update import apply_gradients
-from mpjax._tree import is_floating, is_half, is_inexact, is_key, path_name, to_full
+from mpjax._tree import is_half, is_inexact, is_key, path_name, to_full
 from mpjax._xla_cpu.switch import partitioned
 from mpjax.optimizer import loss_scale_state, refuse_other_than_optimizer
 from mpjax.policy import (
@@ -106,7 +112,7 @@ class TrainState:
             )
         refuse_other_than_optimizer(tx)
         refuse_other_than_arrays(params=params, model_state=model_state)
-        _warn_of_collections(params)
+        warn_of_collections(params)
         is_trained = find_trainable(params, trainable)
         trained, _ = split_params(params, is_trained)
         opt_state = tx.init(trained)
@@ -233,7 +239,7 @@ def make_train_step(
         )
     if ema_decay is not None and not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
-    _check_options(mesh, no_cast_inputs)
+    check_options(mesh, no_cast_inputs)
     if loss_weight is not None and not callable(loss_weight):
         raise TypeError(
             "loss_weight must be a function of a batch, such as lambda batch: "
@@ -250,11 +256,11 @@ def make_train_step(
         return call_loss(loss_fn, params, model_state, batch, key)
 
     def train_step(state: TrainState, batch: Any):
-        _check_state(state)
-        _check_optimizer(state, tx)
-        _check_ema(state, ema_decay)
+        check_state(state, TrainState)
+        check_optimizer(state, tx)
+        check_ema(state, ema_decay)
         if casts:
-            _check_params(state.params, rules)
+            check_params(state.params, rules)
         key, step_key = jax.random.split(state.key)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
@@ -282,7 +288,7 @@ def make_train_step(
             )
 
         out = gradients(params)
-        _warn_of_unused(rules, casts)
+        warn_of_unused(rules, casts)
         scale = loss_scale_state(state.opt_state).loss_scale
         value_fn = differentiable_loss(gradients, scale)
         new_state, metrics = apply_gradients(state, out, tx, ema_decay, key, value_fn)
@@ -325,11 +331,11 @@ def make_eval_step(
     rules = resolve(policy)
     if not callable(eval_fn):
         raise TypeError(f"make_eval_step takes a function first, got {eval_fn!r}.")
-    _check_options(mesh, no_cast_inputs)
+    check_options(mesh, no_cast_inputs)
     casts = not (autocast and can_autocast(rules))
 
     def eval_step(state: TrainState, batch: Any):
-        _check_state(state)
+        check_state(state, TrainState)
         if use_ema and state.ema_params is None:
             raise ValueError("use_ema=True needs TrainState.create(..., ema=True).")
         params = state.ema_params if use_ema else state.params
@@ -349,89 +355,6 @@ def make_eval_step(
         return rules.default.cast_to_output(evaluate(*args))
 
     return JittedStep(eval_step, donate=False)
-
-
-def _check_options(mesh: Any, no_cast_inputs: Any) -> None:
-    if mesh is not None:
-        if not isinstance(mesh, jax.sharding.Mesh):
-            raise TypeError(
-                "mesh must be a jax.sharding.Mesh, such as jax.make_mesh((jax."
-                f"device_count(),), ('data',)), got {describe(mesh)}."
-            )
-        batch_sharding(mesh)
-    try:
-        re.compile(no_cast_inputs)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"no_cast_inputs={no_cast_inputs!r} is not a regular expression: {error}."
-        ) from error
-
-
-def _check_state(state: Any) -> None:
-    if not isinstance(state, TrainState):
-        raise TypeError(
-            "a step takes first the state, which TrainState.create returned, "
-            f"got {describe(state)}."
-        )
-
-
-def _warn_of_collections(params: Any) -> None:
-    """Warns of Linen variables given whole, with BatchNorm statistics as parameters."""
-    if isinstance(params, Mapping) and "params" in params and len(params) > 1:
-        others = ", ".join(repr(name) for name in params if name != "params")
-        warnings.warn(
-            f"params has 'params' and {others}, which looks like all variables of a "
-            "Linen model: the optimizer would train statistics as if they were "
-            "weights. Pass params=variables.pop('params'), model_state=variables.",
-            stacklevel=3,
-        )
-
-
-def _check_optimizer(state: TrainState, tx: Any) -> None:
-    trained, _ = split_params(state.params, state.trainable)
-    expected = jax.eval_shape(tx.init, trained)
-    if jax.tree.structure(expected) != jax.tree.structure(state.opt_state):
-        raise ValueError(
-            "the state was created with another optimizer than the step: pass the same "
-            "tx to TrainState.create and make_train_step, and create a new state when "
-            "optimizer, loss scale or trained parameters change."
-        )
-
-
-def _check_ema(state: TrainState, ema_decay: float | None) -> None:
-    if (state.ema_params is None) != (ema_decay is None):
-        raise ValueError(
-            f"ema_decay={ema_decay}, and the state has "
-            f"{'no' if state.ema_params is None else 'an'} average: pass both "
-            "TrainState.create(..., ema=True) and make_train_step(..., ema_decay=0.999)"
-            ", or neither."
-        )
-
-
-def _warn_of_unused(rules: PolicyRules, casts: bool) -> None:
-    """Warns while tracing of rules that match nothing: most likely misspelled."""
-    unused = rules.unused_rules()
-    if unused:
-        where = "path of a parameter or input" if casts else "name scope of a matmul"
-        remedy = "" if casts else "; autocast=False looks at paths of parameters"
-        warnings.warn(
-            f"the rules {', '.join(map(repr, unused))} match no {where}{remedy}.",
-            stacklevel=2,
-        )
-
-
-def _check_params(params: Any, rules: PolicyRules) -> None:
-    """Raises ValueError for float32 parameters and a policy of half ones."""
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        name = path_name(path)
-        policy = rules.policy_for(f"params/{name}")
-        if is_half(policy.param_dtype) and is_floating(x) and not is_half(x):
-            raise ValueError(
-                f"the policy {str(policy)!r} keeps parameters in half precision, but "
-                f"{name} is {x.dtype}: take 'mixed_float16' or 'mixed_bfloat16', which "
-                "keep them in float32 and compute in half, or create the state with "
-                "mpjax.get_policy(policy).cast_to_param(params)."
-            )
 
 
 def _widen(params: Any, rules: PolicyRules, casts: bool) -> Any:

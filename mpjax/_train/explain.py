@@ -9,7 +9,7 @@ import numpy as np
 
 from mpjax._jaxpr.core import dtype_of, is_float32, is_jaxpr, is_var, open_jaxpr
 from mpjax._report import short_source
-from mpjax._train.loss import describe
+from mpjax._train.describe import describe
 from mpjax._tree import is_half
 
 

@@ -1,13 +1,15 @@
 """Calls a loss, and says what is right if its arguments or results are not."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+
+from mpjax._train.checks import refuse_other_than_arrays
+from mpjax._train.describe import describe, is_array
 
 
 def call_loss(
@@ -71,11 +73,11 @@ def _loss_and_aux(outputs: Any) -> tuple[Any, tuple[None, Any]]:
     Raises:
       TypeError: if it is neither a loss nor `(loss, aux)`.
     """
-    if _is_array(outputs):
+    if is_array(outputs):
         return outputs, (None, None)
     if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
         loss, aux = outputs
-        if _is_array(loss):
+        if is_array(loss):
             return loss, (None, aux)
     raise TypeError(
         "loss_fn(params, batch, key) must return the loss, a scalar, or (loss, aux), "
@@ -95,7 +97,7 @@ def _loss_state_and_aux(outputs: Any, old: Any) -> tuple[Any, tuple[Any, Any]]:
       ValueError: if the new model state has another structure, or other shapes.
     """
     is_pair = lambda x: isinstance(x, (tuple, list)) and len(x) == 2
-    if not (is_pair(outputs) and _is_array(outputs[0]) and is_pair(outputs[1])):
+    if not (is_pair(outputs) and is_array(outputs[0]) and is_pair(outputs[1])):
         raise TypeError(
             "the state has a model state, so loss_fn(params, model_state, batch, key) "
             "must return (loss, (model_state, aux)), with aux None for none, got "
@@ -148,68 +150,6 @@ class DerivativeCheck:
                 "nnx.merge(graphdef, params)), and without stop_gradient or rounding "
                 "on the way to the loss."
             )
-
-
-def refuse_other_than_arrays(**trees: Any) -> None:
-    """Raises TypeError for a tree that holds a module, a function, text or the like.
-
-    Args:
-      **trees: trees by the names that the message gives them.
-    """
-    for name, tree in trees.items():
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_module)
-        for path, leaf in leaves:
-            if not _is_array(leaf) or _is_nnx_module(leaf):
-                raise TypeError(
-                    f"{name}{jax.tree_util.keystr(path)} must be an array, got "
-                    f"{describe(leaf)}: {_how_to_split(leaf)}."
-                )
-
-
-def _is_nnx_module(x: Any) -> bool:
-    nnx: Any = sys.modules.get("flax.nnx")
-    return hasattr(nnx, "Module") and isinstance(x, nnx.Module)
-
-
-def _how_to_split(leaf: Any) -> str:
-    """Returns how the parameters of a framework's model are told from the rest."""
-    if isinstance(leaf, str):
-        return "text cannot be traced; keep it outside"
-    if _is_nnx_module(leaf):
-        return (
-            "graphdef, params, rest = nnx.split(model, nnx.Param, ...) gives params "
-            "and a model_state; inside loss_fn, model = nnx.merge(graphdef, params, "
-            "rest, copy=True)"
-        )
-    module = type(leaf).__module__
-    if module.startswith("flax.linen") or hasattr(leaf, "init"):
-        return "model.init(key, x)['params'] gives the parameters of a module"
-    return (
-        "give the arrays alone and put the rest together inside loss_fn, for Equinox "
-        "params, static = eqx.partition(model, eqx.is_inexact_array) and eqx.combine("
-        "params, static)"
-    )
-
-
-def describe(x: Any) -> str:
-    """Returns in some words what a value is: a dtype and shape, a tuple of what."""
-    if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return f"{x.dtype}{list(x.shape)}"
-    if x is None or isinstance(x, (bool, int, float, complex, str)):
-        return repr(x)
-    if isinstance(x, dict):
-        return f"a dictionary with the keys {', '.join(map(repr, x)) or 'none'}"
-    if type(x) in (tuple, list):
-        inner = ", ".join(map(describe, x[:4])) + (", ..." if len(x) > 4 else "")
-        return f"a {type(x).__name__} of {len(x)}: ({inner})"
-    if callable(x) and hasattr(x, "__name__"):
-        return f"the function {x.__name__}"
-    return f"an object of type {type(x).__name__}"
-
-
-def _is_array(x: Any) -> bool:
-    is_number = isinstance(x, (bool, int, float, complex))
-    return is_number or hasattr(x, "dtype") or hasattr(x, "__jax_array__")
 
 
 def _shapes_of(tree: Any) -> str:
