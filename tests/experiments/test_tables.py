@@ -57,6 +57,7 @@ def test_a_result_file_that_is_missing_or_damaged(
     assert readme.read_text() == STALE
 
 
+@pytest.mark.slow
 def test_help_says_what_it_writes_and_a_wrong_flag_writes_nothing():
     before = tables.README.read_bytes()
     code, out, _ = cli_runs.run("--help", module="experiments.tables")

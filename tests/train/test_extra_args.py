@@ -135,6 +135,7 @@ def test_the_gradient_of_value_fn_does_not_underflow():
     assert float(loss) == float(value) == 8 * 2.0**-28
 
 
+@pytest.mark.slow
 def test_a_loop_by_hand_hands_out_unscaled_gradients():
     """Whatever `grad` was: the scaled gradients that `update` takes, or true ones."""
     tx = mpjax.with_loss_scale(optax.lbfgs(), mpjax.StaticLossScale(2.0**10))

@@ -8,6 +8,7 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.files import read_json
 
 
+@pytest.mark.slow
 def test_ratios_are_to_float32_of_the_same_batch():
     runs = memory.measure("mlp", mlp(64), 256, device=None)
     assert [run["name"] for run in runs] == list(memory.STEPS)

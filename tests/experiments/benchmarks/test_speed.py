@@ -47,6 +47,7 @@ def test_every_baseline_takes_the_same_steps(baseline, case, float32):
     )
 
 
+@pytest.mark.slow
 def test_keras_scales_the_loss_in_float16(case):
     keras = pytest.importorskip("keras")
     made = []
