@@ -26,7 +26,8 @@ class NonFiniteGuard:
     """Watches the metrics of a train step and raises once skipping has become hopeless.
 
     A few skipped steps are how dynamic loss scaling works. Skips at the smallest scale
-    are not: then the data, the model or the learning rate makes the Inf or NaN.
+    are not: then the data, the model or the learning rate makes the Inf or NaN, or
+    a parameter that need not be trained, which `TrainState.create(trainable=)` freezes.
 
     >>> import mpjax
     >>> guard = NonFiniteGuard(mpjax.NoOpLossScale(), max_consecutive_skipped=2)

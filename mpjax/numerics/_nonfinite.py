@@ -42,8 +42,9 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
 
     Give it the function that went wrong: `jax.value_and_grad(loss_fn)` to include the
     backward pass, `autocast(jax.value_and_grad(loss_fn))` for half precision, or a
-    whole train step. Compiled code may keep float32 between operations on half; here
-    each operation rounds.
+    whole train step, of which it also names the parameters whose gradients are not
+    finite. Compiled code may keep float32 between operations on half; here each
+    operation rounds.
 
     Args:
       fn: any function of pytrees that JAX can trace. Side effects such as
