@@ -53,7 +53,7 @@ def test_killed_three_times_it_ends_bitwise_the_same(uninterrupted, tmp_path):
     assert_same(workdir, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_stopped_by_signals_it_prints_the_command_that_goes_on(uninterrupted, tmp_path):
     workdir = tmp_path / "a run's directory"
     line = shlex.join(cli_runs.command(*FLAGS, "--workdir", workdir))

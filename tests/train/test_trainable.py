@@ -96,7 +96,7 @@ def test_frozen_parameters_cost_nothing():
 
 
 @pytest.mark.parametrize(
-    "num_microbatches", [2, pytest.param(1, marks=pytest.mark.slow)]
+    "num_microbatches", [2, pytest.param(1, marks=pytest.mark.weekly)]
 )
 def test_an_overflow_of_what_is_frozen_skips_nothing(num_microbatches):
     """The square root's derivative at zero is Inf, for the base alone."""
