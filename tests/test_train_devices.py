@@ -9,6 +9,7 @@ from helpers.tools import (
     assert_same_bits,
     batch_norm_model,
     everything,
+    over_devices,
     regression_batch,
     rich_optimizer,
 )
@@ -51,15 +52,7 @@ def rich(axis_name=None, **kwargs):
 def test_shard_map_where_one_shard_overflows(check_vma):
     mesh = auto_mesh((8,), ("data",))
     state, step = rich("data")
-    mapped = jax.jit(
-        jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=(P(), P()),
-            check_vma=check_vma,
-        )
-    )
+    mapped = over_devices(step, mesh, check_vma=check_vma)
     state, metrics = mapped(state, regression_batch(64))
     assert bool(metrics["grads_finite"])
     assert int(metrics["num_examples"]) == 64

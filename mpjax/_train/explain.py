@@ -1,7 +1,8 @@
 """Says in the words of a train step what an error of JAX or Flax means there."""
 
 import functools
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,25 +112,24 @@ def _explain_carry(step: Any, args: Any, kwargs: Any, error: Exception) -> None:
     )
 
 
-def _jaxprs_of(step: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """Yields the loop bodies and branches that JAX was tracing when a step failed.
+def _jaxprs_of(step: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Returns the loop bodies and branches that JAX was tracing when a step failed.
 
     They are found in the frames of the traceback, the innermost first; none if JAX
     names them otherwise.
     """
     filtering = jax.config.jax_traceback_filtering
     jax.config.update("jax_traceback_filtering", "off")
+    found: list[Any] = []
     try:
         jax.eval_shape(step, *args, **kwargs)
     except Exception as error:
-        frames, traceback = [], error.__traceback__
-        while traceback is not None:
-            frames.append(traceback.tb_frame)
-            traceback = traceback.tb_next
-        for frame in reversed(frames):
-            yield from map(open_jaxpr, filter(is_jaxpr, frame.f_locals.values()))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            jaxprs = filter(is_jaxpr, frame.f_locals.values())
+            found = [*map(open_jaxpr, jaxprs), *found]
     finally:
         jax.config.update("jax_traceback_filtering", filtering)
+    return found
 
 
 def _widening(jaxpr: Any) -> str | None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import mpjax
 from mpjax._tree import is_key
@@ -83,6 +84,19 @@ def regression_batch(size=16, seed=0, spike=None):
     if spike is not None:
         x[0, 0] = spike
     return {"x": jnp.asarray(x), "label": jnp.asarray(label)}
+
+
+def over_devices(step, mesh, *, check_vma):
+    """Maps a train step over the axis `data`: the batch is split, the state is not."""
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=(P(), P()),
+            check_vma=check_vma,
+        )
+    )
 
 
 def thinned(values, step=2, rest=None):

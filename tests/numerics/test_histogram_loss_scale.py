@@ -12,6 +12,7 @@ from helpers.tools import (
     assert_same_bits,
     batch_norm_model,
     everything,
+    over_devices,
     regression_batch,
 )
 from hypothesis import given, settings
@@ -344,15 +345,7 @@ def test_the_train_step_on_eight_devices_where_one_overflows(check_vma):
     tx = mpjax.with_loss_scale(optax.adam(1e-2), scale, axis_name="data")
     state = mpjax.TrainState.create(params=params, tx=tx, model_state=model_state)
     step = mpjax.make_train_step(loss_fn, tx, axis_name="data", donate=False)
-    mapped = jax.jit(
-        jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=(P(), P()),
-            check_vma=check_vma,
-        )
-    )
+    mapped = over_devices(step, mesh, check_vma=check_vma)
     state, metrics = mapped(state, regression_batch(64))
     assert metrics["grads_finite"]
     picked = float(state.opt_state.loss_scale.loss_scale)

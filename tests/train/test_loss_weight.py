@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.tools import assert_same_bits, everything
+from helpers.tools import assert_same_bits, everything, over_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec as P
 
 import mpjax
 from mpjax import sharding
@@ -216,15 +215,7 @@ def test_devices_of_shard_map_are_weighed(num, check_vma):
         axis_name="data",
         donate=False,
     )
-    mapped = jax.jit(
-        jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=(P(), P()),
-            check_vma=check_vma,
-        )
-    )
+    mapped = over_devices(step, mesh, check_vma=check_vma)
     batch = inputs([4, 1, 0, 0, 2, 0, 3, 4])
     state, metrics = mapped(start_with_running_mean(), batch)
     assert_true(state, metrics, batch)
