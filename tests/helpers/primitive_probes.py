@@ -24,6 +24,7 @@ VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
 
 # The first version of jax that makes a primitive, and the first that no longer does.
 SINCE = {
+    "empty2": (0, 10, 2),
     "eval_jaxpr": (0, 11),
     "log2": (0, 11),
     "mulhi": (0, 10, 2),
