@@ -15,6 +15,7 @@ from mpjax._autocast.kinds import CONTAINERS
 from mpjax._jaxpr.core import (
     Literal,
     inner_jaxprs,
+    is_backward,
     is_float32,
     join_scope,
     open_jaxpr,
@@ -31,11 +32,14 @@ class Demand(NamedTuple):
       wants_float32: whether some consumer would rather have float32.
       must_keep: whether some consumer must have it as traced: an output, a loop, an
         opaque operation.
+      flows: the half dtypes in which it goes on to a matmul of its own pass, forward or
+        backward, through arithmetic.
     """
 
     halves: frozenset
     wants_float32: bool
     must_keep: bool = False
+    flows: frozenset = frozenset()
 
     def only_half(self) -> Any:
         """Returns the one half dtype that every consumer wants, or None."""
@@ -91,7 +95,11 @@ class DemandAnalysis:
         return False
 
     def demands(
-        self, jaxpr: Any, outputs: tuple[Demand, ...], scope: str
+        self,
+        jaxpr: Any,
+        outputs: tuple[Demand, ...],
+        scope: str,
+        in_backward: bool = False,
     ) -> tuple[dict, tuple[Demand, ...]]:
         """Returns the demand on each variable.
 
@@ -99,27 +107,43 @@ class DemandAnalysis:
           jaxpr: closed or open.
           outputs: the demand on each output from outside.
           scope: the name scope of the jaxpr.
+          in_backward: whether it belongs to a backward pass.
 
         Returns:
           A `Demand` per variable (`NO_DEMAND` where it has none), and one per input.
         """
-        cache_key = (id(jaxpr), outputs, scope)
+        cache_key = (id(jaxpr), outputs, scope, in_backward)
         known = self._known.get(cache_key)
         if known is None:
             body = open_jaxpr(jaxpr)
-            found = self._find(body, outputs, scope)
+            found = self._find(body, outputs, scope, in_backward)
             per_input = tuple(found.get(v, NO_DEMAND) for v in body.invars)
             known = self._known[cache_key] = (jaxpr, found, per_input)
         return known[1], known[2]
 
-    def _find(self, body: Any, outputs: tuple[Demand, ...], scope: str) -> dict:
+    def _find(
+        self, body: Any, outputs: tuple[Demand, ...], scope: str, in_backward: bool
+    ) -> dict:
         found: dict = {}
+        passes = [is_backward(eqn, in_backward) for eqn in body.eqns]
+        made_in = {
+            var: backward
+            for eqn, backward in zip(body.eqns, passes, strict=True)
+            for var in eqn.outvars
+        }
         _add(found, body.outvars, outputs)
-        for eqn in reversed(body.eqns):
-            _add(found, eqn.invars, self._operand_demands(eqn, found, scope))
+        for eqn, backward in zip(reversed(body.eqns), reversed(passes), strict=True):
+            demands = self._operand_demands(eqn, found, scope, backward)
+            for atom, demand in zip(eqn.invars, demands, strict=True):
+                is_own = isinstance(atom, Literal) or made_in.get(atom, backward)
+                if is_own is not backward and demand.flows:
+                    demand = demand._replace(flows=frozenset())
+                _add(found, (atom,), (demand,))
         return found
 
-    def _operand_demands(self, eqn: Any, found: dict, scope: str) -> Iterable[Demand]:
+    def _operand_demands(
+        self, eqn: Any, found: dict, scope: str, in_backward: bool
+    ) -> Iterable[Demand]:
         """Returns the demands of an equation on its operands.
 
         Args:
@@ -135,21 +159,23 @@ class DemandAnalysis:
             demand = (
                 WANTS_FLOAT32
                 if dtype is None
-                else Demand(frozenset((dtype,)), wants_float32=False)
+                else Demand(frozenset((dtype,)), wants_float32=False, flows=frozenset((dtype,)))
             )
         elif kind is Kind.PROMOTE and is_eligible(eqn):
             results = [found.get(v, NO_DEMAND) for v in eqn.outvars]
             return _promote_demands(eqn, results)
         elif kind in (Kind.CALL, Kind.COND) or self.is_elementwise(eqn):
-            return self._call_demands(eqn, found, scope)
+            return self._call_demands(eqn, found, scope, in_backward)
         elif kind is Kind.LOOP and eqn.primitive.name == "scan":
-            return self._scan_demands(eqn, scope)
+            return self._scan_demands(eqn, scope, in_backward)
         else:
             is_arithmetic = kind in (Kind.FLOAT32, Kind.PROMOTE)
             demand = WANTS_FLOAT32 if is_arithmetic else MUST_KEEP
         return [demand] * len(eqn.invars)
 
-    def _call_demands(self, eqn: Any, found: dict, scope: str) -> list[Demand]:
+    def _call_demands(
+        self, eqn: Any, found: dict, scope: str, in_backward: bool
+    ) -> list[Demand]:
         """Returns the demands of the jaxprs inside; a conditional keeps its results."""
         is_cond = self._kind_of(eqn) is Kind.COND
         results = tuple(
@@ -158,24 +184,38 @@ class DemandAnalysis:
         inner_scope = join_scope(scope, eqn)
         index = (NO_DEMAND,) if is_cond else ()
         per_jaxpr = [
-            (*index, *self.demands(inner, results, inner_scope)[1])
+            (*index, *self.demands(inner, results, inner_scope, in_backward)[1])
             for inner in inner_jaxprs(eqn)
         ]
         if any(len(demands) != len(eqn.invars) for demands in per_jaxpr):
             return [MUST_KEEP] * len(eqn.invars)
         return [_join(demands) for demands in zip(*per_jaxpr, strict=True)]
 
-    def _scan_demands(self, eqn: Any, scope: str) -> list[Demand]:
+    def _scan_demands(self, eqn: Any, scope: str, in_backward: bool) -> list[Demand]:
         """Returns half for each stack whose slices the body takes only in half.
+
+        In a backward pass, a stack that goes on to a matmul is half as well: a residual
+        of the forward loop, which a model by hand saves in half. The forward loop still
+        computes with the float32 value.
 
         Constants and the carry stay as traced: otherwise the gradient of a constant,
         accumulated over the steps, would be half.
         """
         outputs = (MUST_KEEP,) * len(eqn.outvars)
-        _, demands = self.demands(eqn.params["jaxpr"], outputs, join_scope(scope, eqn))
+        _, demands = self.demands(
+            eqn.params["jaxpr"], outputs, join_scope(scope, eqn), in_backward
+        )
         consts, carry, xs = Scan(eqn).split_operands(demands)
-        stacked = [demand if demand.only_half() else MUST_KEEP for demand in xs]
+        stacked = [_stack_demand(demand, in_backward) for demand in xs]
         return [MUST_KEEP] * len(consts + carry) + stacked
+
+
+def _stack_demand(demand: Demand, in_backward: bool) -> Demand:
+    if demand.only_half():
+        return demand
+    if in_backward and len(demand.flows) == 1 and not demand.must_keep:
+        return Demand(demand.flows, wants_float32=False, flows=demand.flows)
+    return MUST_KEEP
 
 
 def _promote_demands(eqn: Any, results: list[Demand]) -> list[Demand]:
@@ -183,11 +223,11 @@ def _promote_demands(eqn: Any, results: list[Demand]) -> list[Demand]:
     out = _join(results)
     if not facts.is_exact or facts.shrinks:
         # It may run in half if its result is taken in half, but prefers float32.
-        out = Demand(out.halves, wants_float32=True)
+        out = Demand(out.halves, wants_float32=True, flows=out.flows)
     demands = [out] * len(eqn.invars)
     if eqn.primitive.name == "select_and_scatter_add":
         # The second operand is only compared, so it need not be float32.
-        demands[1] = Demand(out.halves, wants_float32=False)
+        demands[1] = out._replace(wants_float32=False, must_keep=False)
     return demands
 
 
@@ -199,6 +239,7 @@ def _join(demands: Iterable[Demand]) -> Demand:
         frozenset().union(*(demand.halves for demand in demands)),
         any(demand.wants_float32 for demand in demands),
         any(demand.must_keep for demand in demands),
+        frozenset().union(*(demand.flows for demand in demands)),
     )
 
 

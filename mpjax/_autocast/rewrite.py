@@ -108,6 +108,7 @@ class Rewriter:
         out_demands: tuple[Demand, ...] | None = None,
         out_dtypes: tuple[Any, ...] | None = None,
         scope: str = "",
+        in_backward: bool = False,
         times: int = 1,
     ) -> tuple[Any, tuple[Any, ...]]:
         """Rewrites one jaxpr and all inside it.
@@ -122,6 +123,7 @@ class Rewriter:
             keeps the dtype of the rewrite. Without this and `out_demands` outputs have
             the dtypes as traced.
           scope: its name scope.
+          in_backward: whether it belongs to a backward pass.
           times: how often it runs.
 
         Returns:
@@ -147,12 +149,13 @@ class Rewriter:
             out_demands,
             out_dtypes,
             scope if can_change else "",
+            in_backward,
         )
         if self.log is None and cache_key in self._done:
             return self._done[cache_key][1]
         out_demands = out_demands or (MUST_KEEP,) * len(outputs)
-        demands, _ = self.demand.demands(jaxpr, out_demands, scope)
-        rewriter = JaxprRewriter(self, demands, scope, times)
+        demands, _ = self.demand.demands(jaxpr, out_demands, scope, in_backward)
+        rewriter = JaxprRewriter(self, demands, scope, times, in_backward)
         result = rewriter.run(jaxpr, in_dtypes, in_values, out_dtypes)
         self._done[cache_key] = (jaxpr, result)
         return result

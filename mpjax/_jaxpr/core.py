@@ -351,6 +351,21 @@ def join_scope(scope: str, eqn: Any) -> str:
     return "/".join([scope, *parts]) if scope else "/".join(parts)
 
 
+def is_backward(eqn: Any, inherited: bool = False) -> bool:
+    """Whether an equation belongs to a backward pass, by JAX's name for it.
+
+    What a checkpoint computes again there belongs to the forward pass.
+
+    Args:
+      eqn: the equation.
+      inherited: whether the equation around it belongs to a backward pass.
+    """
+    stack = str(eqn.source_info.name_stack)
+    if "rematted_computation" in stack:
+        return False
+    return inherited or "transpose(" in stack
+
+
 def source_line(eqn: Any) -> str:
     """Returns the user's source line of an equation, `file.py:12 (function)`."""
     return source_info_util.summarize(eqn.source_info)

@@ -101,7 +101,8 @@ class Facts:
         those of one device.)
       reduces_by_jaxpr: whether its inner jaxpr combines two scalars, and is not called
         on its operands.
-      is_addition: whether it adds two operands.
+      is_addition: whether it adds or subtracts two operands.
+      is_sum: whether it adds two operands.
       sums_axes: whether it adds up, or multiplies, all elements along some axes.
       accumulates: whether it adds up, or multiplies, along one axis, keeping every
         partial result.
@@ -134,6 +135,7 @@ class Facts:
     is_call: bool = False
     reduces_by_jaxpr: bool = False
     is_addition: bool = False
+    is_sum: bool = False
     sums_axes: bool = False
     accumulates: bool = False
     is_sensitive: bool = False
@@ -204,7 +206,7 @@ _define(
 _define("acosh", kind=Kind.FLOAT32, outside_domain=lambda x: x < 1)
 _define(
     """
-    polynomial cbrt sin cos tan atan atan2 asinh erfc
+    polynomial cbrt sin cos tan atan atan2 asinh
     igamma igammac igamma_grad_a polygamma zeta
     bessel_i0e bessel_i1e regularized_incomplete_beta
     """,
@@ -226,11 +228,14 @@ _define("psum psum_invariant", kind=Kind.FLOAT32)
 _define("gather", kind=Kind.FLOAT32, flops=Flops.NONE, is_slice=True)
 
 # Arithmetic: rounds its result, or depends on its operand's last bit.
-_define("add sub add_any", kind=Kind.PROMOTE, is_addition=True, is_cheap=True)
+_define(
+    "add add_any", kind=Kind.PROMOTE, is_addition=True, is_sum=True, is_cheap=True
+)
+_define("sub", kind=Kind.PROMOTE, is_addition=True, is_cheap=True)
 _define("mul", kind=Kind.PROMOTE, is_cheap=True, is_proportional=True)
 _define("one_minus_square sign", kind=Kind.PROMOTE, is_cheap=True)
 _define("div", kind=Kind.PROMOTE, is_cheap=True, is_proportional=True, pole=(1, 0.0))
-_define("logistic tanh erf", kind=Kind.PROMOTE, is_activation=True)
+_define("logistic tanh erf erfc", kind=Kind.PROMOTE, is_activation=True)
 
 # Exact: the numbers of the operands, chosen, negated or moved.
 _define("neg", kind=Kind.PROMOTE, is_exact=True, is_cheap=True, is_proportional=True)

@@ -76,7 +76,7 @@ def test_a_weight_used_512_times_accumulates_its_gradient_in_float32(policy):
     by_hand = gradient(hand_cast(case.loss, dtype), *args, scale=scale)
     cast = autocast_gradient(case.loss, *args, policy, scale=scale)
     errors = [relative_error(g["w"], truth("rnn", 0)["w"]) for g in (cast, by_hand)]
-    assert errors[0] <= errors[1] / 4
+    assert errors[0] <= errors[1] / 3
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -138,7 +138,6 @@ FLOAT32 = {
     "acosh": lambda x: lax.acosh(x + 2),
     "atanh": lax.atanh,
     "erf_inv": lax.erf_inv,
-    "erfc": lax.erfc,
     "lgamma": lax.lgamma,
     "digamma": lax.digamma,
     "igamma": binary(lax.igamma),
@@ -172,6 +171,7 @@ ARITHMETIC = {
     "logistic": lax.logistic,
     "tanh": lax.tanh,
     "erf": lax.erf,
+    "erfc": lax.erfc,
 }
 
 EXACT = {
