@@ -5,7 +5,7 @@ so does this graph. Loops and branches are single operations in it.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 from mpjax._jaxpr.core import (
@@ -13,7 +13,6 @@ from mpjax._jaxpr.core import (
     inner_jaxprs,
     is_var,
     join_scope,
-    num_trips,
     open_jaxpr,
 )
 from mpjax._jaxpr.primitives import Flops, Kind, facts_of
@@ -69,6 +68,11 @@ class Node:
     def reads_memory(self) -> bool:
         """Whether its operands must be in memory: a matmul, a loop, a library call."""
         return not self.is_fused and facts_of(self.eqn).flops is not Flops.PER_INPUT
+
+    @functools.cached_property
+    def bodies(self) -> list["Graph"]:
+        """A graph per jaxpr inside a loop or a conditional."""
+        return [Graph(inner, self.scope) for inner in inner_jaxprs(self.eqn)]
 
     @property
     def is_view(self) -> bool:
@@ -176,14 +180,3 @@ def behind_views(value: Value) -> Value:
             break
         value = operand
     return value
-
-
-def inner_graphs(node: Node) -> Iterator[Graph]:
-    """Yields a graph per jaxpr inside a loop or a conditional."""
-    for inner in inner_jaxprs(node.eqn):
-        yield Graph(inner, node.scope)
-
-
-def num_steps(node: Node) -> int:
-    """Returns the steps of a loop; 1 if it is none, or unknown."""
-    return num_trips(node.eqn)

@@ -10,22 +10,15 @@ of its largest layer or the layer that a `jax.checkpoint` computes again, is not
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mpjax._autocast.eligibility import asks_for_sign
-from mpjax._autocast.graph import (
-    Graph,
-    Node,
-    Value,
-    behind_views,
-    inner_graphs,
-    num_steps,
-)
+from mpjax._autocast.graph import Graph, Node, Value, behind_views
 from mpjax._autocast.residuals import minimum_cut
-from mpjax._jaxpr.core import dtype_of, is_float32, num_bytes
-from mpjax._jaxpr.loops import Scan
+from mpjax._jaxpr.core import dtype_of, is_float32, num_bytes, num_trips
 from mpjax._jaxpr.primitives import facts_of
 from mpjax._report import short_source
 from mpjax._tree import is_half
@@ -87,7 +80,7 @@ def _rows(graph: Graph, why_float32: Mapping) -> Iterator[tuple[tuple, int]]:
         yield _describe(graph, value, why_float32), num_bytes(value)
     for node in graph.nodes:
         if not node.is_backward:
-            for inner in inner_graphs(node):
+            for inner in node.bodies:
                 yield from _rows(inner, why_float32)
 
 
@@ -99,11 +92,7 @@ class _Arithmetic(NamedTuple):
 
 def _saved_values(graph: Graph) -> list[Value]:
     """Returns the values that stay in memory from the forward to the backward pass."""
-
-    def is_made_forward(value):
-        is_made = value.node is not None and not value.node.is_backward
-        return is_made and not graph.is_constant(value)
-
+    is_made_forward = functools.partial(_is_made_forward, graph)
     targets, read = {}, {True: set(), False: set()}
     for node in graph.nodes:
         operands = [behind_views(x) for x in node.operands if x is not None]
@@ -135,6 +124,11 @@ def _saved_values(graph: Graph) -> list[Value]:
     return [v for v in producers if v in in_memory or (v in cut and cost[v])]
 
 
+def _is_made_forward(graph: Graph, value: Value) -> bool:
+    is_made = value.node is not None and not value.node.is_backward
+    return is_made and not graph.is_constant(value)
+
+
 def _operands_again(node: Node) -> list[Value]:
     """Returns the operands from which arithmetic computes its result again.
 
@@ -158,8 +152,8 @@ def _describe(graph: Graph, value: Value, why_float32: Mapping) -> tuple:
     if source.node is None and is_cast and is_half(dtype_of(value)):
         reason = f"half copy of {_kind_of_input(graph, source)}"
     reason = reason or _why_needed(value, node)
-    if value.node is not None and num_steps(value.node) > 1:
-        reason = f"in each of {num_steps(value.node)} steps: {reason}"
+    if value.node is not None and (num_steps := num_trips(value.node.eqn)) > 1:
+        reason = f"in each of {num_steps} steps: {reason}"
     if is_float32(value.aval) and (
         why := why_float32.get((node.eqn.primitive.name, line))
     ):
@@ -178,7 +172,8 @@ def _origin(value: Value) -> tuple[Value, bool]:
         elif node.is_view and behind_views(value) is not value:
             value = behind_views(value)
         else:
-            inside = [graph.outputs[value.index] for graph in _bodies(node)]
+            alike = [g for g in node.bodies if len(g.outputs) == len(node.results)]
+            inside = [graph.outputs[value.index] for graph in alike]
             made = [x for x in inside if x is not None and _origin(x)[0].node]
             if not made:
                 break
@@ -186,22 +181,20 @@ def _origin(value: Value) -> tuple[Value, bool]:
     return value, is_cast
 
 
-def _bodies(node: Node) -> Iterator[Graph]:
-    """Yields the graphs whose outputs are the results of a loop or conditional."""
-    for graph in inner_graphs(node):
-        if len(graph.outputs) == len(node.results):
-            yield graph
-
-
 def _kind_of_input(graph: Graph, value: Value) -> str:
-    """Returns whether an input has a gradient among the outputs of the function."""
-    gradients = (x for x in graph.outputs if x is not None and x.node is not None)
-    aval: Any = value.aval
-    for x in gradients:
-        is_alike = (x.aval.shape, x.aval.dtype) == (aval.shape, aval.dtype)
-        if is_alike and x.node.is_backward:
-            return "a parameter"
-    return "an argument"
+    """Returns whether an input is differentiated.
+
+    Its gradient is an output of the same shape and dtype. If more inputs look like it
+    than have a gradient, there is no telling which.
+    """
+
+    def is_alike(x):
+        return (x.aval.shape, dtype_of(x)) == (value.aval.shape, dtype_of(value))
+
+    made = [x for x in graph.outputs if x is not None and x.node is not None]
+    num_gradients = sum(is_alike(x) for x in made if x.node.is_backward)
+    num_alike = sum(map(is_alike, graph.inputs))
+    return "a parameter" if num_gradients >= num_alike else "an argument"
 
 
 def _why_needed(value: Value, maker: Node) -> str:
@@ -239,8 +232,8 @@ def _find_use(value: Value, is_wanted: Callable) -> tuple[Node, int] | None:
     while level:
         uses = [use for x in level for use in x.uses]
         wanted = [use for use in uses if is_wanted(use[0]) and not _passes_on(use[0])]
-        wanted.sort(key=lambda use: not use[0].reads_memory)
-        for node, index in wanted:
+        if wanted:
+            node, index = max(wanted, key=lambda use: use[0].reads_memory)
             return _find_use_inside(node, index) or (node, index)
         results = itertools.chain.from_iterable(
             node.results for node, _ in uses if node.is_fused
@@ -258,5 +251,5 @@ def _find_use_inside(node: Node, index: int) -> tuple[Node, int] | None:
     """Returns the operation inside a scan that takes its operand, or None."""
     if node.eqn.primitive.name != "scan":
         return None
-    body = Graph(Scan(node.eqn).jaxpr, node.scope)
+    (body,) = node.bodies
     return _find_use(body.inputs[index], lambda node: True)
