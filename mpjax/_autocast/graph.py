@@ -61,12 +61,15 @@ class Node:
         """Whether XLA computes it inside the kernels that take its result."""
         eqn, facts = self.eqn, facts_of(self.eqn)
         is_arithmetic = facts.is_cheap or facts.kind in (Kind.PROMOTE, Kind.FLOAT32)
-        reduces = facts.flops is Flops.PER_INPUT
+        moves_windows = "window_dimensions" in eqn.params
+        reduces = facts.flops is Flops.PER_INPUT or moves_windows
         return is_arithmetic and not (reduces or eqn.effects or inner_jaxprs(eqn))
 
     @property
     def reads_memory(self) -> bool:
-        """Whether its operands must be in memory: a matmul, a loop, a library call."""
+        """Whether its operands must be in memory: a matmul, a pooling, a loop, ..."""
+        if "window_dimensions" in self.eqn.params:
+            return True
         return not self.is_fused and facts_of(self.eqn).flops is not Flops.PER_INPUT
 
     @functools.cached_property

@@ -219,7 +219,7 @@ def _why_needed(value: Value, maker: Node) -> str:
     same_line = line == short_source(maker.eqn)
     if same_line and maker.is_fused and not facts_of(maker.eqn).is_cheap:
         return f"its own derivative: {maker.eqn.primitive.name}"
-    return f"a factor in the gradient{at}"
+    return f"needed for the gradient{at}"
 
 
 def _find_use(value: Value, is_wanted: Callable) -> tuple[Node, int] | None:

@@ -73,9 +73,7 @@ def test_reasons_of_an_mlp():
     saved = report(loss, PARAMS, full(N, D)).saved
     reasons = {(x.primitive, x.shape[-1]): x.reason for x in saved}
     assert "operand of a matmul: dot_general at test_saved.py:" in reasons["mul", 2 * D]
-    assert reasons["dot_general", 2 * D].startswith(
-        "a factor in the gradient at test_s"
-    )
+    assert reasons["dot_general", 2 * D].startswith("needed for the gradient at test_s")
     assert reasons["convert_element_type", D // 4] == "half copy of a parameter"
     assert reasons["convert_element_type", D] == "half copy of an argument"
     assert {x.scope for x in saved} == {"net"}
@@ -180,6 +178,20 @@ def test_a_convnet(policy):
     assert large(found, at_least=2000) == expected
 
 
+def test_a_max_pooling_saves_its_operand():
+    """Its gradient looks for each maximum again, in memory."""
+
+    def loss(w, x):
+        y = jax.nn.relu(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME"))
+        window = (1, 1, 2, 2)
+        return jax.lax.reduce_window(
+            y, -jnp.inf, jax.lax.max, window, window, "SAME"
+        ).sum()
+
+    found = report(loss, full(8, 4, 3, 3), full(2, 4, 16, 16))
+    assert ("bfloat16", 2 * 8 * 256, "max", 1) in large(found)
+
+
 def test_both_passes_inside_a_jit_and_a_loop():
     step = jax.jit(jax.value_and_grad(relu_mlp))
     inside = mpjax.autocast_report(step)(PARAMS, full(N, D))
@@ -223,7 +235,10 @@ SCRIPT = Path(__file__).parents[1] / "helpers/h100_saved.py"
 
 @pytest.mark.h100
 def test_the_sum_is_close_to_the_temporaries_of_compiled_code():
-    """Without a checkpoint, whose recomputed layer is no saved array."""
+    """The rest is held for a short time: the cotangents of the widest layer, at most.
+
+    They weigh most in the convnet, whose widest layer is one of its two.
+    """
     done = subprocess.run(
         [sys.executable, SCRIPT],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -234,5 +249,5 @@ def test_the_sum_is_close_to_the_temporaries_of_compiled_code():
     )
     rows = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) >= 8
-    wrong = {name: r for name, r in rows.items() if not 0.6 <= r <= 1.45}
+    wrong = {name: r for name, r in rows.items() if not 0.5 <= r <= 1.05}
     assert not wrong
