@@ -7,6 +7,10 @@ listed are a minimum cut, as in `residuals`: those that both passes read from me
 (operands of matmuls, half copies of weights), and the fewest bytes from which
 arithmetic yields the rest. What a step holds for a short time, such as the cotangents
 of its largest layer or the layer that a `jax.checkpoint` computes again, is not listed.
+
+Compiled for an H100, the sum was 0.55 to 1.0 of the temporaries of MLPs, transformers
+and convnets. Sometimes XLA computes more again: the sum was 1.4 of the temporaries of
+an MLP with silu.
 """
 
 import dataclasses
