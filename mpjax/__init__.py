@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mpjax._autocast import (
     AutocastRecord,
     AutocastReport,
+    SavedArray,
     autocast,
     autocast_report,
     full_precision,
@@ -56,6 +57,7 @@ __all__ = [
     "NonFiniteGuard",
     "NonFiniteTrainingError",
     "PolicyRules",
+    "SavedArray",
     "StaticLossScale",
     "StochasticRoundingState",
     "TrainState",

@@ -1,4 +1,7 @@
-"""What autocast does to a function: FLOPs per dtype, what stays float32, and why."""
+"""What autocast does to a function: FLOPs per dtype, what stays float32, and why.
+
+And which arrays the function then saves for its backward pass.
+"""
 
 import collections
 import dataclasses
@@ -11,6 +14,7 @@ from mpjax._autocast.api import make_settings
 from mpjax._autocast.eligibility import is_reduced_precision
 from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Rewriter
+from mpjax._autocast.saved import SavedArray, find_saved
 from mpjax._jaxpr.core import (
     RESERVED_FULL,
     inner_jaxprs,
@@ -33,6 +37,17 @@ from mpjax._report import (
 from mpjax.policy import PolicyLike, PolicyRules
 
 _COLUMNS = ("primitive", "dtype", "MFLOP", "calls", "scope", "source", "why")
+_SAVED_COLUMNS = (
+    "dtype",
+    "shape",
+    "MB",
+    "count",
+    "primitive",
+    "scope",
+    "source",
+    "why",
+)
+_NUM_SAVED_SHOWN = 15
 _NOT_UNDERSTOOD = "not understood: runs as traced"
 _NOT_ENTERED = "not understood: the matmuls inside run as traced"
 
@@ -66,17 +81,30 @@ class AutocastReport:
 
     `print(report)` gives a plain table of the operations that do arithmetic,
     `report.print()` a coloured table on a terminal where rich is installed,
-    `report.to_dict()` all data.
+    `report.to_dict()` all data. If the function has a backward pass, a second table
+    lists the largest arrays that are saved for it.
 
     Attributes:
       records: the operations, those with most FLOPs first.
       unused_names: names in `low=` or `high=` that the function does not contain.
       unused_rules: patterns of rules that matched no matmul.
+      saved: the arrays that are saved for the backward pass, the largest first: what to
+        look at to make a model smaller. What XLA computes again from saved arrays is
+        left out, and so are the arguments of the function themselves.
     """
 
     records: tuple[AutocastRecord, ...]
     unused_names: tuple[str, ...] = ()
     unused_rules: tuple[str, ...] = ()
+    saved: tuple[SavedArray, ...] = ()
+
+    def saved_bytes(self) -> int:
+        """Returns the bytes of all arrays that are saved for the backward pass.
+
+        A compiled step's temporaries are these, and what it holds for a short time:
+        see `mpjax.cost.analyze`.
+        """
+        return sum(array.num_bytes for array in self.saved)
 
     def flops_by_dtype(self) -> dict[str, int]:
         """Returns the FLOPs that run in each dtype, most first."""
@@ -101,6 +129,8 @@ class AutocastReport:
             "records": [dataclasses.asdict(record) for record in self.records],
             "unused_names": list(self.unused_names),
             "unused_rules": list(self.unused_rules),
+            "saved_bytes": self.saved_bytes(),
+            "saved": [dataclasses.asdict(array) for array in self.saved],
         }
 
     def print(self) -> None:
@@ -109,11 +139,21 @@ class AutocastReport:
 
     def __rich__(self) -> Any:
         table = rich_table(_COLUMNS, self._rows())
-        return rich_group(self._summary(), table, *self._warnings())
+        parts = [self._summary(), table, *self._warnings()]
+        if self.saved:
+            parts += [
+                self._saved_summary(),
+                rich_table(_SAVED_COLUMNS, self._saved_rows()),
+            ]
+        return rich_group(*parts)
 
     def __str__(self) -> str:
         table = plain_table(_COLUMNS, self._rows())
-        return "\n".join([self._summary(), table, *self._warnings()])
+        lines = [self._summary(), table, *self._warnings()]
+        if self.saved:
+            saved = plain_table(_SAVED_COLUMNS, self._saved_rows())
+            lines += ["", self._saved_summary(), saved]
+        return "\n".join(lines)
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Returns a row per operation that does arithmetic or is not understood."""
@@ -131,6 +171,26 @@ class AutocastReport:
             )
             for r in shown
         ]
+
+    def _saved_rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                x.dtype,
+                "x".join(map(str, x.shape)),
+                f"{x.num_bytes / 1e6:.3g}",
+                str(x.count),
+                x.primitive,
+                x.scope,
+                x.source,
+                x.reason,
+            )
+            for x in self.saved[:_NUM_SAVED_SHOWN]
+        ]
+
+    def _saved_summary(self) -> str:
+        total = f"saved for the backward pass: {self.saved_bytes() / 1e6:.3g} MB"
+        num_left = len(self.saved) - _NUM_SAVED_SHOWN
+        return f"{total}; {num_left} smaller rows not shown" if num_left > 0 else total
 
     def _summary(self) -> str:
         parts = shares(self.flops_by_dtype(), "MFLOP")
@@ -159,7 +219,8 @@ def autocast_report(
     Takes the function and returns a function, as `autocast` does.
 
     Args:
-      fn: as in `autocast`; `jax.value_and_grad(loss_fn)` reports both passes.
+      fn: as in `autocast`; `jax.value_and_grad(loss_fn)` reports both passes, and what
+        is saved between them, also for a loss that goes to `make_train_step`.
       policy: as in `autocast`.
       low: as in `autocast`.
       high: as in `autocast`.
@@ -172,6 +233,18 @@ def autocast_report(
     >>> struct = jax.ShapeDtypeStruct((512, 512), "float32")
     >>> report(struct, struct).flops_by_dtype()
     {'bfloat16': 268435456, 'float32': 262144}
+
+    What a loss saves for its backward pass:
+
+    >>> batch = jax.ShapeDtypeStruct((4096, 512), "float32")
+    >>> def loss_fn(w, x):
+    ...     return jax.numpy.sum(jax.numpy.tanh(x @ w) @ w)
+    >>> step = jax.value_and_grad(loss_fn)
+    >>> for saved in autocast_report(step)(struct, batch).saved:
+    ...     print(saved.num_bytes, saved.dtype, saved.shape, saved.primitive)
+    4194304 bfloat16 (4096, 512) convert_element_type
+    4194304 bfloat16 (4096, 512) tanh
+    524288 bfloat16 (512, 512) convert_element_type
     """
     settings = make_settings(policy, low, high)
 
@@ -182,8 +255,14 @@ def autocast_report(
         log = _Log(settings.kinds)
         Rewriter(settings, run_pipeline, log).rewrite(jaxpr)
         unused = sorted({*low, *high} - log.seen)
+        records = log.records()
+        reasons = {
+            (r.primitive, r.source): r.reason for r in records if r.dtype == "float32"
+        }
+        rewritten = run_pipeline(jaxpr, settings)
+        saved = find_saved(rewritten, reasons if rewritten is not jaxpr else {})
         return AutocastReport(
-            log.records(), tuple(unused), settings.rules.unused_rules()
+            records, tuple(unused), settings.rules.unused_rules(), saved
         )
 
     return report

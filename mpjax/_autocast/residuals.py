@@ -161,7 +161,7 @@ class _Pair:
         }
         if not all(isinstance(num, int) for num in cost.values()):
             return None  # A symbolic size.
-        kept = _minimum_cut(producers, cost, targets)
+        kept = minimum_cut(producers, cost, targets)
         if sum(cost[var] for var in kept) >= sum(cost[var] for var in targets):
             return None
         return self._rebuild([var for var in producers if var in kept], residuals)
@@ -246,8 +246,14 @@ def _is_cheap(eqn: Any) -> bool:
     return facts_of(eqn).is_cheap
 
 
-def _minimum_cut(producers: dict, cost: dict, targets: list[Var]) -> set[Var]:
+def minimum_cut(producers: dict, cost: dict, targets: list[Var]) -> set[Var]:
     """Returns the cheapest variables that cut every path to the targets.
+
+    Args:
+      producers: for each variable what computes it, with its operands in `invars`; None
+        for a variable that cannot be computed again.
+      cost: the bytes of each variable.
+      targets: the variables that are needed.
 
     If several sets cost the same, it is the one nearest to the targets.
     """

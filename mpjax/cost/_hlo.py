@@ -43,12 +43,23 @@ _FREE = frozenset(
     ]
 )
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+# Each element of the result depends on one element of each operand that has as many.
+_ELEMENTWISE_NAMES = """
+bitcast bitcast-convert convert copy reduce-precision reshape reverse transpose
+abs add and atan2 cbrt ceil clamp compare complex cosine count-leading-zeros divide erf
+exponential exponential-minus-one floor imag is-finite log log-plus-one logistic maximum
+minimum multiply negate not or popcnt power real remainder round-nearest-afz
+round-nearest-even rsqrt select shift-left shift-right-arithmetic shift-right-logical
+sign sine sqrt subtract tan tanh xor
+"""
+_ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 
 
 class Instruction(NamedTuple):
     """One line of HLO."""
 
     name: str
+    num_elements: int
     num_bytes: int
     op: str
     operands: tuple[str, ...]
@@ -61,9 +72,10 @@ def moved_bytes(text: str) -> int:
 
     Every kernel reads its operands and writes its results, once each: inside a fusion
     nothing moves, and nothing stays in a cache from one kernel to the next. If a kernel
-    only slices an operand or gathers from it, the bytes taken count; if it updates an
-    operand in place, the bytes written count. A loop counts times its trip count if XLA
-    knows it, else once; a conditional counts the branch that moves most.
+    only slices an operand or gathers from it, also behind a cast or other elementwise
+    operations, what it takes counts; if it updates an operand in place, what it writes
+    counts, and for a scatter also what it adds to. A loop counts times its trip count
+    if XLA knows it, else once; a conditional counts the branch that moves most.
 
     Args:
       text: `compiled.as_text()`.
@@ -100,51 +112,103 @@ def _instruction_bytes(
     if i.op == "call" and called:
         return _computation_bytes(computations, called[0])
     if i.op in ("fusion", "fusion-start") and called:
-        return _fusion_bytes(computations[called[0]], i, sizes)
+        return _fusion_bytes(computations, called[0], i, sizes)
     reads = [sizes.get(name, 0) for name in i.operands]
     if i.op in _SLICES:
-        return 2 * i.num_bytes + sum(reads[1:])
-    if i.op == "dynamic-update-slice":
-        return 2 * (reads[1] if len(reads) > 1 else 0)
+        return i.num_bytes + min(i.num_bytes, reads[0]) + sum(reads[1:])
+    written = _written_operand(i)
+    if written is not None:
+        return _read_in_place(i, reads[written]) + reads[written] + sum(reads[1:])
     return i.num_bytes + sum(reads)
 
 
-def _fusion_bytes(inside: list[Instruction], fusion: Instruction, sizes: dict) -> int:
-    inner = {i.name: i for i in inside}
-
-    def source(name: str) -> str:
-        """Returns the name of the array behind a view."""
-        while name in inner and inner[name].op == "bitcast":
-            name = inner[name].operands[0]
-        return name
-
-    readers: dict[str, list[tuple[Instruction, int]]] = {}
-    for i in inside:
-        for index, name in enumerate(i.operands if i.op != "bitcast" else ()):
-            readers.setdefault(source(name), []).append((i, index))
-    moved = 0
-    for i in inside:
-        if i.op == "parameter":
-            operand = fusion.operands[int(i.rest.partition(")")[0])]
-            moved += _bytes_read(readers.get(i.name, []), sizes.get(operand, 0))
-    root = next(i for i in inside if i.is_root)
-    for name in root.operands if root.op == "tuple" else (root.name,):
-        result = inner[source(name)]
-        if result.op == "dynamic-update-slice":
-            result = inner[source(result.operands[1])]
+def _fusion_bytes(
+    computations: dict, name: str, fusion: Instruction, sizes: dict
+) -> int:
+    body = computations[name]
+    inner = {i.name: i for i in body}
+    root = next(i for i in body if i.is_root)
+    results = root.operands if root.op == "tuple" else (root.name,)
+    moved, in_place = 0, set()
+    for result in (_behind_views(inner, name) for name in results):
+        written = _written_operand(result)
+        if written is not None:
+            in_place.add(result.name)
+            result = inner[result.operands[written]]
         moved += result.num_bytes
+    taken = _elements_taken(computations, body, root.num_elements, in_place)
+    for i in body:
+        if i.op == "parameter":
+            size = sizes.get(fusion.operands[_parameter_number(i)], 0)
+            moved += size * taken[i.name] // max(i.num_elements, 1)
     return moved
 
 
-def _bytes_read(readers: list[tuple[Instruction, int]], num_bytes: int) -> int:
-    """Returns how many of an array's `num_bytes` a kernel's instructions read."""
-    parts = 0
-    for i, index in readers:
-        if index == 0 and i.op in _SLICES:
-            parts += i.num_bytes
-        elif index != 0 or i.op != "dynamic-update-slice":
-            return num_bytes
-    return parts
+def _written_operand(i: Instruction) -> int | None:
+    """Returns which operand is written into the first one in place; None if none is."""
+    if i.op == "dynamic-update-slice":
+        return 1
+    return 2 if i.op == "scatter" and len(i.operands) == 3 else None
+
+
+def _read_in_place(i: Instruction, written: int) -> int:
+    """Returns how much of its first operand an update reads, if it writes `written`.
+
+    A scatter adds to what is there.
+    """
+    return written if i.op == "scatter" else 0
+
+
+def _behind_views(inner: dict[str, Instruction], name: str) -> Instruction:
+    """Returns the instruction whose result a chain of bitcasts views."""
+    while inner[name].op == "bitcast":
+        name = inner[name].operands[0]
+    return inner[name]
+
+
+def _elements_taken(
+    computations: dict, body: list[Instruction], of_root: int, in_place: set[str]
+) -> dict[str, int]:
+    """Returns how many elements of each value in a fusion are taken, by its name.
+
+    Args:
+      computations: all of the module's.
+      body: the instructions of the fusion, operands before their users.
+      of_root: how many elements of its result are taken.
+      in_place: names of updates that write into their first operand.
+    """
+    sizes = {i.name: i.num_elements for i in body}
+    taken = dict.fromkeys(sizes, 0)
+    for i in reversed(body):
+        if i.is_root:
+            taken[i.name] = of_root
+        wanted = taken[i.name]
+        inside = _parameters_taken(computations, i, wanted)
+        for index, name in enumerate(i.operands):
+            is_first, is_whole = index == 0, sizes[name] == i.num_elements
+            more = inside.get(index, sizes[name])
+            if (i.op in _SLICES and is_first) or (i.op in _ELEMENTWISE and is_whole):
+                more = wanted
+            elif i.name in in_place and is_first:
+                more = _read_in_place(i, sizes[i.operands[-1]])
+            taken[name] = min(taken[name] + more, sizes[name])
+    return taken
+
+
+def _parameters_taken(
+    computations: dict, i: Instruction, of_root: int
+) -> dict[int, int]:
+    """Returns how many elements a call in a fusion takes of each operand it slices."""
+    called = [name for name in _CALLED.findall(i.rest) if name in computations]
+    if i.op not in ("call", "fusion") or not called:
+        return {}
+    body = computations[called[0]]
+    taken = _elements_taken(computations, body, of_root, set())
+    return {_parameter_number(x): taken[x.name] for x in body if x.op == "parameter"}
+
+
+def _parameter_number(parameter: Instruction) -> int:
+    return int(parameter.rest.partition(")")[0])
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -155,8 +219,11 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if found and body is not None:
             root, name, shape, op, rest = found.groups()
             operands = tuple(_NAME.findall(_arguments(rest)))
+            num_elements, num_bytes = _sizes(shape)
             body.append(
-                Instruction(name, _num_bytes(shape), op, operands, rest, bool(root))
+                Instruction(
+                    name, num_elements, num_bytes, op, operands, rest, bool(root)
+                )
             )
         elif line.rstrip().endswith("{") and "->" in line:
             is_entry = line.startswith("ENTRY ")
@@ -176,12 +243,14 @@ def _arguments(rest: str) -> str:
     return rest
 
 
-def _num_bytes(shape: str) -> int:
-    total = 0
+def _sizes(shape: str) -> tuple[int, int]:
+    """Returns the elements and the bytes of a shape, of a tuple all together."""
+    num_elements = num_bytes = 0
     for dtype, dims in _ARRAY.findall(shape):
         size = math.prod(int(d) for d in dims.split(",") if d)
-        total += size * _bits(dtype) // 8
-    return total
+        num_elements += size
+        num_bytes += size * _bits(dtype) // 8
+    return num_elements, num_bytes
 
 
 def _bits(dtype: str) -> int:
