@@ -14,6 +14,7 @@ from mpjax._autocast import (
     autocast,
     autocast_report,
     full_precision,
+    half_precision,
 )
 from mpjax.half_weights import (
     MasterWeightsState,
@@ -64,6 +65,7 @@ __all__ = [
     "cost",
     "full_precision",
     "get_policy",
+    "half_precision",
     "loss_scale_state",
     "make_eval_step",
     "make_train_step",
