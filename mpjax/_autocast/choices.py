@@ -111,7 +111,7 @@ class _Chooser:
         return eqn.replace(params=map_inner_jaxprs(rewrite, eqn.params))
 
     def _without_choice(self, cond: Any, scope: str) -> Any:
-        """Returns a call of the chosen branch, or the conditional if it is another's."""
+        """Returns a call of the chosen branch; the conditional if it is another's."""
         for branch in cond.params["branches"]:
             for eqn in open_jaxpr(branch).eqns:
                 name = str(eqn.params.get("name"))

@@ -56,11 +56,12 @@ def half_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
       ValueError: when a rule asks, for the name scope of a call, for a dtype in which
         `fn` cannot be traced.
 
+    >>> from mpjax import autocast
     >>> kernel = half_precision(lambda x: (2 * x, x.dtype.name))
     >>> kernel(jnp.ones(2))
     (Array([2., 2.], dtype=float32), 'float32')
-    >>> jax.jit(mpjax.autocast(lambda x: kernel(x)[0]))(jnp.ones(2))
-    Array([2., 2.], dtype=float32)
+    >>> autocast(kernel)(jnp.ones(2))
+    (Array([2., 2.], dtype=float32), 'bfloat16')
 
     Attention over arrays of shape (batch, length, heads, width) by cuDNN:
 
@@ -69,6 +70,7 @@ def half_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     ... )
     """
     refuse_uncallable(fn, "mpjax.half_precision")
+    own_name = getattr(fn, "__name__", type(fn).__name__)
 
     @functools.cache
     def traced_in(dtype: str, candidates: tuple[str, ...]) -> Callable[..., Any]:
@@ -77,11 +79,9 @@ def half_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
             outputs = _call_in(dtype, flat, arrays)
             return outputs, flat.out_spec
 
-        name = half_name(candidates, flat_name)
+        name = half_name(candidates, own_name)
         evaluate.__name__ = evaluate.__qualname__ = name
         return jax.jit(evaluate)
-
-    flat_name = getattr(fn, "__name__", type(fn).__name__)
 
     @functools.wraps(fn, updated=())
     def wrapper(*args, **kwargs):

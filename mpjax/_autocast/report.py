@@ -174,6 +174,7 @@ def autocast_report(
       A function that takes the arguments of `fn`, or `jax.ShapeDtypeStruct` in their
       place, and returns an `AutocastReport`. Nothing is computed.
 
+    >>> import jax
     >>> report = autocast_report(lambda x, w: jax.numpy.exp(x @ w))
     >>> struct = jax.ShapeDtypeStruct((512, 512), "float32")
     >>> report(struct, struct).flops_by_dtype()

@@ -174,6 +174,8 @@ class Rewriter:
                 new = self._run_pipeline(jaxpr, self.settings, inner_scope)
                 return eval_jaxpr(open_jaxpr(new), consts, *args)
 
-            make_jaxpr = functools.partial(tracing.make_jaxpr, rules=self.settings.rules)
+            make_jaxpr = functools.partial(
+                tracing.make_jaxpr, rules=self.settings.rules
+            )
             self._customs[cache_key] = (eqn, custom.trace(eqn, evaluate, make_jaxpr))
         return self._customs[cache_key][1]

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-
 _NUMBERS = (bool, int, float, complex)
 
 
@@ -65,9 +64,7 @@ def _equal(a: Any, b: Any) -> bool:
         return False
 
 
-def flatten(
-    tree: Any, *, are_numbers_static: bool = False
-) -> tuple[list[Any], Static]:
+def flatten(tree: Any, *, are_numbers_static: bool = False) -> tuple[list[Any], Static]:
     """Splits a tree into its arrays and numbers, and everything else about it.
 
     Args:

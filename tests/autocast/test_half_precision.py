@@ -38,10 +38,9 @@ picky = half_precision(picky_kernel)
 
 
 def tangents(fn, *args):
-    """Returns the dtype of each tangent of a function, which runs too."""
+    """Returns the dtype of each tangent of a function."""
     closed = jax.make_jaxpr(fn)(*args)
     check_jaxpr(open_jaxpr(closed))
-    jax.jit(fn)(*args)
     return outputs(closed, "tan")
 
 
@@ -88,7 +87,7 @@ DEPTHS = {
 }
 
 
-@pytest.mark.parametrize("depth", thinned(DEPTHS, rest="slow"))
+@pytest.mark.parametrize("depth", thinned(DEPTHS, 4, rest="slow"))
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", RULES], ids=["policy", "rules"])
 def test_at_any_depth_a_function_gets_half_arguments(depth, policy):
     fn = DEPTHS[depth]
@@ -103,14 +102,14 @@ def test_at_any_depth_a_function_gets_half_arguments(depth, policy):
         found = tangents(grad, X, W)
         assert found
         assert set(found) == {BF16}
-        assert {g.dtype for g in jax.tree.leaves(grad(X, W))} == {F32}
+        assert {g.dtype for g in jax.eval_shape(grad, X, W)} == {F32}
 
 
 def test_results_are_those_of_casts_by_hand():
     by_hand = lambda x, w: kernel(x.astype(BF16), w.astype(BF16)).astype(F32)
     assert jax.jit(by_hand)(X, W).tobytes() == autocast(half)(X, W).tobytes()
     value = lambda fn: jax.value_and_grad(lambda x, w: (fn(x, w) ** 2).sum(), (0, 1))
-    old, new = value(by_hand)(X, W), autocast(value(half))(X, W)
+    old, new = jax.jit(value(by_hand))(X, W), autocast(value(half))(X, W)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-3)
 
@@ -184,17 +183,20 @@ SCOPED = {
 }
 
 
-@pytest.mark.parametrize("form", thinned(SCOPED, rest="slow"))
+@pytest.mark.parametrize("form", thinned(SCOPED, len(SCOPED), rest="slow"))
 def test_rules_choose_the_dtype_by_scope(form):
     loss = lambda x, w: SCOPED[form](x, w).sum()
     assert tangents(autocast(loss, RULES), X, W) == [BF16, F32]
-    exact = jax.grad(loss, (0, 1))(X, W)
-    grads = autocast(jax.grad(loss, (0, 1)), RULES), jax.grad(autocast(loss, RULES), (0, 1))
+    exact = jax.jit(jax.grad(loss, (0, 1)))(X, W)
+    grads = (
+        autocast(jax.grad(loss, (0, 1)), RULES),
+        jax.grad(autocast(loss, RULES), (0, 1)),
+    )
     for grad in grads:
         assert tangents(grad, X, W)[:2] == [BF16, F32]
         text = str(jax.make_jaxpr(grad)(X, W))
         assert "cond[" not in text
-        for new, old in zip(grad(X, W), exact, strict=True):
+        for new, old in zip(jax.jit(grad)(X, W), exact, strict=True):
             assert new.dtype == F32
             assert jnp.linalg.norm(new - old) < 0.02 * jnp.linalg.norm(old)
 
@@ -294,7 +296,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("form", thinned(STEPS, rest="slow"))
+@pytest.mark.parametrize("form", thinned(STEPS, len(STEPS), rest="slow"))
 def test_train_steps(form):
     old, found = train()
     assert found == {BF16}
@@ -330,11 +332,11 @@ def test_the_report_says_where_operations_run():
 
 def test_the_numerics_see_inside():
     fn = autocast(lambda x: half_precision(lambda x: jnp.log(x))(x) + 1)
-    found = numerics.find_nonfinite(fn)(X)
-    assert found.primitive == "log"
-    _, report = numerics.probe(fn)(abs(X) + 1)
-    assert ("log", "bfloat16") in {(r.primitive, r.dtype) for r in report.records}
-    assert numerics.precision_report(fn)(X).findings == ()
+    assert "bfloat16[4,8]" in str(numerics.find_nonfinite(fn)(X))
+    _, histograms = numerics.probe(fn, ops=["log"])(abs(X) + 1)
+    assert list(histograms) == ["log"]
+    (finding,) = numerics.precision_report(fn)(X).findings
+    assert (finding.primitive, finding.dtype) == ("log", "bfloat16")
 
 
 @pytest.mark.slow
@@ -345,7 +347,7 @@ def test_disable_jit(is_disabled):
         out = fn(X, W)
         old = half(X, W) @ W
     np.testing.assert_allclose(out, old, atol=0.02)
-    assert jax.disable_jit and out.dtype == F32
+    assert out.dtype == F32
 
 
 def test_what_is_no_function_or_a_module_is_refused():
