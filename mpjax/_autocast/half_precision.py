@@ -45,8 +45,8 @@ def half_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
     `mpjax.autocast(model.init)(key, x)`.
 
     Args:
-      fn: any function of pytrees, under the contract of `jax.jit`. Arrays that it
-        closes over are not cast.
+      fn: any function of pytrees, under the contract of `jax.jit`: a Linen layer
+        inside another is none. Arrays that it closes over are not cast.
 
     Returns:
       A function with the arguments and outputs of `fn`.
@@ -102,7 +102,7 @@ def half_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _call_in(dtype: str, fn: Callable[..., Any], arrays: list[Any]) -> list[Any]:
-    """Calls a function with its float32 arguments in a dtype; none has to be cast."""
+    """Calls a function with its float32 arguments in a dtype; outputs as documented."""
     is_cast = any(map(_is_float32, arrays))
     outputs = fn(*(jnp.asarray(x, dtype) if _is_float32(x) else x for x in arrays))
     if not is_cast:

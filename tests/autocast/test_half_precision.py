@@ -263,7 +263,9 @@ TX = mpjax.with_loss_scale(optax.sgd(0.1), mpjax.NoOpLossScale())
 
 def loss_fn(params, batch, key):
     del key
-    out = picky(batch["x"] @ params["w"], params["w"])
+    with jax.named_scope("in"):
+        x = batch["x"] @ params["w"]
+    out = picky(x, params["w"])
     return jnp.mean((out.sum(-1) - batch["label"]) ** 2)
 
 
@@ -291,7 +293,7 @@ STEPS = {
         "axis_name": "data",
         "make_step": partial(over_devices, mesh=MESH, check_vma=True),
     },
-    "rules": {"policy": RULES},
+    "rules": {"policy": PolicyRules([("in", "float32")], default="mixed_bfloat16")},
     "casts": {"autocast": False},
 }
 
