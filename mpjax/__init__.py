@@ -15,6 +15,7 @@ from mpjax._autocast import (
     autocast,
     autocast_report,
     full_precision,
+    half_precision,
 )
 from mpjax.half_weights import (
     MasterWeightsState,
@@ -66,6 +67,7 @@ __all__ = [
     "cost",
     "full_precision",
     "get_policy",
+    "half_precision",
     "loss_scale_state",
     "make_eval_step",
     "make_train_step",

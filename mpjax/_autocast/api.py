@@ -12,6 +12,7 @@ from jax.core import Tracer
 from mpjax._autocast.kinds import choose_kinds
 from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Settings
+from mpjax._autocast.tracing import make_jaxpr, tracing_in
 from mpjax._jaxpr.core import (
     RESERVED_AUTOCAST,
     RESERVED_FULL,
@@ -65,6 +66,8 @@ def autocast(
     Tracing has the contract of `jax.jit`: no side effects, and numbers are traced like
     arrays; strings, functions and other leaves are static (close over a flag with
     `functools.partial`). Outside a jit it compiles once per shape, as `jax.jit` does.
+    A kernel that has to be traced in half, such as cuDNN attention, goes through
+    `half_precision`.
     The function must be pure: split and merge NNX modules, and pass the whole `apply`
     of a Linen or Haiku model, not a layer inside it that creates parameters.
 
@@ -96,7 +99,8 @@ def autocast(
         is_traced = any(isinstance(x, Tracer) for x in arrays)
         with jax.disable_jit(False):
             # One jit around it all: rewritten equations are not traced again.
-            closed = jax.make_jaxpr(jax.jit(flat) if is_traced else flat)(*arrays)
+            traced = jax.jit(flat) if is_traced else flat
+            closed = make_jaxpr(traced, *arrays, rules=settings.rules)
         if is_traced:
             rewritten = _run_inside(closed, settings)
         else:
@@ -126,7 +130,8 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def evaluate(spec: Static, arrays: list[Any]):
         flat = FlatFunction(fn, spec)
-        return flat(*arrays), flat.out_spec
+        with tracing_in(()):
+            return flat(*arrays), flat.out_spec
 
     return _jit(evaluate, fn, RESERVED_FULL)
 

@@ -23,12 +23,15 @@ from mpjax._jaxpr.core import (
 )
 
 
-def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
+def trace(
+    eqn: Any, evaluate: Callable[..., list[Any]], make_jaxpr: Callable[..., Any]
+) -> Any:
     """Traces the rewritten form of a `custom_jvp_call` or `custom_vjp_call`.
 
     Args:
       eqn: the equation.
       evaluate: `(jaxpr, consts, *args) -> outputs`, which rewrites and evaluates.
+      make_jaxpr: `(fn, *arrays) -> jaxpr`, which traces a derivative for `evaluate`.
 
     Returns:
       An open jaxpr with the equation's inputs and outputs as traced, or None if the
@@ -59,7 +62,7 @@ def trace(eqn: Any, evaluate: Callable[..., list[Any]]) -> Any:
                 return outputs
 
             arrays = [x for x, t in zip(leaves, is_traced, strict=True) if t]
-            closed = jax.make_jaxpr(flat)(*arrays)
+            closed = make_jaxpr(flat, *arrays)
             outputs = evaluate(closed, closed.consts, *arrays)
             return jax.tree.unflatten(out_treedef, outputs)
 

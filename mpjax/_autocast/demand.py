@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from mpjax._autocast.eligibility import asks_for_sign, is_eligible
 from mpjax._autocast.kinds import CONTAINERS
 from mpjax._jaxpr.core import (
+    RESERVED_HALF,
     Literal,
     inner_jaxprs,
     is_backward,
     is_float32,
+    is_reserved,
     join_scope,
     open_jaxpr,
 )
@@ -69,7 +71,7 @@ class DemandAnalysis:
         self._known: dict[Any, tuple[Any, dict, tuple[Demand, ...]]] = {}
 
     def can_change(self, jaxpr: Any) -> bool:
-        """Whether anything inside can become half: a matmul, or a custom derivative."""
+        """Whether anything inside can be half: a matmul, or a custom derivative."""
         known = self._has_matmul.get(id(jaxpr))
         if known is None:
             found = any(self._eqn_can_change(eqn) for eqn in open_jaxpr(jaxpr).eqns)
@@ -86,7 +88,7 @@ class DemandAnalysis:
 
     def _eqn_can_change(self, eqn: Any) -> bool:
         kind = self._kind_of(eqn)
-        if kind is Kind.HALF:
+        if kind is Kind.HALF or is_reserved(eqn, RESERVED_HALF):
             return True
         if kind in CONTAINERS:
             if eqn.primitive.name == "custom_vjp_call":

@@ -48,6 +48,19 @@ def returns_constants(eqn: Any) -> bool:
     )
 
 
+def empty_call(num_ins: int, num_outs: int) -> Any:
+    """Returns the equation of a jitted function that asks for nothing more.
+
+    Args:
+      num_ins: its number of operands, scalars.
+      num_outs: its number of results, constants.
+    """
+    with jax.disable_jit(False):
+        fn = jax.jit(lambda *_: [0.0] * num_outs)
+        (eqn,) = jax.make_jaxpr(fn)(*[0.0] * num_ins).eqns
+    return eqn
+
+
 class _Inliner:
     """Inlines calls, and caches what it finds out about them."""
 
@@ -122,11 +135,9 @@ def _is_scan(eqn: Any) -> bool:
 
 def _call_params(num_ins: int, num_outs: int) -> dict[str, Any]:
     """Returns the parameters of a jitted function that asks for nothing more."""
-    with jax.disable_jit(False):
-        fn = jax.jit(lambda *_: [0.0] * num_outs)
-        (eqn,) = jax.make_jaxpr(fn)(*[0.0] * num_ins).eqns
     free = ("jaxpr", "name", "inline", "keep_unused")
-    return {name: value for name, value in eqn.params.items() if name not in free}
+    params = empty_call(num_ins, num_outs).params
+    return {name: value for name, value in params.items() if name not in free}
 
 
 def _flattened(eqns: Any, calls: set[int], names: dict[Var, Any]) -> Iterator[Any]:

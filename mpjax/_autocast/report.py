@@ -8,15 +8,16 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
-
 from mpjax._autocast.api import make_settings
 from mpjax._autocast.eligibility import is_reduced_precision
 from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Rewriter
 from mpjax._autocast.saved import SavedArray, find_saved
+from mpjax._autocast.tracing import make_jaxpr
 from mpjax._jaxpr.core import (
+    RESERVED_AUTOCAST,
     RESERVED_FULL,
+    RESERVED_HALF,
     inner_jaxprs,
     is_inexact_aval,
     is_reserved,
@@ -49,6 +50,11 @@ _SAVED_COLUMNS = (
 )
 _NUM_SAVED_SHOWN = 15
 _NOT_UNDERSTOOD = "not understood: runs as traced"
+_INSIDE = {
+    RESERVED_AUTOCAST: "inside another autocast",
+    RESERVED_FULL: "inside full_precision",
+    RESERVED_HALF: "inside half_precision",
+}
 _NOT_ENTERED = "not understood: the matmuls inside run as traced"
 
 
@@ -229,6 +235,7 @@ def autocast_report(
       A function that takes the arguments of `fn`, or `jax.ShapeDtypeStruct` in their
       place, and returns an `AutocastReport`. Nothing is computed.
 
+    >>> import jax
     >>> report = autocast_report(lambda x, w: jax.numpy.exp(x @ w))
     >>> struct = jax.ShapeDtypeStruct((512, 512), "float32")
     >>> report(struct, struct).flops_by_dtype()
@@ -251,7 +258,7 @@ def autocast_report(
     def report(*args, **kwargs) -> AutocastReport:
         refuse_modules(fn, args, kwargs)
         arrays, spec = flatten((args, kwargs))
-        jaxpr = jax.make_jaxpr(FlatFunction(fn, spec))(*arrays)
+        jaxpr = make_jaxpr(FlatFunction(fn, spec), *arrays, rules=settings.rules)
         log = _Log(settings.kinds)
         Rewriter(settings, run_pipeline, log).rewrite(jaxpr)
         unused = sorted({*low, *high} - log.seen)
@@ -280,9 +287,7 @@ class _Log:
         name = eqn.primitive.name
         self.seen.add(name)
         if is_reserved(eqn):
-            called = str(eqn.params["name"])
-            full = called.startswith(RESERVED_FULL)
-            inside = "inside full_precision" if full else "inside another autocast"
+            (inside,) = (why for name, why in _INSIDE.items() if is_reserved(eqn, name))
             for jaxpr in inner_jaxprs(eqn):
                 for inner, inner_scope, inner_times in walk(jaxpr, scope, times):
                     if not inner_jaxprs(inner):

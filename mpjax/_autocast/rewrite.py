@@ -5,13 +5,15 @@ survive. Casts are made per use, as late as possible, and never shared: the cota
 of a weight that is used many times then accumulate in float32.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mpjax._autocast import custom
+from mpjax._autocast import custom, tracing
+from mpjax._autocast.choices import choose_by_scope
 from mpjax._autocast.demand import MUST_KEEP, Demand, DemandAnalysis
 from mpjax._autocast.eligibility import is_reduced_precision, why_not_half
 from mpjax._autocast.jaxpr_rewriter import JaxprRewriter
@@ -97,7 +99,8 @@ class Rewriter:
         Returns:
           The jaxpr; the same object if nothing changed.
         """
-        return self.rewrite_inner(jaxpr, scope=scope)[0]
+        chosen = choose_by_scope(jaxpr, self.settings.rules, scope)
+        return self.rewrite_inner(chosen, scope=scope)[0]
 
     def rewrite_inner(
         self,
@@ -174,5 +177,8 @@ class Rewriter:
                 new = self._run_pipeline(jaxpr, self.settings, inner_scope)
                 return eval_jaxpr(open_jaxpr(new), consts, *args)
 
-            self._customs[cache_key] = (eqn, custom.trace(eqn, evaluate))
+            make_jaxpr = functools.partial(
+                tracing.make_jaxpr, rules=self.settings.rules
+            )
+            self._customs[cache_key] = (eqn, custom.trace(eqn, evaluate, make_jaxpr))
         return self._customs[cache_key][1]

@@ -264,12 +264,19 @@ def stacked_aval(aval: Any, length: int) -> Any:
 
 RESERVED_AUTOCAST = "mpjax_autocast"
 RESERVED_FULL = "mpjax_full_precision"
+RESERVED_HALF = "mpjax_half_precision"
 
 
-def is_reserved(eqn: Any) -> bool:
-    """Whether an equation is a nested `autocast` or a `full_precision`."""
+def is_reserved(eqn: Any, *names: str) -> bool:
+    """Whether an equation is a nested `autocast`, `full_precision` or `half_precision`.
+
+    Args:
+      eqn: the equation.
+      *names: the reserved names that count; all of them if there are none.
+    """
     name = eqn.params.get("name")
-    return isinstance(name, str) and name.startswith((RESERVED_AUTOCAST, RESERVED_FULL))
+    names = names or (RESERVED_AUTOCAST, RESERVED_FULL, RESERVED_HALF)
+    return isinstance(name, str) and name.startswith(names)
 
 
 def is_split(atom: Any) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+_NUMBERS = (bool, int, float, complex)
+
 
 @jax.tree_util.register_pytree_node_class
 class Static:
@@ -62,18 +64,26 @@ def _equal(a: Any, b: Any) -> bool:
         return False
 
 
-def flatten(tree: Any) -> tuple[list[Any], Static]:
+def flatten(tree: Any, *, are_numbers_static: bool = False) -> tuple[list[Any], Static]:
     """Splits a tree into its arrays and numbers, and everything else about it.
 
     Args:
       tree: any pytree.
+      are_numbers_static: whether Python's numbers belong to everything else.
 
     Returns:
       The arrays, and what `unflatten` needs to put them back.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    arrays = [x for x in leaves if _is_dynamic(x)]
-    static = tuple(None if _is_dynamic(x) else Static(x) for x in leaves)
+    is_static = [
+        not _is_dynamic(x) or (are_numbers_static and isinstance(x, _NUMBERS))
+        for x in leaves
+    ]
+    arrays = [x for x, static in zip(leaves, is_static, strict=True) if not static]
+    static = tuple(
+        Static(x) if static else None
+        for x, static in zip(leaves, is_static, strict=True)
+    )
     return arrays, Static((treedef, static))
 
 
@@ -138,7 +148,7 @@ def refuse_modules(fn: Any, args: Any, kwargs: Any) -> None:
 
 
 def _is_dynamic(x: Any) -> bool:
-    if isinstance(x, (bool, int, float, complex)):
+    if isinstance(x, _NUMBERS):
         return True
     dtype = getattr(x, "dtype", None)
     if dtype is None or dtype == jax.dtypes.float0 or not hasattr(x, "shape"):

@@ -17,7 +17,8 @@ class EqnContext(NamedTuple):
       is_backward: whether JAX's transposition made the equation.
       is_rematerialized: whether it repeats the forward pass in the backward pass, for
         `jax.checkpoint`.
-      is_rewritten: whether it is inside `autocast` or `full_precision`.
+      is_rewritten: whether it is inside `autocast`, `full_precision` or
+        `half_precision`.
     """
 
     scope: str = ""

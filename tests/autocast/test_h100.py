@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "helpers/h100.py"
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 pytestmark = pytest.mark.h100
 
 
-@pytest.fixture(scope="module")
-def rows():
+def run(script):
+    """Returns the rows that a script of tests/helpers prints."""
     done = subprocess.run(
-        [sys.executable, SCRIPT],
+        [sys.executable, HELPERS / script],
         capture_output=True,
         text=True,
         timeout=900,
@@ -23,6 +23,16 @@ def rows():
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])["rows"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return run("h100.py")
+
+
+@pytest.fixture(scope="module")
+def attention_rows():
+    return run("h100_attention.py")
 
 
 MODELS = ("mlp", "transformer_block", "convnet")
@@ -44,3 +54,19 @@ def test_all_matmuls_are_half(rows, name, policy):
     matmuls = rows[f"{name} {policy}"]["matmuls"]
     assert len(matmuls) >= 8
     assert all(dtypes == [POLICIES[policy]] for dtypes in matmuls)
+
+
+@pytest.mark.parametrize("model", ["linen", "nnx", "equinox", "stacked"])
+def test_cudnn_attention_through_half_precision(attention_rows, model):
+    cudnn, unfused = (attention_rows[f"{model} {x}"] for x in ("cudnn", "unfused"))
+    # A checkpoint in a scan runs the forward kernel again in its backward pass.
+    assert cudnn["forward"] == (2 if model == "stacked" else 1)
+    assert cudnn["backward"] == 1
+    assert (unfused["forward"], unfused["backward"]) == (0, 0)
+    assert cudnn["dtypes"] == unfused["dtypes"] == ["float32"]
+    assert cudnn["temporaries"] < 0.3 * unfused["temporaries"]
+
+
+def test_cudnn_attention_needs_no_more_memory_than_casts_by_hand(attention_rows):
+    new, old = (attention_rows[f"equinox {x}"] for x in ("cudnn", "by hand"))
+    assert new["temporaries"] <= 1.05 * old["temporaries"]
