@@ -161,7 +161,9 @@ class DemandAnalysis:
             demand = (
                 WANTS_FLOAT32
                 if dtype is None
-                else Demand(frozenset((dtype,)), wants_float32=False, flows=frozenset((dtype,)))
+                else Demand(
+                    frozenset((dtype,)), wants_float32=False, flows=frozenset((dtype,))
+                )
             )
         elif kind is Kind.PROMOTE and is_eligible(eqn):
             results = [found.get(v, NO_DEMAND) for v in eqn.outvars]

@@ -280,7 +280,9 @@ class JaxprRewriter:
         XLA drops a rounding to half of what is cast back to float32 at once; where the
         result is read in float32, the sum runs in half.
         """
-        kinds = map(self._rewriter.kind_of, filter(None, self._readers_in_same_pass(eqn)))
+        kinds = map(
+            self._rewriter.kind_of, filter(None, self._readers_in_same_pass(eqn))
+        )
         return not is_backward(eqn, self._in_backward) and Kind.FLOAT32 not in kinds
 
     def _decide(self, eqn: Any) -> _Decision:

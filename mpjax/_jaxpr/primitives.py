@@ -228,9 +228,7 @@ _define("psum psum_invariant", kind=Kind.FLOAT32)
 _define("gather", kind=Kind.FLOAT32, flops=Flops.NONE, is_slice=True)
 
 # Arithmetic: rounds its result, or depends on its operand's last bit.
-_define(
-    "add add_any", kind=Kind.PROMOTE, is_addition=True, is_sum=True, is_cheap=True
-)
+_define("add add_any", kind=Kind.PROMOTE, is_addition=True, is_sum=True, is_cheap=True)
 _define("sub", kind=Kind.PROMOTE, is_addition=True, is_cheap=True)
 _define("mul", kind=Kind.PROMOTE, is_cheap=True, is_proportional=True)
 _define("one_minus_square sign", kind=Kind.PROMOTE, is_cheap=True)
