@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 import mpjax
 
@@ -49,7 +50,7 @@ class MoE(nn.Module):
         down = self.param("down", _init, (shape[0], shape[2], shape[1]))
         route = mpjax.full_precision(functools.partial(_route, top_k=self.top_k))
         gates, experts = route(x, router)
-        x, up, down = nn.dtypes.promote_dtype(x, up, down, dtype=self.dtype)
+        x, up, down = promote_dtype(x, up, down, dtype=self.dtype)
         if self.ragged:
             return _ragged(x, up, down, gates, experts)
         capacity = int(
@@ -78,6 +79,7 @@ class MoETransformer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns (B, T, D) for x (B, T, D)."""
+        x = x.astype(self.dtype or x.dtype)
         for _ in range(self.num_layers):
             y = nn.LayerNorm(dtype=self.dtype)(x)
             experts = MoE(
@@ -108,15 +110,15 @@ def _dense(x, up, down, gates, experts, capacity):
     before = before.reshape(batch, top_k, length, num_experts).swapaxes(1, 2)
     slot = jnp.sum(before * chosen, axis=-1)
     # A slot beyond the capacity is all zeros.
-    slots = jax.nn.one_hot(slot, capacity, dtype=gates.dtype)  # (B, T, K, C)
+    slots = jax.nn.one_hot(slot, capacity, dtype=x.dtype)  # (B, T, K, C)
     combine = jnp.einsum(
-        "btk,btke,btkc->btec", gates, chosen.astype(gates.dtype), slots
+        "btk,btke,btkc->btec", gates.astype(x.dtype), chosen.astype(x.dtype), slots
     )
     dispatch = (combine > 0).astype(x.dtype)
     y = jnp.einsum("btd,btec->becd", x, dispatch)
     y = nn.gelu(jnp.einsum("becd,edf->becf", y, up))
     y = jnp.einsum("becf,efd->becd", y, down)
-    return jnp.einsum("becd,btec->btd", y, combine.astype(x.dtype))
+    return jnp.einsum("becd,btec->btd", y, combine)
 
 
 def _ragged(x, up, down, gates, experts):
