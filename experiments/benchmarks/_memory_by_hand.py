@@ -62,7 +62,7 @@ def measure(
     batch_size = workload.batch_sizes["gpu"]
     runs: dict[str, dict[str, Any]] = {}
     for step_name in steps:
-        step, state = _make_step(workload, step_name)
+        step, state = make_step_by_name(workload, step_name)
         run = {"workload": name, "batch_size": batch_size, "name": step_name}
         run |= measure_cost(workload, step, state, batch_size, device)
         runs[step_name] = run
@@ -101,7 +101,8 @@ def _bars(axes: Axes, ratios: list[float | None], index: int, label: str) -> Non
     axes.bar(places, heights, 0.38, color=f"C{index}", label=label)
 
 
-def _make_step(workload: Workload, name: str) -> Any:
+def make_step_by_name(workload: Workload, name: str) -> tuple[Any, Any]:
+    """Returns the train step of a row, and its state's shapes and dtypes."""
     if name == "float32":
         return make_step(workload, "float32", autocast=False)
     by_hand, _, dtype = name.partition(", ")
