@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.memory       # 7 min on 2 cores, no GPU needed
     python -m experiments.benchmarks.memory --device a100
-    python -m experiments.benchmarks.memory --workloads real              # HOURS
-    python -m experiments.benchmarks.memory --workloads resnet50,gpt2     # MINUTES
+    python -m experiments.benchmarks.memory --workloads resnet50,gpt2
+    python -m experiments.benchmarks.memory --workloads real    # over an hour
 
 Compiles whole training steps for a GPU that this machine need not have (`mpjax.cost`;
 needs `pip install "jax[cuda13]"`, and JAX_PLATFORMS=cpu where there is no GPU) and
