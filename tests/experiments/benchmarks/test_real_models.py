@@ -44,14 +44,16 @@ def test_matmuls_are_half_by_hand_and_under_autocast(name):
     workload = REAL_MODELS[name]("small")
     args = shapes(workload, 2)
     grad = lambda loss_fn: jax.value_and_grad(loss_fn, has_aux=True)
-    fns = {
-        "by hand": grad(workload.by_hand(jnp.bfloat16)),
-        "autocast": mpjax.autocast(grad(workload.loss_fn), "mixed_bfloat16"),
-    }
-    for fn in fns.values():
+    # By hand, the backward pass of `jax.nn.dot_product_attention` multiplies float32
+    # cotangents of the logits. What else is float32 is the router of the experts, and
+    # CTC's gathers by one-hot matmuls.
+    cases = [
+        (grad(workload.by_hand(jnp.bfloat16)), 0.93),
+        (mpjax.autocast(grad(workload.loss_fn), "mixed_bfloat16"), 0.99),
+    ]
+    for fn, least in cases:
         closed, ((loss, _), grads) = jax.make_jaxpr(fn, return_shape=True)(*args)
-        # The others: CTC's gathers by one-hot matmuls, and the router of the experts.
-        assert half_share(closed, "bfloat16") > 0.95
+        assert half_share(closed, "bfloat16") > least
         assert loss.dtype == jnp.float32
         assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
         assert jax.tree.structure(grads) == jax.tree.structure(args[0])
