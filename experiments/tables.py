@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments import mnist_convnet
-from experiments.benchmarks import accuracy, loss_scales, memory, parity, speed
+from experiments.benchmarks import (
+    _memory_by_hand,
+    accuracy,
+    loss_scales,
+    memory,
+    parity,
+    speed,
+)
 from experiments.harness import cli, precisions
 from experiments.harness.errors import ExperimentError
 from experiments.harness.files import write_text
@@ -27,6 +34,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     speed.NAME: speed.COLUMNS,
     loss_scales.NAME: loss_scales.COLUMNS,
     memory.NAME: memory.COLUMNS,
+    _memory_by_hand.NAME: _memory_by_hand.COLUMNS,
     mnist_convnet.NAME: mnist_convnet.COLUMNS,
     mnist_convnet.PRECISIONS_NAME: precisions.COLUMNS,
     parity.NAME: parity.COLUMNS,

@@ -2,6 +2,8 @@
 
     python -m experiments.benchmarks.memory       # 7 min on 2 cores, no GPU needed
     python -m experiments.benchmarks.memory --device a100
+    python -m experiments.benchmarks.memory --workloads resnet50,gpt2
+    python -m experiments.benchmarks.memory --workloads real    # over an hour
 
 Compiles whole training steps for a GPU that this machine need not have (`mpjax.cost`;
 needs `pip install "jax[cuda13]"`, and JAX_PLATFORMS=cpu where there is no GPU) and
@@ -10,6 +12,10 @@ compares what must fit at once: parameters, optimizer state, batch and temporari
 roughly half of the memory, as activations outweigh the second copy of the weights. The
 "checkpointed" step saves the forward pass's matmuls without batch dimensions, and
 rematerializes the rest.
+
+The models of `experiments.benchmarks.real_models` are compiled at one batch size, in
+float32, by autocast, and with half written by hand on every layer; temporaries and
+traffic are compared with those by hand.
 """
 
 import dataclasses
@@ -21,9 +27,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm.auto import tqdm
 
-import mpjax
+from experiments.benchmarks import _memory_by_hand as by_hand
+from experiments.benchmarks._flags import parse_names
 from experiments.benchmarks._output import RESULTS, save_figure, save_table
-from experiments.benchmarks.workloads import WORKLOADS, Workload, parse_workloads
+from experiments.benchmarks._train_steps import make_step, measure_cost
+from experiments.benchmarks.real_models import REAL_MODELS
+from experiments.benchmarks.workloads import WORKLOADS, Workload
 from experiments.harness import cli, results
 from experiments.harness.errors import ConfigError
 from experiments.harness.plots import decorate
@@ -31,6 +40,7 @@ from experiments.harness.results import Column
 from mpjax import cost
 
 NAME = "memory"
+ALL_REAL_MODELS = "real"
 BATCH_SIZES = {
     "mlp": (512, 2048, 8192, 32768),
     "convnet": (256, 1024, 4096, 16384),
@@ -71,7 +81,9 @@ class Config:
     "present" for the device of this machine."""
 
     workloads: str = ",".join(BATCH_SIZES)
-    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru."""
+    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru; or
+    real models: resnet50, unet, vit_b16, gpt2, gpt2_tanh, gpt2_scan, gpt2_scan_remat,
+    llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged; "real" for all of these."""
 
     output: Path | None = None
     """Result file; a plot goes beside it. A name in experiments/results by default."""
@@ -96,23 +108,43 @@ def main(config: Config) -> dict[str, Any]:
       WorkdirError: if the file cannot be written.
     """
     device = None if config.device == "present" else config.device
-    runs = []
     names = parse_workloads(config.workloads)
-    cases = [(name, batch_size) for name in names for batch_size in BATCH_SIZES[name]]
-    for name, batch_size in tqdm(cases, desc="compiling", disable=None):
-        runs += measure(name, WORKLOADS[name](), batch_size, device)
+    if names[0] in REAL_MODELS:
+        table_name, columns, draw_runs = by_hand.NAME, by_hand.COLUMNS, by_hand.draw
+        runs = _measure_real_models(names, device)
+    else:
+        table_name, columns, draw_runs = NAME, COLUMNS, draw
+        runs = _measure_over_batch_sizes(names, device)
     table = {
-        "experiment": NAME,
+        "experiment": table_name,
         "compiled_for": cost.get_device(device).name,
         "environment": results.environment(),
         "runs": runs,
     }
-    file = f"{NAME}_{config.device}_jax{jax.__version__}.json"
+    file = f"{table_name}_{config.device}_jax{jax.__version__}.json"
     output = config.output or RESULTS / file
     compiled_for = table["compiled_for"]
-    save_table(output, table, f"compiled for {compiled_for}", COLUMNS)
-    save_figure(output.with_suffix(".png"), draw(compiled_for, runs))
+    save_table(output, table, f"compiled for {compiled_for}", columns)
+    save_figure(output.with_suffix(".png"), draw_runs(compiled_for, runs))
     return table
+
+
+def parse_workloads(text: str) -> list[str]:
+    """Returns the names that --workloads lists: of one table's models.
+
+    Raises:
+      ConfigError: if one of them is unknown, or if real models are among others.
+    """
+    if text.strip() == ALL_REAL_MODELS:
+        return list(REAL_MODELS)
+    names = parse_names("--workloads", text, [*BATCH_SIZES, *REAL_MODELS])
+    real = [name for name in names if name in REAL_MODELS]
+    if real and len(real) < len(names):
+        raise ConfigError(
+            f"--workloads must be real models, such as {real[0]}, or others, since "
+            f"these go to different tables; got {text!r}."
+        )
+    return names
 
 
 def measure(
@@ -129,48 +161,16 @@ def measure(
     Returns:
       A row of the table per step; see COLUMNS. Ratios are to the float32 step.
     """
-    batch = jax.eval_shape(lambda key: workload.make_batch(key, batch_size), _key())
     runs: list[dict[str, Any]] = []
     for step_name, (policy, checkpoint_policy) in STEPS.items():
         step, state = make_step(workload, policy, checkpoint_policy=checkpoint_policy)
-        report = cost.analyze(step, state, batch, device=device)
-        roofline_s = report.roofline_s
-        run = {
-            "workload": name,
-            "batch_size": batch_size,
-            "name": step_name,
-            "temporaries_mb": report.temporary_bytes / 1e6,
-            "peak_mb": report.peak_bytes / 1e6,
-            "moved_mb": report.moved_bytes / 1e6,
-            "roofline_ms": None if roofline_s is None else 1e3 * roofline_s,
-            "bound": report.bound,
-        }
+        run = {"workload": name, "batch_size": batch_size, "name": step_name}
+        run |= measure_cost(workload, step, state, batch_size, device)
         for key in ("temporaries", "peak"):
             base = (runs or [run])[0][f"{key}_mb"]
             run[f"{key}_ratio"] = run[f"{key}_mb"] / base if base else None
         runs.append(run)
     return runs
-
-
-def make_step(
-    workload: Workload, policy: str, *, loss_scale: Any = None, **kwargs: Any
-):
-    """Returns a train step of a model, and its state's shapes and dtypes.
-
-    Args:
-      workload: the model.
-      policy: precision policy of the step, and of the parameters it is given.
-      loss_scale: dynamic if None.
-      kwargs: other arguments of `make_train_step`.
-    """
-    tx = mpjax.with_loss_scale(workload.tx, loss_scale or mpjax.DynamicLossScale())
-
-    def init(key):
-        params = mpjax.get_policy(policy).cast_to_param(workload.init_params(key))
-        return mpjax.TrainState.create(params=params, tx=tx)
-
-    step = mpjax.make_train_step(workload.loss_fn, tx, policy=policy, **kwargs)
-    return step, jax.eval_shape(init, _key())
 
 
 def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
@@ -205,8 +205,21 @@ def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _key() -> jax.Array:
-    return jax.random.key(0)
+def _measure_over_batch_sizes(
+    names: list[str], device: str | None
+) -> list[dict[str, Any]]:
+    runs = []
+    cases = [(name, batch_size) for name in names for batch_size in BATCH_SIZES[name]]
+    for name, batch_size in tqdm(cases, desc="compiling", disable=None):
+        runs += measure(name, WORKLOADS[name](), batch_size, device)
+    return runs
+
+
+def _measure_real_models(names: list[str], device: str | None) -> list[dict[str, Any]]:
+    runs = []
+    for name in tqdm(names, desc="compiling", disable=None):
+        runs += by_hand.measure(name, REAL_MODELS[name]("full"), device)
+    return runs
 
 
 if __name__ == "__main__":

@@ -28,17 +28,23 @@ class Workload:
       title: what it is, for headings.
       init_params: `key -> params`, float32.
       make_batch: `(key, batch_size) -> batch`, examples along axis 0.
-      loss_fn: `(params, batch, key) -> (loss, None)`, written in float32.
+      loss_fn: `(params, batch, key) -> (loss, None)`, written in float32; with a model
+        state `(params, model_state, batch, key) -> (loss, (model_state, None))`.
       tx: the optimizer, without loss scaling.
       batch_sizes: examples per step by platform, "cpu" and "gpu".
+      init_model_state: `key -> model_state`; None for a model without one.
+      by_hand: `dtype -> loss_fn` that computes in the dtype by its own casts; None
+        where it is not written.
     """
 
     title: str
     init_params: Callable[[jax.Array], Any]
     make_batch: Callable[[jax.Array, int], Any]
-    loss_fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, None]]
+    loss_fn: Callable[..., tuple[jax.Array, Any]]
     tx: optax.GradientTransformation
     batch_sizes: dict[str, int]
+    init_model_state: Callable[[jax.Array], Any] | None = None
+    by_hand: Callable[[Any], Callable[..., tuple[jax.Array, Any]]] | None = None
 
 
 def mlp(num_units: int = 4096) -> Workload:

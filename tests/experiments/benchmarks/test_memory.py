@@ -1,11 +1,16 @@
 """Memory per policy: measured for this machine, written as a table and a plot."""
 
+import dataclasses
+
 import pytest
 
+from experiments.benchmarks import _memory_by_hand as by_hand
 from experiments.benchmarks import memory
+from experiments.benchmarks.real_models import REAL_MODELS
 from experiments.benchmarks.workloads import WORKLOADS, mlp
 from experiments.harness.errors import ConfigError
 from experiments.harness.files import read_json
+from experiments.models.small import cast
 
 
 @pytest.mark.slow
@@ -33,8 +38,48 @@ def test_it_leaves_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     assert "compiled for cpu" in capsys.readouterr().out
 
 
+def mlp_by_hand():
+    """Returns a small model whose form in half casts all parameters and images."""
+    workload = mlp(32)
+
+    def by_hand(dtype):
+        def loss_fn(params, batch, key):
+            return workload.loss_fn(*cast((params, batch), dtype), key)
+
+        return loss_fn
+
+    return dataclasses.replace(workload, batch_sizes={"gpu": 8}, by_hand=by_hand)
+
+
+@pytest.mark.slow
+def test_real_models_are_compared_with_half_by_hand(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(REAL_MODELS, "vit_b16", lambda size: mlp_by_hand())
+    output = tmp_path / "memory.json"
+    config = memory.Config(device="present", workloads="vit_b16", output=output)
+    table = memory.main(config)
+    assert read_json(output) == table
+    assert table["experiment"] == "memory_real"
+    assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert [run["name"] for run in table["runs"]] == list(by_hand.BASELINES)
+    full, *others = table["runs"]
+    assert full["temporaries_to_by_hand"] is None
+    for run in others:
+        (hand,) = (x for x in others if x["name"] == by_hand.BASELINES[run["name"]])
+        for key in ("temporaries", "moved"):
+            assert run[f"{key}_ratio"] == run[f"{key}_mb"] / full[f"{key}_mb"]
+            assert run[f"{key}_to_by_hand"] == run[f"{key}_mb"] / hand[f"{key}_mb"]
+    assert "to by hand" in capsys.readouterr().out
+
+
+def test_the_group_of_real_models():
+    assert memory.parse_workloads("real") == list(REAL_MODELS)
+    assert memory.parse_workloads("llama,unet") == ["llama", "unet"]
+
+
 def test_bad_flags_are_reported():
     with pytest.raises(ConfigError, match=r"one of present, a100.*got 'h1000'"):
         memory.Config(device="h1000")
     with pytest.raises(ConfigError, match=r"some of mlp.*got 'resnet'"):
         memory.Config(workloads="mlp,resnet")
+    with pytest.raises(ConfigError, match=r"such as unet.*got 'mlp,unet'"):
+        memory.Config(workloads="mlp,unet")
