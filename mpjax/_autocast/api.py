@@ -47,10 +47,13 @@ def autocast(
     - exponentials, powers, sums and other reductions run in float32, and so does
       a scalar product: a matmul with no free axis longer than 1;
     - linear algebra and its derivatives run as traced;
-    - every other operation runs in the widest dtype of its operands, with two
-      exceptions: a sum or product whose every consumer wants float32 runs in float32,
-      and a value that reaches only matmuls (through maxima, reshapes, saved activation
-      functions) is half;
+    - every other operation runs in the widest dtype of its operands, with three
+      exceptions: a sum or product whose every consumer wants float32 runs in float32;
+      a sum that goes on to a matmul (a biased activation, a residual stream, the result
+      of a normalization) is half, as in a model by hand; and a value that reaches only
+      matmuls (through maxima, reshapes, saved activation functions) is half;
+    - a loop keeps its carry as traced, and saves in half what its backward loop takes
+      to a matmul;
     - constants are never rounded: `x * 0.1` is computed in float32 and rounded once,
       and an operation with a constant that half cannot represent (a mask of -1e30, an
       epsilon of 1e-12) runs in float32.

@@ -19,6 +19,7 @@ from mpjax._jaxpr.core import (
     is_backward,
     is_float32,
     is_reserved,
+    is_var,
     join_scope,
     open_jaxpr,
 )
@@ -129,18 +130,17 @@ class DemandAnalysis:
         found: dict = {}
         passes = [is_backward(eqn, in_backward) for eqn in body.eqns]
         made_in = {
-            var: backward
-            for eqn, backward in zip(body.eqns, passes, strict=True)
+            var: own
+            for eqn, own in zip(body.eqns, passes, strict=True)
             for var in eqn.outvars
         }
         _add(found, body.outvars, outputs)
-        for eqn, backward in zip(reversed(body.eqns), reversed(passes), strict=True):
-            demands = self._operand_demands(eqn, found, scope, backward)
-            for atom, demand in zip(eqn.invars, demands, strict=True):
-                is_own = isinstance(atom, Literal) or made_in.get(atom, backward)
-                if is_own is not backward and demand.flows:
+        for eqn, own in zip(reversed(body.eqns), reversed(passes), strict=True):
+            demands = self._operand_demands(eqn, found, scope, own)
+            for x, demand in zip(eqn.invars, demands, strict=True):
+                if is_var(x) and made_in.get(x, own) is not own:
                     demand = demand._replace(flows=frozenset())
-                _add(found, (atom,), (demand,))
+                _add(found, (x,), (demand,))
         return found
 
     def _operand_demands(
@@ -152,6 +152,7 @@ class DemandAnalysis:
           eqn: the equation.
           found: the demands known so far, those on its results among them.
           scope: the name scope of the jaxpr.
+          in_backward: whether the equation belongs to a backward pass.
         """
         kind = self._kind_of(eqn)
         if kind is Kind.OPAQUE and asks_for_sign(eqn):
@@ -198,27 +199,38 @@ class DemandAnalysis:
     def _scan_demands(self, eqn: Any, scope: str, in_backward: bool) -> list[Demand]:
         """Returns half for each stack whose slices the body takes only in half.
 
-        In a backward pass, a stack that goes on to a matmul is half as well: a residual
-        of the forward loop, which a model by hand saves in half. The forward loop still
-        computes with the float32 value.
-
         Constants and the carry stay as traced: otherwise the gradient of a constant,
         accumulated over the steps, would be half.
+
+        In a backward pass, a stack is also half if the body takes its slices, or the
+        carry that they go into, to a matmul: it is a residual of the forward loop, which
+        a model by hand saves in half. The forward loop computes with the float32 value.
         """
+        scan = Scan(eqn)
+        carry = scan.split_operands(eqn.invars)[1]
         outputs = (MUST_KEEP,) * len(eqn.outvars)
-        _, demands = self.demands(
-            eqn.params["jaxpr"], outputs, join_scope(scope, eqn), in_backward
-        )
-        consts, carry, xs = Scan(eqn).split_operands(demands)
-        stacked = [_stack_demand(demand, in_backward) for demand in xs]
-        return [MUST_KEEP] * len(consts + carry) + stacked
+        demands = self._body_demands(eqn, outputs, scope, in_backward)
+        if in_backward:
+            taken = (x._replace(must_keep=True) for x in demands[1])
+            outputs = (*taken, *outputs[len(carry) :])
+            demands = self._body_demands(eqn, outputs, scope, in_backward)
+        stacked = [_stack_demand(demand, in_backward) for demand in demands[2]]
+        return [MUST_KEEP] * (len(eqn.invars) - len(stacked)) + stacked
+
+    def _body_demands(
+        self, eqn: Any, outputs: tuple[Demand, ...], scope: str, in_backward: bool
+    ) -> Any:
+        """Returns the demands of a scan's body on constants, carry and slices."""
+        body, inner_scope = eqn.params["jaxpr"], join_scope(scope, eqn)
+        _, demands = self.demands(body, outputs, inner_scope, in_backward)
+        return Scan(eqn).split_operands(demands)
 
 
 def _stack_demand(demand: Demand, in_backward: bool) -> Demand:
     if demand.only_half():
         return demand
-    if in_backward and len(demand.flows) == 1 and not demand.must_keep:
-        return Demand(demand.flows, wants_float32=False, flows=demand.flows)
+    if in_backward and len(demand.halves) == 1 and not demand.must_keep:
+        return demand._replace(wants_float32=False)
     return MUST_KEEP
 
 

@@ -15,6 +15,7 @@ from mpjax._autocast.eligibility import (
     params_in_half,
 )
 from mpjax._autocast.environment import Environment
+from mpjax._autocast.sums import Sums
 from mpjax._jaxpr.core import (
     Literal,
     MadeHalf,
@@ -24,7 +25,6 @@ from mpjax._jaxpr.core import (
     inner_jaxprs,
     is_backward,
     is_float32,
-    is_var,
     join_scope,
     map_inner_jaxprs,
     num_trips,
@@ -76,7 +76,6 @@ class JaxprRewriter:
         self._scope = scope
         self._times = times
         self._in_backward = in_backward
-        self._readers: dict[Var, list[Any]] = {}
         self._env = Environment()
         self._handlers = {
             Kind.HALF: self._half,
@@ -107,14 +106,10 @@ class JaxprRewriter:
         invars = [env.define(var, dtype) for var, dtype in ins]
         for var, value in zip(body.invars, in_values, strict=True):
             env.set_known_value(var, value)
+        kind_of = self._rewriter.kind_of
+        self._sums = Sums(body, env, kind_of, self._in_backward)
         for eqn in body.eqns:
-            for x in eqn.invars:
-                if is_var(x):
-                    self._readers.setdefault(x, []).append(eqn)
-        for x in filter(is_var, body.outvars):
-            self._readers.setdefault(x, []).append(None)
-        for eqn in body.eqns:
-            self._handlers[self._rewriter.kind_of(eqn)](eqn)
+            self._handlers[kind_of(eqn)](eqn)
         producers = {v: eqn for eqn in body.eqns for v in eqn.outvars}
         outs = zip(body.outvars, out_dtypes, strict=True)
         outvars = [env.output(x, dtype, producers) for x, dtype in outs]
@@ -175,19 +170,22 @@ class JaxprRewriter:
         self._keep_constant(eqn)
         eligible = is_eligible(eqn)
         narrow = self._narrow_dtype(eqn) if eligible else None
-        rounded = self._rounded_sum_dtype(eqn) if eligible else None
         is_full = all(env.actual(x) is x for x in eqn.invars)
-        if not eligible or (is_full and narrow is None and rounded is None):
+        is_after = False
+        if eligible and narrow is None:
+            narrow = self._sums.half_dtype(eqn, self._demand(eqn.outvars[0]))
+            is_after = is_full and self._sums.is_rounded_after(eqn)
+        if not eligible or (is_full and narrow is None):
             self._as_traced(eqn)
             return
         if eqn.primitive.name == "optimization_barrier":
             actual = [env.actual(x) for x in eqn.invars]
             env.write(eqn, invars=actual, dtypes=[dtype_of(x) for x in actual])
             return
-        if rounded is not None:
-            decision = _Decision(rounded, is_full and self._rounds_after(eqn))
+        if narrow is None:
+            decision = self._decide(eqn)
         else:
-            decision = self._decide(eqn) if narrow is None else _Decision(narrow)
+            decision = _Decision(narrow, is_rounded=is_after)
         dtype = decision.dtype
         if dtype == _FLOAT32:
             self._as_traced(eqn, decision.reason)
@@ -235,55 +233,6 @@ class JaxprRewriter:
             for v in constants
         )
         return dtype if is_exact else None
-
-    def _rounded_sum_dtype(self, eqn: Any) -> Any:
-        """Returns the half dtype to which a float32 sum is rounded, or None.
-
-        A sum that goes on to a matmul is a biased activation, a residual stream, or the
-        result of a normalization: what a model by hand stores in half. It is added in
-        float32 and rounded once; a chain of sums is rounded at its end.
-        """
-        demand = self._demand(eqn.outvars[0])
-        if not facts_of(eqn).is_sum or demand.must_keep or len(demand.flows) != 1:
-            return None
-        env = self._env
-        if any(env.known_value(x) is not None for x in eqn.invars):
-            return None
-        if all(dtype_of(env.actual(x)) != _FLOAT32 for x in eqn.invars):
-            return None
-        readers = self._readers_in_same_pass(eqn)
-        others = [r for r in readers if r is None or not facts_of(r).sums_axes]
-        if len(others) == 1 and self._is_fused(others[0]):
-            return None
-        return next(iter(demand.flows))
-
-    def _readers_in_same_pass(self, eqn: Any) -> list[Any]:
-        """Returns the equations that read a result; None stands for an output."""
-        own = is_backward(eqn, self._in_backward)
-        return [
-            reader
-            for reader in self._readers.get(eqn.outvars[0], ())
-            if reader is None or is_backward(reader, self._in_backward) is own
-        ]
-
-    def _is_fused(self, eqn: Any) -> bool:
-        """Whether it is a sum, or arithmetic with a constant."""
-        if eqn is None or self._rewriter.kind_of(eqn) is not Kind.PROMOTE:
-            return False
-        facts = facts_of(eqn)
-        has_constant = any(self._env.known_value(x) is not None for x in eqn.invars)
-        return facts.is_sum or (facts.is_cheap and has_constant)
-
-    def _rounds_after(self, eqn: Any) -> bool:
-        """Whether a sum of float32 operands runs in float32 and is rounded afterwards.
-
-        XLA drops a rounding to half of what is cast back to float32 at once; where the
-        result is read in float32, the sum runs in half.
-        """
-        kinds = map(
-            self._rewriter.kind_of, filter(None, self._readers_in_same_pass(eqn))
-        )
-        return not is_backward(eqn, self._in_backward) and Kind.FLOAT32 not in kinds
 
     def _decide(self, eqn: Any) -> _Decision:
         """Returns the dtype of a result from the dtypes of the operands."""
