@@ -202,9 +202,9 @@ class DemandAnalysis:
         Constants and the carry stay as traced: otherwise the gradient of a constant,
         accumulated over the steps, would be half.
 
-        In a backward pass, a stack is also half if the body takes its slices, or the
-        carry that they go into, to a matmul: it is a residual of the forward loop, which
-        a model by hand saves in half. The forward loop computes with the float32 value.
+        In a backward pass, a stack is also half if its slices, or a carry that they go
+        into, reach a matmul: it is a residual of the forward loop, which a model by
+        hand saves in half. The forward loop computes with the float32 value.
         """
         scan = Scan(eqn)
         carry = scan.split_operands(eqn.invars)[1]
