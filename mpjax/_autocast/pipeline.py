@@ -11,6 +11,7 @@ from mpjax._autocast.hoist import hoist_casts_out_of_scans
 from mpjax._autocast.inline import inline_calls_with_scans
 from mpjax._autocast.residuals import minimize_residuals
 from mpjax._autocast.rewrite import Rewriter, Settings
+from mpjax._autocast.sink import sink_broadcasts_into_scans
 from mpjax._xla_cpu.convolutions import put_half_channels_last
 from mpjax._xla_cpu.matmuls import add_unit_axes, swap_transposed_matmuls
 
@@ -26,6 +27,8 @@ PASSES: tuple[Callable[..., Any], ...] = (
     inline_calls_with_scans,
     # A forward loop saves no more than it must for the backward loop.
     minimize_residuals,
+    # Masks are broadcast inside a loop, not held at full size beside it.
+    sink_broadcasts_into_scans,
     # Weights are cast once, before a loop, not at each of its steps.
     hoist_casts_out_of_scans,
     # The forms that XLA:CPU runs fast, and with float32 sums.

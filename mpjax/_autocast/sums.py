@@ -75,9 +75,17 @@ class Sums:
         XLA drops a rounding whose result is cast back to float32 at once. Where an
         operation reads the result in float32, the sum itself runs in half.
         """
-        kinds = [self._kind_of(r) for r in self._own_readers(eqn) if r is not None]
         is_forward = not is_backward(eqn, self._in_backward)
-        return is_forward and Kind.FLOAT32 not in kinds
+        return is_forward and not self._is_read_in_float32(eqn)
+
+    def _is_read_in_float32(self, eqn: Any) -> bool:
+        """Whether an operation takes a result, or a view of it, in float32."""
+        for reader in filter(None, self._own_readers(eqn)):
+            if self._kind_of(reader) is Kind.FLOAT32:
+                return True
+            if facts_of(reader).is_view and self._is_read_in_float32(reader):
+                return True
+        return False
 
     def _own_readers(self, eqn: Any) -> list[Any]:
         """Returns the equations of its pass that read a result; None is an output."""
