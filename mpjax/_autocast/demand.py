@@ -10,7 +10,11 @@ half the memory.
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from mpjax._autocast.eligibility import asks_for_sign, is_eligible
+from mpjax._autocast.eligibility import (
+    asks_for_sign,
+    is_eligible,
+    is_sum_backward,
+)
 from mpjax._autocast.kinds import CONTAINERS
 from mpjax._jaxpr.core import (
     RESERVED_HALF,
@@ -237,7 +241,7 @@ def _stack_demand(demand: Demand, in_backward: bool) -> Demand:
 def _promote_demands(eqn: Any, results: list[Demand]) -> list[Demand]:
     facts = facts_of(eqn)
     out = _join(results)
-    if not facts.is_exact or facts.shrinks:
+    if not facts.is_exact or facts.shrinks or is_sum_backward(eqn):
         # It may run in half if its result is taken in half, but prefers float32.
         out = Demand(out.halves, wants_float32=True, flows=out.flows)
     demands = [out] * len(eqn.invars)

@@ -70,6 +70,17 @@ def asks_for_sign(eqn: Any) -> bool:
     )
 
 
+def is_sum_backward(eqn: Any) -> bool:
+    """Whether its derivative adds up: it repeats numbers of an array.
+
+    The gradient of a bias is such a sum, and must not run in half.
+    """
+    if not facts_of(eqn).repeats or isinstance(eqn.invars[0], Literal):
+        return False
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return sorted(n for n in before if n != 1) != sorted(n for n in after if n != 1)
+
+
 def is_reduced_precision(eqn: Any) -> bool:
     """Whether it rounds to a narrower format than float32, kept in float32.
 

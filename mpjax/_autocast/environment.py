@@ -7,6 +7,7 @@ import numpy as np
 from mpjax._jaxpr.core import (
     Literal,
     Var,
+    broadcast_eqn,
     convert_eqn,
     dtype_of,
     literal,
@@ -42,6 +43,19 @@ class Environment:
         if dtype_of(actual) == dtype:
             return actual
         return self.convert(actual, new_var(atom.aval, dtype), like)
+
+    def cast_broadcast(self, atom: Any, shape: Any, dtype: Any, like: Any) -> Any:
+        """Returns a float32 variable broadcast to a shape, and then cast.
+
+        So its derivative is a cast and then a sum, which adds up in float32.
+        """
+        actual = self.actual(atom)
+        is_scalar = isinstance(atom, Literal) and np.ndim(atom.val) == 0
+        if is_scalar or dtype_of(actual) == dtype or actual.aval.shape == shape:
+            return self.cast(atom, dtype, like)
+        self.eqns.append(broadcast_eqn(actual, shape, like))
+        (wide,) = self.eqns[-1].outvars
+        return self.convert(wide, new_var(wide.aval, dtype), like)
 
     def as_traced(self, atom: Any, like: Any = None) -> Any:
         """Returns an old variable in the dtype that it was traced in."""

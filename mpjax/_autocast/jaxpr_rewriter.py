@@ -12,6 +12,7 @@ from mpjax._autocast.eligibility import (
     asks_for_sign,
     classify_rounding,
     is_eligible,
+    is_sum_backward,
     params_in_half,
 )
 from mpjax._autocast.environment import Environment
@@ -158,8 +159,12 @@ class JaxprRewriter:
         self._log(eqn, dtype)
 
     def _operands_in(self, eqn: Any, dtype: Any) -> list[Any]:
+        env = self._env
+        if facts_of(eqn).is_sum:
+            shape = eqn.outvars[0].aval.shape
+            return [env.cast_broadcast(x, shape, dtype, eqn) for x in eqn.invars]
         return [
-            self._env.cast(x, dtype, eqn) if is_float32(x.aval) else self._env.actual(x)
+            env.cast(x, dtype, eqn) if is_float32(x.aval) else env.actual(x)
             for x in eqn.invars
         ]
 
@@ -221,7 +226,8 @@ class JaxprRewriter:
             is_one = len(demand.halves) == 1
             return next(iter(demand.halves)) if is_saved and is_one else None
         is_barrier = eqn.primitive.name == "optimization_barrier"
-        if not facts.is_exact or facts.shrinks or is_barrier:
+        is_kept = facts.shrinks or is_sum_backward(eqn) or is_barrier
+        if not facts.is_exact or is_kept:
             return None
         dtypes = {self._demand(v).only_half() for v in eqn.outvars}
         dtype = dtypes.pop()

@@ -161,6 +161,18 @@ def _infer(primitive: Any, avals: tuple, params: tuple, context: Any) -> Any:
         return primitive.abstract_eval(*avals, **dict(params))[0]
 
 
+def broadcast_eqn(atom: Any, shape: tuple[int, ...], like: Any) -> Eqn:
+    """Returns an equation that broadcasts axes of length 1 to those of a shape."""
+    params = {
+        "shape": shape,
+        "broadcast_dimensions": tuple(range(len(shape))),
+        "sharding": None,
+    }
+    return new_eqn(
+        jax.lax.broadcast_in_dim_p, [atom], params, like=like, varies_as=atom
+    )
+
+
 def unit_axes_eqn(atom: Any, num_axes: int, like: Any) -> Eqn:
     """Returns an equation that adds axes of length 1 before the axes of `atom`."""
     shape = atom.aval.shape

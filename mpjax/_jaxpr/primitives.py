@@ -82,6 +82,8 @@ class Facts:
         most.)
       shrinks: whether it is exact with a result smaller than its operand, so that a
         cast belongs after it.
+      repeats: whether it is exact with a result that may hold a number of its operand
+        several times, so that its derivative is a sum and a cast belongs after it.
       moves_data: whether its results hold numbers of its first operand, unchanged, and
         no others: a constant array stays constant. (If it has as many results as
         operands, like `optimization_barrier`, each result holds the numbers of its own
@@ -126,6 +128,7 @@ class Facts:
     is_activation: bool = False
     is_exact: bool = False
     shrinks: bool = False
+    repeats: bool = False
     moves_data: bool = False
     is_view: bool = False
     keeps_constant: bool = False
@@ -271,12 +274,21 @@ _define(
     kind=Kind.PROMOTE,
     flops=Flops.NONE,
     is_exact=True,
+    repeats=True,
     moves_data=True,
     keeps_constant=True,
     is_cheap=True,
 )
 _define(
-    "transpose rev tile reshard all_gather all_gather_invariant all_to_all",
+    "tile",
+    kind=Kind.PROMOTE,
+    flops=Flops.NONE,
+    is_exact=True,
+    repeats=True,
+    moves_data=True,
+)
+_define(
+    "transpose rev reshard all_gather all_gather_invariant all_to_all",
     kind=Kind.PROMOTE,
     flops=Flops.NONE,
     is_exact=True,
