@@ -218,7 +218,7 @@ AGAIN = ("equinox", "haiku")
 
 @pytest.mark.parametrize(
     "name",
-    thinned([n for n in CASES if not n.startswith(AGAIN)])
+    thinned([n for n in CASES if not n.startswith(AGAIN)], 6)
     + thinned([n for n in CASES if n.startswith(AGAIN)], 8),
 )
 def test_a_layer_is_half_in_every_matmul(name):
@@ -234,7 +234,7 @@ def cases_and_halves():
     for index, name in enumerate(CASES):
         again = name.startswith(AGAIN)
         rest = pytest.mark.weekly if again or index % 2 else pytest.mark.slow
-        marks = [rest] if index % 4 else []
+        marks = [rest] if index % 8 else []
         yield pytest.param(name, "bfloat16", id=f"{name}-bfloat16", marks=marks)
         weekly = pytest.mark.weekly
         yield pytest.param(name, "float16", id=f"{name}-float16", marks=weekly)
@@ -308,8 +308,8 @@ DROPOUTS = {
 }
 
 
-@pytest.mark.parametrize("half", BOUNDS)
-@pytest.mark.parametrize("library", DROPOUTS)
+@pytest.mark.parametrize("half", thinned(BOUNDS))
+@pytest.mark.parametrize("library", thinned(DROPOUTS))
 def test_dropout_drops_the_same_units(library, half):
     case = DROPOUTS[library]()
     full, _ = case.fn(case.params, case.x)
@@ -328,7 +328,7 @@ def ctc(loss_fn):
     return lambda h: loss_fn(h, paddings, labels, label_paddings)
 
 
-@pytest.mark.parametrize("half", BOUNDS)
+@pytest.mark.parametrize("half", thinned(BOUNDS))
 def test_ctc_loss_is_for_full_precision(half):
     """The CTC loss gathers by a matmul, with sentinels of -1e5 among the values."""
     logits = normal(4, 12, 12)
@@ -380,7 +380,7 @@ def weighed(fn):
     return loss
 
 
-@pytest.mark.parametrize("name", thinned(LINALG, 4))
+@pytest.mark.parametrize("name", thinned(LINALG, 8))
 def test_linear_algebra_keeps_every_bit(name):
     """No matmul of a decomposition, a solver or their derivatives is half."""
     fn = LINALG[name]

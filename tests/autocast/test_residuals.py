@@ -48,7 +48,7 @@ def shrunk(closed):
 @pytest.mark.parametrize(
     "policy", thinned(["mixed_bfloat16", "mixed_float16", "float32"], 3)
 )
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", thinned(CELLS, 2))
 def test_every_value_is_bitwise_the_same(name, policy):
     closed = in_half(jax.make_jaxpr(jax.value_and_grad(CELLS[name]))(W, X), policy)
     new = shrunk(closed)
@@ -210,7 +210,7 @@ def with_call(p):
 
 
 @pytest.mark.parametrize("make", [with_unused, with_pieces, with_call])
-@pytest.mark.parametrize("used", ["", "p", "pa", "ab"])
+@pytest.mark.parametrize("used", thinned(["", "p", "pa", "ab"]))
 def test_operations_of_several_results_and_unused_stacks(make, used):
     def fn(w, x):
         first = lambda h, x: make(lax.sin(h @ w + x))

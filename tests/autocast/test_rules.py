@@ -27,6 +27,7 @@ from helpers.primitive_probes import (
     rewrite,
     rounded,
 )
+from helpers.tools import thinned
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -51,7 +52,7 @@ def fast_variance(x, w, v):
     return jnp.mean(h * h, -1) - jnp.mean(h, -1) ** 2
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", thinned(POLICIES))
 @pytest.mark.parametrize("fn", [logsumexp_of_sum, softmax_of_difference, fast_variance])
 def test_sums_run_in_float32_for_consumers_that_want_it(fn, policy):
     """The matmuls are exact, so the result is float64's; in half it would not be."""
@@ -115,7 +116,7 @@ WITH_CONSTANT = {
 COMPUTED = ("mul", "sub", "add", "select_n", "max", "min")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", thinned(POLICIES))
 @pytest.mark.parametrize("how", WITH_CONSTANT)
 def test_a_constant_is_never_rounded(how, policy):
     dtype = POLICIES[policy]
@@ -136,9 +137,9 @@ def test_rounding_the_constant_would_show(policy):
     assert (by_ops(closed, X)[0] != naive).any()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", thinned(POLICIES))
 @pytest.mark.parametrize("constant", [0.5, -2.0, 0.0])
-@pytest.mark.parametrize("how", sorted(WITH_CONSTANT.keys() - {"jnp.where"}))
+@pytest.mark.parametrize("how", thinned(sorted(WITH_CONSTANT.keys() - {"jnp.where"})))
 def test_a_constant_that_half_holds_leaves_the_op_in_half(how, constant, policy):
     fn = lambda x: WITH_CONSTANT[how](x @ W, constant) @ EYE
     closed = rewrite(fn, X, policy=policy)
@@ -292,7 +293,7 @@ SCALAR_PRODUCTS = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", SCALAR_PRODUCTS)
+@pytest.mark.parametrize("name", thinned(SCALAR_PRODUCTS))
 def test_a_scalar_product_is_a_sum_and_runs_in_float32(name, policy):
     """In float16 it would be infinite, in bfloat16 a sum of 256s would not grow."""
     fn = SCALAR_PRODUCTS[name]

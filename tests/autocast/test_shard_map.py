@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tools import thinned
 from jax.sharding import PartitionSpec as P
 
 from mpjax import autocast, full_precision
@@ -106,7 +107,7 @@ def test_the_gradient_is_that_of_the_plain_function(name, way):
 
 @pytest.mark.parametrize("num", [1, pytest.param(4, marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("way", ["grad(autocast)", "tap"])
+@pytest.mark.parametrize("way", thinned(["grad(autocast)", "tap"]))
 def test_without_checks_and_on_one_device(way, check_vma, num):
     fn = loss_fn("relu", num, check_vma)
     right = jax.grad(fn)(W, X)
@@ -114,7 +115,7 @@ def test_without_checks_and_on_one_device(way, check_vma, num):
 
 
 @pytest.mark.parametrize("way", ["grad(autocast)", "autocast(grad)"])
-@pytest.mark.parametrize("name", ["relu", "gelu", "custom_vjp", "scan"])
+@pytest.mark.parametrize("name", thinned(["relu", "gelu", "custom_vjp", "scan"]))
 def test_matmuls_inside_are_half_whichever_way_round(name, way):
     """On a GPU; a CPU multiplies the same half numbers in float32."""
     traced = jax.jit(WAYS[way](loss_fn(name, 1, True))).trace(W, X)

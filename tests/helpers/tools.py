@@ -99,8 +99,10 @@ def over_devices(step, mesh, *, check_vma):
     )
 
 
-def thinned(values, step=2, rest=None):
+def thinned(values, step=3, rest=None):
     """Returns one value in `step` as it is, half as many slow, the others weekly.
+
+    Two values are one by default and one weekly.
 
     With `rest`, all but the first have that mark.
     """
@@ -108,7 +110,7 @@ def thinned(values, step=2, rest=None):
     def marks(index):
         if index % step == 0:
             return []
-        mark = "slow" if index % (2 * step) == 1 else "weekly"
+        mark = "slow" if index % (2 * step) == 2 else "weekly"
         return [getattr(pytest.mark, rest or mark)]
 
     return [

@@ -30,7 +30,9 @@ def marked_line(fn):
 
 
 @pytest.mark.parametrize("jitted", thinned([True, False]), ids=["jit", ""])
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: original(f.fn).__name__)
+@pytest.mark.parametrize(
+    "fault", thinned(FAULTS, 2), ids=lambda f: original(f.fn).__name__
+)
 def test_a_planted_fault_is_found(fault, jitted):
     fn = jax.jit(fault.fn) if jitted else fault.fn
     found = find_nonfinite(fn)(*fault.args)

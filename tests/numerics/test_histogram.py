@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.tools import thinned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -63,7 +64,7 @@ def assert_counts(histogram, expected):
 
 
 @pytest.mark.parametrize("bounds", [WIDE, {}, {"lo": -3, "hi": -3}], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("dtype", thinned(DTYPES), ids=ids)
 def test_every_bit_pattern(dtype, bounds):
     x = bit_patterns(dtype)
     with jax.enable_x64(True):

@@ -23,6 +23,7 @@ from helpers.precision_faults import (
     mixed_operands,
     struct,
 )
+from helpers.tools import thinned
 from jax import lax, nn
 
 import mpjax
@@ -150,7 +151,7 @@ def test_healthy_functions(fn, args, jitted):
     assert findings == (), "\n".join(map(str, findings))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_healthy_models(name):
     case = CASES[name]()
     grad = jax.value_and_grad(case.loss)

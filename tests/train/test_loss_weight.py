@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.tools import assert_same_bits, everything, over_devices
+from helpers.tools import assert_same_bits, everything, over_devices, thinned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,7 +110,9 @@ def test_any_padding_gives_the_loss_and_gradient_of_the_whole_batch(lengths, num
         assert_true(after, metrics, batch)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy", thinned(["float32", "mixed_float16", "mixed_bfloat16"])
+)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_every_policy(policy, autocast):
     batch = inputs([4, 0, 1, 0, 4, 0, 2, 0])
@@ -122,7 +124,7 @@ def test_every_policy(policy, autocast):
     np.testing.assert_allclose(0.5 - state.params["w"], right["gradient"], rtol=rtol)
 
 
-@pytest.mark.parametrize("num", [1, 2, 4])
+@pytest.mark.parametrize("num", thinned([1, 2, 4]))
 def test_equal_weights_give_the_bits_of_no_weights(num):
     batch = inputs([LENGTH] * NUM)
     plain = make_step(num, "mixed_bfloat16", None)(start(), batch)
@@ -168,7 +170,7 @@ def test_a_piece_of_padding_leaves_the_model_state(num):
     assert int(state.model_state["num_updates"]) == num_updates
 
 
-@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize("num", thinned([1, 2]))
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none_skips_the_step(num, weight):
     state = start()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.tools import thinned
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -156,7 +157,7 @@ MATMUL = re.compile(
 )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", thinned(FORMS))
 @pytest.mark.parametrize("context", ["jit", "scan", "shard_map, 1", "shard_map, 4"])
 def test_no_unsafe_form_is_left(form, context):
     """In one program, XLA knows two contracted axes, or the last of both operands.

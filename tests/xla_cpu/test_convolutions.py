@@ -109,8 +109,8 @@ def test_it_is_the_same_in_float64(name):
             np.testing.assert_allclose(grad, true, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("policy", thinned(["mixed_bfloat16", "mixed_float16"]))
+@pytest.mark.parametrize("name", thinned(CASES, 2))
 def test_half_convolutions_of_autocast_have_that_form(name, policy):
     fn, *shapes = CASES[name]
     args = arrays(*shapes)
