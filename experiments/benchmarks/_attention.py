@@ -54,8 +54,9 @@ def with_attention(workload: Workload, attention: str) -> Workload:
       workload: the model.
       attention: "xla" or "cudnn".
     """
-    is_cudnn = attention == CUDNN and workload.with_cudnn is not None
-    return workload.with_cudnn() if is_cudnn else workload
+    if attention != CUDNN or workload.with_cudnn is None:
+        return workload
+    return workload.with_cudnn()
 
 
 def attention_in(workload: Workload, program: Callable[[], str]) -> str | None:

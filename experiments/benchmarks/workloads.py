@@ -194,7 +194,8 @@ def _with_attention(
     """Returns the workload of a case that `make_case(attention=...)` makes."""
 
     def kernel(*heads):
-        return cudnn_attention(*(x.swapaxes(1, 2) for x in heads), True)
+        q, k, v = (x.swapaxes(1, 2) for x in heads)
+        return cudnn_attention(q, k, v, True)
 
     def with_cudnn():
         attention = kernel_in_half(kernel, small.causal_attention, length_axis=2)
