@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 import mpjax
+from experiments.benchmarks._attention import attention_in
 from experiments.benchmarks.workloads import Workload
 from mpjax import cost
 
@@ -35,7 +36,7 @@ def make_step(
 def measure_cost(
     workload: Workload, step: Any, state: Any, batch_size: int, device: str | None
 ) -> dict[str, Any]:
-    """Compiles a train step, and returns the columns that all tables of memory have.
+    """Compiles a train step, and returns what all rows of memory have.
 
     Args:
       workload: the model.
@@ -43,15 +44,20 @@ def measure_cost(
       state: the step's state, or shapes and dtypes.
       batch_size: examples per step.
       device: as `mpjax.cost.analyze` takes it; None for the one of this machine.
+
+    Returns:
+      Columns of the tables, and the step's `attention`: "xla", "cudnn" or None.
     """
     make_batch = lambda key: workload.make_batch(key, batch_size)
     batch = jax.eval_shape(make_batch, jax.random.key(0))
     report = cost.analyze(step, state, batch, device=device)
     roofline_s = report.roofline_s
+    jaxpr = lambda: str(jax.make_jaxpr(step)(state, batch))
     return {
         "temporaries_mb": report.temporary_bytes / 1e6,
         "peak_mb": report.peak_bytes / 1e6,
         "moved_mb": report.moved_bytes / 1e6,
         "roofline_ms": None if roofline_s is None else 1e3 * roofline_s,
         "bound": report.bound,
+        "attention": attention_in(workload, jaxpr),
     }

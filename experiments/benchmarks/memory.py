@@ -16,6 +16,12 @@ rematerializes the rest.
 The models of `experiments.benchmarks.real_models` are compiled at one batch size, in
 float32, by autocast, and with half written by hand on every layer; temporaries and
 traffic are compared with those by hand.
+
+On a GPU that supports it the attention of transformers is cuDNN's kernel, in the half
+steps, by autocast (through `mpjax.half_precision`) and by hand. In float32, which the
+kernel refuses, it is XLA's operations, so that ratios to float32 include what the
+kernel saves; --attention xla compares like with like. Each row of the result file
+records its `attention`.
 """
 
 import dataclasses
@@ -28,6 +34,11 @@ from matplotlib.ticker import NullLocator
 from tqdm.auto import tqdm
 
 from experiments.benchmarks import _memory_by_hand as by_hand
+from experiments.benchmarks._attention import (
+    check_attention,
+    choose_attention,
+    with_attention,
+)
 from experiments.benchmarks._flags import parse_names
 from experiments.benchmarks._output import RESULTS, save_figure, save_table
 from experiments.benchmarks._train_steps import make_step, measure_cost
@@ -85,11 +96,17 @@ class Config:
     real models: resnet50, unet, vit_b16, gpt2, gpt2_tanh, gpt2_scan, gpt2_scan_remat,
     llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged; "real" for all of these."""
 
+    attention: str = "auto"
+    """Attention of transformers in half: "xla" for XLA's operations, "cudnn" for
+    cuDNN's kernel, "auto" for "cudnn" on an NVIDIA GPU that supports it and "xla"
+    elsewhere. In float32, which the kernel refuses, it is XLA's operations."""
+
     output: Path | None = None
     """Result file; a plot goes beside it. A name in experiments/results by default."""
 
     def __post_init__(self):
         parse_workloads(self.workloads)
+        check_attention(self.attention)
         if self.device not in ("present", *cost.device_names()):
             raise ConfigError(
                 f"--device must be one of present, {', '.join(cost.device_names())}, "
@@ -104,17 +121,19 @@ def main(config: Config) -> dict[str, Any]:
       What the result file holds.
 
     Raises:
+      ConfigError: if --attention is cudnn, which the device does not support.
       RuntimeError: if this machine cannot compile for the device.
       WorkdirError: if the file cannot be written.
     """
     device = None if config.device == "present" else config.device
     names = parse_workloads(config.workloads)
+    attention = choose_attention(config.attention, device)
     if names[0] in REAL_MODELS:
         table_name, columns, draw_runs = by_hand.NAME, by_hand.COLUMNS, by_hand.draw
-        runs = _measure_real_models(names, device)
+        runs = _measure_real_models(names, device, attention)
     else:
         table_name, columns, draw_runs = NAME, COLUMNS, draw
-        runs = _measure_over_batch_sizes(names, device)
+        runs = _measure_over_batch_sizes(names, device, attention)
     table = {
         "experiment": table_name,
         "compiled_for": cost.get_device(device).name,
@@ -206,19 +225,23 @@ def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
 
 
 def _measure_over_batch_sizes(
-    names: list[str], device: str | None
+    names: list[str], device: str | None, attention: str
 ) -> list[dict[str, Any]]:
     runs = []
     cases = [(name, batch_size) for name in names for batch_size in BATCH_SIZES[name]]
     for name, batch_size in tqdm(cases, desc="compiling", disable=None):
-        runs += measure(name, WORKLOADS[name](), batch_size, device)
+        workload = with_attention(WORKLOADS[name](), attention)
+        runs += measure(name, workload, batch_size, device)
     return runs
 
 
-def _measure_real_models(names: list[str], device: str | None) -> list[dict[str, Any]]:
+def _measure_real_models(
+    names: list[str], device: str | None, attention: str
+) -> list[dict[str, Any]]:
     runs = []
     for name in tqdm(names, desc="compiling", disable=None):
-        runs += by_hand.measure(name, REAL_MODELS[name]("full"), device)
+        workload = with_attention(REAL_MODELS[name]("full"), attention)
+        runs += by_hand.measure(name, workload, device)
     return runs
 
 

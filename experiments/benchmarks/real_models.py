@@ -3,13 +3,17 @@
 Each is a function of a size: "full", or "small" for tests, which has the same parts
 with fewer layers and units. Its module has a `dtype` field. With None the model is
 float32, which autocast takes; with half every layer, norms included, computes in half
-from float32 parameters, which is mixed precision by hand.
+from float32 parameters, which is mixed precision by hand. GPT-2 and Llama have an
+`attention` field, too: `with_cudnn` gives the model whose attention is cuDNN's kernel
+in half, under autocast and by hand; in float32, which the kernel refuses, it is as
+before. ViT has no such form: the kernel refuses its odd number of tokens, 197.
 
     workload = REAL_MODELS["gpt2"]("full")
     workload.loss_fn                    # float32
     workload.by_hand(jnp.bfloat16)      # the same in bfloat16, but for the loss
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +24,11 @@ import optax
 
 from experiments.benchmarks.workloads import LEARNING_RATE, Workload
 from experiments.models import objectives
-from experiments.models.attention import xla_attention
+from experiments.models.attention import (
+    cudnn_attention,
+    kernel_in_half,
+    xla_attention,
+)
 from experiments.models.deep_speech import DeepSpeech
 from experiments.models.gpt2 import GPT2
 from experiments.models.llama import Llama
@@ -83,7 +91,7 @@ def gpt2(size: str, **fields: Any) -> Workload:
     objective = objectives.next_token(length, vocabulary_size)
     options = ", ".join(name for name, value in fields.items() if value is True)
     title = f"GPT-2 124M{options and f' ({options})'}"
-    return _workload(title, model, objective, batch_size)
+    return _transformer(title, model, objective, batch_size)
 
 
 def llama(size: str, **fields: Any) -> Workload:
@@ -101,7 +109,7 @@ def llama(size: str, **fields: Any) -> Workload:
         fields = {**small, **fields}
     model = functools.partial(Llama, **fields)
     objective = objectives.next_token(length, vocabulary_size)
-    return _workload("Llama", model, objective, batch_size)
+    return _transformer("Llama", model, objective, batch_size)
 
 
 def deep_speech2(size: str) -> Workload:
@@ -148,6 +156,24 @@ REAL_MODELS: dict[str, Callable[[str], Workload]] = {
     "moe_dense": functools.partial(moe, ragged=False),
     "moe_ragged": functools.partial(moe, ragged=True),
 }
+
+
+def _transformer(
+    title: str,
+    make_model: Callable[..., Any],
+    objective: Objective,
+    batch_size: int,
+) -> Workload:
+    """As `_workload`, for a model with an `attention` field."""
+
+    def with_cudnn():
+        attention = kernel_in_half(cudnn_attention, make_model().attention)
+        make = functools.partial(make_model, attention=attention)
+        workload = _workload(title, make, objective, batch_size)
+        return dataclasses.replace(workload, attention="cudnn")
+
+    workload = _workload(title, make_model, objective, batch_size)
+    return dataclasses.replace(workload, attention="xla", with_cudnn=with_cudnn)
 
 
 def _workload(

@@ -16,6 +16,11 @@ Baselines are left out, by name and with the reason, if their library is not ins
 if these take over 20 s and 20 times float32's time; --baselines lifts that time limit.
 Differences of a few per cent between baselines can be those between two compilations of
 one step.
+
+On a GPU that supports it the attention of transformers is cuDNN's kernel in all half
+baselines. In float32, which the kernel refuses, it is XLA's operations, so that
+speedups over float32 include what the kernel saves; --attention xla compares like with
+like. Each row of the result file records its `attention`.
 """
 
 import dataclasses
@@ -29,6 +34,12 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
+from experiments.benchmarks._attention import (
+    attention_in,
+    check_attention,
+    choose_attention,
+    with_attention,
+)
 from experiments.benchmarks._output import RESULTS, save_figure, save_table
 from experiments.benchmarks._timing import median_ratio, seconds, time_rounds
 from experiments.benchmarks.baselines import (
@@ -90,6 +101,11 @@ class Config:
     """Regular expression; times the baselines whose name it matches and the baselines
     that they are compared with. Empty for all."""
 
+    attention: str = "auto"
+    """Attention of transformers in half: "xla" for XLA's operations, "cudnn" for
+    cuDNN's kernel, "auto" for "cudnn" on an NVIDIA GPU that supports it and "xla"
+    elsewhere. In float32, which the kernel refuses, it is XLA's operations."""
+
     batch_size: int | None = None
     """Examples per step; by default each model has its own for a CPU and for a GPU."""
 
@@ -114,6 +130,7 @@ class Config:
             if getattr(self, name) is not None:
                 require_positive(self, name)
         parse_workloads(self.workloads)
+        check_attention(self.attention)
         try:
             re.compile(self.baselines)
         except re.error as error:
@@ -126,7 +143,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     """Times every baseline of every model; returns what the result files hold.
 
     Raises:
-      ConfigError: if --baselines matches no baseline of a model.
+      ConfigError: if --baselines matches no baseline of a model, or if --attention is
+        cudnn, which the device does not support.
       WorkdirError: if a result cannot be written.
     """
     # Taken first: the result files change the state of the checkout.
@@ -210,7 +228,10 @@ def measure(
         "left_out": left_out,
         "runs": [
             summarize(baseline, times_ms, compiled)
-            | {"num_steps_timed": num_steps[baseline.name]}
+            | {
+                "num_steps_timed": num_steps[baseline.name],
+                "attention": attention_in(case.workload, steps[baseline.name].program),
+            }
             for baseline in chosen
             if baseline.name in compiled
         ],
@@ -221,6 +242,7 @@ def _make_case(config: Config, workload_name: str, platform: str) -> tuple[Case,
     """Returns what every baseline starts from, and its batch size."""
     make_workload = WORKLOADS[workload_name]
     workload = mlp(config.num_units) if make_workload is mlp else make_workload()
+    workload = with_attention(workload, choose_attention(config.attention))
     batch_size = config.batch_size or workload.batch_sizes[platform]
     keys = jax.random.split(jax.random.key(config.seed))
     params = workload.init_params(keys[0])

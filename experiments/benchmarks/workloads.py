@@ -1,6 +1,7 @@
 """The models that are measured: one of each kind, of the size that people train."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 
 from experiments.benchmarks._flags import parse_names
 from experiments.models import small
+from experiments.models.attention import cudnn_attention, kernel_in_half
 from experiments.models.deep_convnet import DeepConvNet
 from experiments.models.mlp import MLP
 from experiments.models.optimizers import rmsprop
@@ -35,6 +37,11 @@ class Workload:
       init_model_state: `key -> model_state`; None for a model without one.
       by_hand: `dtype -> loss_fn` that computes in the dtype by its own casts; None
         where it is not written.
+      attention: what computes its attention in half, "xla" for XLA's operations or
+        "cudnn" for cuDNN's kernel, which takes no float32; None where there is no
+        choice.
+      with_cudnn: returns the same model, whose attention is cuDNN's in half and the
+        plain one in float32; None where there is no choice.
     """
 
     title: str
@@ -45,6 +52,8 @@ class Workload:
     batch_sizes: dict[str, int]
     init_model_state: Callable[[jax.Array], Any] | None = None
     by_hand: Callable[[Any], Callable[..., tuple[jax.Array, Any]]] | None = None
+    attention: str | None = None
+    with_cudnn: Callable[[], "Workload"] | None = None
 
 
 def mlp(num_units: int = 4096) -> Workload:
@@ -75,10 +84,10 @@ def convnet() -> Workload:
 
 def transformer_block(width: int = 1024, length: int = 1024) -> Workload:
     """Returns causal self-attention (heads of 64) and a gelu MLP on (B, T, D)."""
-    return _from_case(
+    return _with_attention(
         f"transformer block, {width} wide, {length} long, Adam",
-        lambda: small.transformer_block(
-            width=width, length=length, num_heads=width // 64
+        functools.partial(
+            small.transformer_block, width=width, length=length, num_heads=width // 64
         ),
         batch_sizes={"cpu": 2, "gpu": 16},
     )
@@ -86,10 +95,14 @@ def transformer_block(width: int = 1024, length: int = 1024) -> Workload:
 
 def transformer(width: int = 512, length: int = 512, num_layers: int = 6) -> Workload:
     """Returns transformer blocks one after the other, in a `scan` over layers."""
-    return _from_case(
+    return _with_attention(
         f"transformer, {num_layers} layers, {width} wide, {length} long, Adam",
-        lambda: small.transformer(
-            width=width, length=length, num_heads=width // 64, num_layers=num_layers
+        functools.partial(
+            small.transformer,
+            width=width,
+            length=length,
+            num_heads=width // 64,
+            num_layers=num_layers,
         ),
         batch_sizes={"cpu": 2, "gpu": 16},
     )
@@ -173,3 +186,22 @@ def _from_case(
         tx=optax.adam(LEARNING_RATE),
         batch_sizes=batch_sizes,
     )
+
+
+def _with_attention(
+    title: str, make_case: Callable[..., small.Case], batch_sizes: dict[str, int]
+) -> Workload:
+    """Returns the workload of a case that `make_case(attention=...)` makes."""
+
+    def kernel(*heads):
+        q, k, v = (x.swapaxes(1, 2) for x in heads)
+        return cudnn_attention(q, k, v, True)
+
+    def with_cudnn():
+        attention = kernel_in_half(kernel, small.causal_attention, length_axis=2)
+        case = functools.partial(make_case, attention=attention)
+        workload = _from_case(title, case, batch_sizes)
+        return dataclasses.replace(workload, attention="cudnn")
+
+    workload = _from_case(title, make_case, batch_sizes)
+    return dataclasses.replace(workload, attention="xla", with_cudnn=with_cudnn)

@@ -139,13 +139,30 @@ def convnet(seed: int = 0) -> Case:
     return Case(loss, params, inputs)
 
 
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns causal attention (B, T, H, D) over arrays (B, H, T, D) of H heads."""
+    logits = jnp.einsum("bhtk,bhsk->bhts", q, k) / q.shape[-1] ** 0.5
+    mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    weights = jax.nn.softmax(logits)
+    return jnp.einsum("bhts,bhsk->bthk", weights, v)
+
+
 def transformer_block(
-    seed: int = 0, *, width: int = 128, length: int = 64, num_heads: int = 4
+    seed: int = 0,
+    *,
+    width: int = 128,
+    length: int = 64,
+    num_heads: int = 4,
+    attention: Callable[..., jax.Array] = causal_attention,
 ) -> Case:
     """Computes pre-norm causal self-attention, and a gelu MLP."""
     rng = np.random.default_rng(seed)
     params = _block_params(rng, width, num_heads)
-    loss = lambda params, inputs: _mean_squared(_block(inputs["x"], params), inputs)
+
+    def loss(params, inputs):
+        return _mean_squared(_block(inputs["x"], params, attention), inputs)
+
     return Case(loss, params, _vectors(rng, length, width))
 
 
@@ -156,6 +173,7 @@ def transformer(
     length: int = 32,
     num_heads: int = 4,
     num_layers: int = 3,
+    attention: Callable[..., jax.Array] = causal_attention,
 ) -> Case:
     """Returns the case of transformer blocks in a scan over their parameters."""
     rng = np.random.default_rng(seed)
@@ -163,7 +181,8 @@ def transformer(
     params = jax.tree.map(lambda *xs: np.stack(xs), *layers)
 
     def loss(params, inputs):
-        x, _ = jax.lax.scan(lambda x, p: (_block(x, p), None), inputs["x"], params)
+        block = lambda x, p: (_block(x, p, attention), None)
+        x, _ = jax.lax.scan(block, inputs["x"], params)
         return _mean_squared(x, inputs)
 
     return Case(loss, params, _vectors(rng, length, width))
@@ -181,14 +200,10 @@ def _block_params(rng, width, num_heads):
     }
 
 
-def _block(x, params):
+def _block(x, params, attention):
     y = _norm(x, params["norm_0"], axes=(-1,))
     q, k, v = jnp.einsum("btd,dshk->sbhtk", y, params["qkv"])
-    logits = jnp.einsum("bhtk,bhsk->bhts", q, k) / q.shape[-1] ** 0.5
-    mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    weights = jax.nn.softmax(logits)
-    y = jnp.einsum("bhts,bhsk->bthk", weights, v)
+    y = attention(q, k, v)
     x = x + jnp.einsum("bthk,hkd->btd", y, params["out"])
     y = _norm(x, params["norm_1"], axes=(-1,))
     y = jax.nn.gelu(y @ params["up"]["w"] + params["up"]["b"])

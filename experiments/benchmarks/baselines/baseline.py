@@ -36,10 +36,12 @@ class Step:
         a training loop does, then waits for the last and returns the loss before it.
       temporary_bytes: memory of the compiled step beside its arguments and outputs;
         None where the library does not say.
+      program: returns the text of the compiled step; "" where the library does not say.
     """
 
     run: Callable[..., float]
     temporary_bytes: int | None = None
+    program: Callable[[], str] = lambda: ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,8 @@ def jax_step(
         jax.block_until_ready((state, out))
         return float(loss(out))
 
-    return Step(run, compiled.memory_analysis().temp_size_in_bytes)
+    temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return Step(run, temporary_bytes, lambda: compiled.as_text() or "")
 
 
 def copy_arrays(tree: Any) -> Any:
