@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments import mnist_convnet
 from experiments.benchmarks import (
+    _accuracy_real,
     _memory_by_hand,
     accuracy,
     loss_scales,
@@ -31,6 +32,7 @@ README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
     accuracy.NAME: accuracy.COLUMNS,
+    _accuracy_real.NAME: _accuracy_real.COLUMNS,
     speed.NAME: speed.COLUMNS,
     loss_scales.NAME: loss_scales.COLUMNS,
     memory.NAME: memory.COLUMNS,
