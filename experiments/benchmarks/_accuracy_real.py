@@ -42,8 +42,6 @@ MODELS: dict[str, Callable[[], Workload]] = {
     },
     **DEEP_MODELS,
 }
-# Compiles faster; it affects only how LLVM optimizes.
-_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 COLUMNS = (
     Column("model", "model"),
     Column("policy", "policy"),
@@ -121,8 +119,7 @@ def gradient_fn(
         return loss * scale, aux
 
     grad = jax.value_and_grad(scaled, has_aux=True)
-    cast_grad = grad if policy is None else mpjax.autocast(grad, policy)
-    step = jax.jit(cast_grad, compiler_options=_COMPILER_OPTIONS)
+    step = jax.jit(grad if policy is None else mpjax.autocast(grad, policy))
 
     def gradient(*args):
         _, grads = step(*args)
