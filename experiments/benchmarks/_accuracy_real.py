@@ -83,7 +83,7 @@ def measure(
             del fns["inner_autocast"]
         by_form = {form: errors(fn) for form, fn in fns.items()}
         row = {"model": name, "policy": policy, "num_seeds": num_seeds}
-        row |= _aggregate(by_form)
+        row |= aggregate(by_form)
         rows.append(row | {"error_float32": float(np.mean(float32))})
     return rows
 
@@ -141,7 +141,7 @@ def forms(
     }
 
 
-def _aggregate(errors: dict[str, list[float]]) -> dict[str, Any]:
+def aggregate(errors: dict[str, list[float]]) -> dict[str, Any]:
     """Returns means, ratios and counts; means over the seeds where all are finite."""
     is_finite = np.isfinite(list(errors.values())).all(axis=0)
     row: dict[str, Any] = {"errors": {}}

@@ -199,13 +199,21 @@ def _draw_intervals(axes: Any, steps: Any, differences: Any, style: Any) -> None
 
 def _train_task(task: tasks.Task, config: Config) -> list[dict[str, Any]]:
     """Returns a row per precision, float32 first."""
+    inits = {name: jax.jit(v.init) for name, v in task.variants.items()}
     steps = {name: _make_step(task, variant) for name, variant in task.variants.items()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in steps}
     pairs = list(itertools.product(range(config.num_seeds), steps))
     with tqdm(total=len(pairs) * task.num_steps, desc=task.title, disable=None) as bar:
         for seed, name in pairs:
             bar.set_postfix_str(f"{name}, seed {seed}")
-            run = _train(task, name, steps[name], seed, config.num_evals, bar)
+            init_key, key = jax.random.split(jax.random.key(seed))
+            step, tx = steps[name]
+            params = inits[name](init_key)
+            state = mpjax.TrainState.create(params=params, tx=tx, key=key)
+            evaluate = task.variants[name].evaluate
+            batches = itertools.islice(task.make_batches(seed), task.num_steps)
+            test_steps = _test_steps(task.num_steps, config.num_evals)
+            run = _train(step, state, batches, evaluate, test_steps, bar)
             runs[name].append(run)
     rows = [_aggregate(name, runs[name], runs["float32"]) for name in runs]
     return [{"task": task.title, **row} for row in rows]
@@ -224,31 +232,29 @@ def _make_step(task: tasks.Task, variant: tasks.Variant) -> Any:
     return step, tx
 
 
+def _test_steps(num_steps: int, num_evals: int) -> list[int]:
+    return np.unique(np.linspace(0, num_steps, num_evals + 1, dtype=int))[1:].tolist()
+
+
 def _train(
-    task: tasks.Task, name: str, step_and_tx: Any, seed: int, num_evals: int, bar: Any
+    step: Any, state: Any, batches: Any, evaluate: Any, test_steps: list[int], bar: Any
 ) -> dict[str, Any]:
     """Trains one precision and seed; returns losses, and the steps they are of."""
-    variant, (step, tx) = task.variants[name], step_and_tx
-    init_key, key = jax.random.split(jax.random.key(seed))
-    params = jax.jit(variant.init)(init_key)
-    state = mpjax.TrainState.create(params=params, tx=tx, key=key)
-    test_steps = np.unique(np.linspace(0, task.num_steps, num_evals + 1, dtype=int))[1:]
-    losses, tests = [], []
-    batches = task.make_batches(seed)
-    for index in range(1, task.num_steps + 1):
-        state, metrics = step(state, next(batches))
+    losses, tests, metrics = [], [], {}
+    for index, batch in enumerate(batches, start=1):
+        state, metrics = step(state, batch)
         losses.append(metrics["loss"])
         jax.block_until_ready(metrics)
         if index in test_steps:
-            tests.append(variant.evaluate(state))
+            tests.append(evaluate(state))
         bar.update()
     train_losses = np.array(jax.device_get(losses), float)
-    pieces = np.array_split(np.arange(1, task.num_steps + 1), NUM_POINTS)
+    pieces = np.array_split(np.arange(1, len(losses) + 1), NUM_POINTS)
     pieces = [piece for piece in pieces if len(piece)]
     return {
         "train_steps": [float(piece.mean()) for piece in pieces],
         "train_losses": [float(train_losses[piece - 1].mean()) for piece in pieces],
-        "test_steps": test_steps.tolist(),
+        "test_steps": test_steps,
         "tests": tests,
         "num_skipped": int(metrics["num_skipped"]),
     }
