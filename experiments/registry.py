@@ -41,6 +41,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "Gradient errors of autocast and of casting by hand, and their step times.",
         ),
         Command(
+            "experiments.benchmarks.loss_curves",
+            "Losses and accuracy of training in float32, half by hand, and autocast.",
+        ),
+        Command(
             "experiments.benchmarks.loss_scales",
             "Loss scales in float16: skipped steps, underflow, gradient errors, step "
             "times.",

@@ -15,8 +15,10 @@ from typing import Any
 
 from experiments import mnist_convnet
 from experiments.benchmarks import (
+    _accuracy_real,
     _memory_by_hand,
     accuracy,
+    loss_curves,
     loss_scales,
     memory,
     parity,
@@ -31,7 +33,9 @@ README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
     accuracy.NAME: accuracy.COLUMNS,
+    _accuracy_real.NAME: _accuracy_real.COLUMNS,
     speed.NAME: speed.COLUMNS,
+    loss_curves.NAME: loss_curves.COLUMNS,
     loss_scales.NAME: loss_scales.COLUMNS,
     memory.NAME: memory.COLUMNS,
     _memory_by_hand.NAME: _memory_by_hand.COLUMNS,

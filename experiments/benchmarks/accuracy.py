@@ -1,12 +1,18 @@
 """Gradient errors of autocast and of casting by hand, and their step times.
 
     python -m experiments.benchmarks.accuracy                  # 4 min on 2 CPU cores
+    python -m experiments.benchmarks.accuracy --workloads real --num-seeds 5    # 30 min
 
-Eight small models (`experiments.models.small`) in bfloat16 and float16. The error is
+Eight small models (`experiments.models.small`) in bfloat16 and float16; with
+`--workloads real` the small twins of `real_models`, and deep ones. The error is
 ||g - g64|| / ||g64||, where g64 is the gradient in float64, averaged over seeds; in
 float16 the gradient is taken through a loss scaled by 2**10. The step times are those
 of jitted gradients, interleaved: the ratio is the median over rounds of the ratio
-within a round.
+within a round. The real models are not timed; autocast's error is divided by that by
+hand, seed by seed, and the 95 % interval of the ratio's geometric mean is given.
+
+XLA:CPU rounds operands and results of half matmuls where the CPU has none, so that the
+errors are those of half hardware, the order of sums aside.
 """
 
 import dataclasses
@@ -20,10 +26,13 @@ import jax.numpy as jnp
 from tqdm.auto import tqdm
 
 import mpjax
+from experiments.benchmarks import _accuracy_real
+from experiments.benchmarks._flags import parse_names
 from experiments.benchmarks._output import RESULTS, save_table
 from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
+from experiments.harness.files import read_json
 from experiments.harness.results import Column
 from experiments.models import small
 
@@ -46,7 +55,11 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How often to measure."""
+    """What to measure, and how often."""
+
+    workloads: str = "small"
+    """Models: small, real, or comma-separated names of real ones. Rows of the result
+    file that belong to other real models stay in it."""
 
     num_seeds: int = 3
     """Errors are averaged over this many seeds for parameters and inputs: 0, 1, …"""
@@ -59,6 +72,16 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "num_seeds", "num_rounds")
+        self.real_names()
+
+    def real_names(self) -> list[str]:
+        """Returns the names of the real models to measure; none for small ones."""
+        if self.workloads == "small":
+            return []
+        models = _accuracy_real.MODELS
+        if self.workloads == "real":
+            return list(models)
+        return parse_names("--workloads", self.workloads, models)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -70,6 +93,8 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
       WorkdirError: if it cannot be written.
     """
+    if config.real_names():
+        return _measure_real(config)
     rows = []
     for name in tqdm(small.CASES, desc="models", disable=None):
         cases = [small.CASES[name](seed) for seed in range(config.num_seeds)]
@@ -93,6 +118,30 @@ def main(config: Config) -> dict[str, Any]:
     file = f"{NAME}_{machine}_jax{jax.__version__}.json"
     title = f"gradient errors, {machine}, jax {jax.__version__}"
     save_table(config.output or RESULTS / file, table, title, COLUMNS)
+    return table
+
+
+def _measure_real(config: Config) -> dict[str, Any]:
+    """Measures real models; writes the table after each, which can take minutes."""
+    environment = results.environment()
+    file = f"{_accuracy_real.NAME}_{environment['machine']}_jax{jax.__version__}.json"
+    path = config.output or RESULTS / file
+    rows = read_json(path)["runs"] if path.exists() else []
+    table: dict[str, Any] = {}
+    for name in tqdm(config.real_names(), desc="models", disable=None):
+        rows = [row for row in rows if row["model"] != name]
+        rows += _accuracy_real.measure(name, FORMATS, config.num_seeds)
+        jax.clear_caches()
+        order = list(_accuracy_real.MODELS)
+        rows.sort(key=lambda row: order.index(row["model"]))
+        table = {
+            "experiment": _accuracy_real.NAME,
+            "batch_size": _accuracy_real.BATCH_SIZE,
+            "environment": environment,
+            "runs": rows,
+        }
+        title = f"gradient errors of real models, {environment['machine']}"
+        save_table(path, table, title, _accuracy_real.COLUMNS)
     return table
 
 

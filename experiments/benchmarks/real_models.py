@@ -41,13 +41,18 @@ from experiments.models.vit import ViT
 SIZES = ("full", "small")
 
 
-def resnet50(size: str) -> Workload:
-    """Returns ResNet-50 v1.5 on images of 224 x 224, with BatchNorm."""
-    if size == "full":
-        model, pixels, batch_size = ResNet, 224, 128
-    else:
-        model = functools.partial(ResNet, num_blocks=(1, 1), num_channels=32)
+def resnet50(size: str, **fields: Any) -> Workload:
+    """Returns ResNet-50 v1.5 on images of 224 x 224, with BatchNorm.
+
+    Args:
+      size: "full" or "small".
+      **fields: of `ResNet`, such as `num_blocks`.
+    """
+    pixels, batch_size = 224, 128
+    if size == "small":
         pixels, batch_size = 64, 16
+        fields = {"num_blocks": (1, 1), "num_channels": 32, **fields}
+    model = functools.partial(ResNet, **fields)
     objective = objectives.classification(pixels, 1000)
     return _workload("ResNet-50 v1.5", model, objective, batch_size)
 

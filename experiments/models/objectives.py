@@ -1,4 +1,4 @@
-"""What models are trained on: random batches, and the loss, in float32.
+"""What models are trained on: random batches, and the loss, in float32 at least.
 
 B denotes the batch size, T time, C classes.
 """
@@ -23,8 +23,8 @@ class Objective:
 
     Attributes:
       make_batch: `(key, batch_size) -> batch`, random, examples along axis 0.
-      loss: `(apply, batch, key) -> scalar`, float32; `apply` takes the model's inputs
-        and returns its output.
+      loss: `(apply, batch, key) -> scalar`, float32 or, if the output is, float64;
+        `apply` takes the model's inputs and returns its output.
     """
 
     make_batch: Callable[[jax.Array, int], Batch]
@@ -75,11 +75,14 @@ def denoising(size: int) -> Objective:
     def loss(apply, batch, key):
         image = batch["image"]
         time_key, noise_key = jax.random.split(key)
-        time = jax.random.randint(time_key, (len(image),), 0, NUM_DIFFUSION_STEPS)
-        noise = jax.random.normal(noise_key, image.shape)
+        # In dtypes of their own, so that they are the same numbers in float64 mode.
+        time = jax.random.randint(
+            time_key, (len(image),), 0, NUM_DIFFUSION_STEPS, jnp.int32
+        )
+        noise = jax.random.normal(noise_key, image.shape, jnp.float32)
         angle = 0.5 * jnp.pi * (time / NUM_DIFFUSION_STEPS)[:, None, None, None]
         noisy = jnp.cos(angle) * image + jnp.sin(angle) * noise
-        predicted = apply(noisy, time).astype(jnp.float32)
+        predicted = _at_least_float32(apply(noisy, time))
         return jnp.mean((predicted - noise) ** 2)
 
     return Objective(make_batch, loss)
@@ -105,7 +108,7 @@ def transcription(
 
     def loss(apply, batch, key):
         del key
-        logits = apply(batch["spectrogram"]).astype(jnp.float32)
+        logits = _at_least_float32(apply(batch["spectrogram"]))
         paddings = jnp.zeros(logits.shape[:2])
         label_paddings = jnp.zeros(batch["label"].shape)
         losses = ctc_loss(logits, paddings, batch["label"], label_paddings)
@@ -124,13 +127,17 @@ def regression(length: int, width: int) -> Objective:
 
     def loss(apply, batch, key):
         del key
-        predicted = apply(batch["x"]).astype(jnp.float32)
+        predicted = _at_least_float32(apply(batch["x"]))
         return jnp.mean((predicted - batch["target"]) ** 2)
 
     return Objective(make_batch, loss)
 
 
 def _cross_entropy(logits: Any, label: jax.Array) -> jax.Array:
-    logits = logits.astype(jnp.float32)
+    logits = _at_least_float32(logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     return jnp.mean(losses)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,290 @@
+"""Losses and accuracy of training in float32, half by hand, and autocast.
+
+    python -m experiments.benchmarks.loss_curves               # 60 min on 2 CPU cores
+
+Two tasks in bfloat16: a causal transformer on the bytes of Python's standard library
+(every tenth file is for testing), and DeepConvNet on MNIST. Every precision has the
+same initial parameters, data order and dropout, so that a seed's runs are a pair: the
+difference to float32 is the mean over seeds, with its 95 % interval. Test losses are
+computed in float32, from the weights that the precision trained.
+
+The transformer's layers are unrolled, by autocast also in a scan, which carries the
+residual stream in float32.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+import mpjax
+from experiments.benchmarks import _loss_curve_tasks as tasks
+from experiments.benchmarks._flags import parse_names
+from experiments.benchmarks._intervals import interval_text, mean_interval
+from experiments.benchmarks._output import (
+    RESULTS,
+    mean_and_deviation,
+    save_figure,
+    save_table,
+)
+from experiments.harness import cli, results
+from experiments.harness.config import require_positive
+from experiments.harness.plots import decorate
+from experiments.harness.results import Column
+
+NAME = "loss_curves"
+NUM_POINTS = 40  # of a curve of training losses
+COLUMNS = (
+    Column("task", "task"),
+    Column("precision", "precision"),
+    Column("test loss", "test_loss"),
+    Column(
+        "minus float32",
+        "loss_difference",
+        lambda interval: interval_text(interval, "{:+.4f}"),
+    ),
+    Column("test accuracy", "test_accuracy"),
+    Column(
+        "minus float32 ",
+        "accuracy_difference",
+        lambda interval: interval_text(interval, "{:+.4f}"),
+    ),
+    Column("skipped steps", "num_skipped"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train."""
+
+    tasks: str = "transformer,convnet"
+    """Comma-separated tasks: transformer, convnet."""
+
+    num_seeds: int = 3
+    """Runs per task and precision; their seeds, for parameters and data, are 0, 1, …"""
+
+    num_steps: int = 600
+    """Steps of a transformer run."""
+
+    width: int = 128
+    """Units of a token in the transformer; a multiple of 32, which a head has."""
+
+    num_layers: int = 6
+    """Layers of the transformer."""
+
+    length: int = 128
+    """Bytes that the transformer sees."""
+
+    batch_size: int = 16
+    """Windows of so many bytes per step of the transformer."""
+
+    num_epochs: int = 3
+    """Passes of the convnet over its images."""
+
+    num_images: int = 59_000
+    """Training images of the convnet, the first ones; not all of them."""
+
+    num_evals: int = 6
+    """How often a run is tested, the last time at its end."""
+
+    dataset: str = "mnist"
+    """Images of the convnet: mnist, or digits (scikit-learn's, offline)."""
+
+    output: Path | None = None
+    """Result file; a plot goes beside it. A name in experiments/results by default."""
+
+    def __post_init__(self):
+        numbers = [f.name for f in dataclasses.fields(self) if f.type is int]
+        require_positive(self, *numbers)
+        parse_names("--tasks", self.tasks, TASKS)
+
+
+def transformer(config: Config) -> tasks.Task:
+    """Returns the transformer of the settings."""
+    return tasks.transformer(
+        width=config.width,
+        num_layers=config.num_layers,
+        length=config.length,
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+    )
+
+
+def convnet(config: Config) -> tasks.Task:
+    """Returns the convnet of the settings, with batches of 128."""
+    return tasks.convnet(
+        dataset=config.dataset,
+        num_images=config.num_images,
+        batch_size=128,
+        num_epochs=config.num_epochs,
+    )
+
+
+TASKS: dict[str, Callable[[Config], tasks.Task]] = {
+    "transformer": transformer,
+    "convnet": convnet,
+}
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains every task in every precision; writes the table and the plot.
+
+    Returns:
+      What the result file holds.
+
+    Raises:
+      DataError: if the data are unavailable.
+      WorkdirError: if the result cannot be written.
+    """
+    rows, facts = [], {}
+    for name in parse_names("--tasks", config.tasks, TASKS):
+        task = TASKS[name](config)
+        facts[name] = {"num_steps": task.num_steps, **task.facts}
+        rows += _train_task(task, config)
+    environment = results.environment()
+    table = {
+        "experiment": NAME,
+        **{k: v for k, v in dataclasses.asdict(config).items() if k != "output"},
+        "data": facts,
+        "environment": environment,
+        "runs": rows,
+    }
+    machine = environment["machine"]
+    file = f"{NAME}_{machine}_jax{jax.__version__}.json"
+    output = config.output or RESULTS / file
+    save_table(output, table, f"loss curves, {tasks.POLICY}, {machine}", COLUMNS)
+    save_figure(output.with_suffix(".png"), draw(rows))
+    return table
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Draws losses over steps, and their differences to float32; a row per task.
+
+    Args:
+      rows: `runs` of the result file.
+    """
+    titles = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(11, 4 * len(titles)), layout="constrained")
+    panels = figure.subplots(len(titles), 2, squeeze=False)
+    for title, (losses, differences) in zip(titles, panels, strict=True):
+        of_task = [row for row in rows if row["task"] == title]
+        reference = np.array(of_task[0]["test_losses"])
+        for index, row in enumerate(of_task):
+            style = {"color": f"C{index}", "lw": 2.5 - 0.5 * index}
+            steps, curve = row["train_steps"], np.mean(row["train_losses"], axis=0)
+            losses.plot(steps, curve, alpha=0.4, **style)
+            test = np.array(row["test_losses"])
+            dots = {"marker": "o", "ms": 4, "label": row["precision"], **style}
+            losses.plot(row["test_steps"], test.mean(axis=0), **dots)
+            if index:
+                _draw_intervals(differences, row["test_steps"], test - reference, dots)
+        differences.axhline(0, color="C0", lw=1)
+        decorate(losses, f"{title}: loss (faint: training)", "step")
+        decorate(differences, "test loss minus float32's, 95 % intervals", "step")
+        losses.legend(frameon=False)
+    return figure
+
+
+def _draw_intervals(axes: Any, steps: Any, differences: Any, style: Any) -> None:
+    means, lows, highs = np.transpose([mean_interval(list(d)) for d in differences.T])
+    axes.plot(steps, means, **style)
+    axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.15, lw=0)
+
+
+def _train_task(task: tasks.Task, config: Config) -> list[dict[str, Any]]:
+    """Returns a row per precision, float32 first."""
+    inits = {name: jax.jit(v.init) for name, v in task.variants.items()}
+    steps = {name: _make_step(task, variant) for name, variant in task.variants.items()}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in steps}
+    pairs = list(itertools.product(range(config.num_seeds), steps))
+    with tqdm(total=len(pairs) * task.num_steps, desc=task.title, disable=None) as bar:
+        for seed, name in pairs:
+            bar.set_postfix_str(f"{name}, seed {seed}")
+            init_key, key = jax.random.split(jax.random.key(seed))
+            step, tx = steps[name]
+            params = inits[name](init_key)
+            state = mpjax.TrainState.create(params=params, tx=tx, key=key)
+            evaluate = task.variants[name].evaluate
+            batches = itertools.islice(task.make_batches(seed), task.num_steps)
+            test_steps = _test_steps(task.num_steps, config.num_evals)
+            run = _train(step, state, batches, evaluate, test_steps, bar)
+            runs[name].append(run)
+    rows = [_aggregate(name, runs[name], runs["float32"]) for name in runs]
+    return [{"task": task.title, **row} for row in rows]
+
+
+def _make_step(task: tasks.Task, variant: tasks.Variant) -> Any:
+    """Returns the train step, in which no loss is scaled, and its optimizer."""
+    tx = mpjax.with_loss_scale(task.tx, mpjax.NoOpLossScale())
+    step = mpjax.make_train_step(
+        variant.loss_fn,
+        tx,
+        policy=variant.policy,
+        autocast=variant.autocast,
+        **task.step_options,
+    )
+    return step, tx
+
+
+def _test_steps(num_steps: int, num_evals: int) -> list[int]:
+    return np.unique(np.linspace(0, num_steps, num_evals + 1, dtype=int))[1:].tolist()
+
+
+def _train(
+    step: Any, state: Any, batches: Any, evaluate: Any, test_steps: list[int], bar: Any
+) -> dict[str, Any]:
+    """Trains one precision and seed; returns losses, and the steps they are of."""
+    losses, tests, metrics = [], [], {}
+    for index, batch in enumerate(batches, start=1):
+        state, metrics = step(state, batch)
+        losses.append(metrics["loss"])
+        jax.block_until_ready(metrics)
+        if index in test_steps:
+            tests.append(evaluate(state))
+        bar.update()
+    train_losses = np.array(jax.device_get(losses), float)
+    pieces = np.array_split(np.arange(1, len(losses) + 1), NUM_POINTS)
+    pieces = [piece for piece in pieces if len(piece)]
+    return {
+        "train_steps": [float(piece.mean()) for piece in pieces],
+        "train_losses": [float(train_losses[piece - 1].mean()) for piece in pieces],
+        "test_steps": test_steps,
+        "tests": tests,
+        "num_skipped": int(metrics["num_skipped"]),
+    }
+
+
+def _aggregate(
+    name: str, runs: list[dict[str, Any]], references: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the row of a precision, from its runs and float32's, by seed."""
+    row: dict[str, Any] = {
+        "precision": name,
+        "num_skipped": sum(run["num_skipped"] for run in runs),
+        "train_steps": runs[0]["train_steps"],
+        "train_losses": [run["train_losses"] for run in runs],
+        "test_steps": runs[0]["test_steps"],
+    }
+    for metric, plural in (("loss", "losses"), ("accuracy", "accuracies")):
+        if metric not in runs[0]["tests"][-1]:
+            continue
+        curves, expected = (
+            np.array([[test[metric] for test in run["tests"]] for run in group])
+            for group in (runs, references)
+        )
+        row[f"test_{plural}"] = curves.tolist()
+        row[f"test_{metric}"] = mean_and_deviation(curves[:, -1].tolist())
+        if name != "float32":
+            differences = (curves - expected)[:, -1].tolist()
+            row[f"{metric}_difference"] = mean_interval(differences)
+    return row
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, doc=__doc__)
