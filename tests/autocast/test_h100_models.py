@@ -12,12 +12,13 @@ from experiments.benchmarks.real_models import REAL_MODELS
 pytestmark = pytest.mark.h100
 
 
-@pytest.mark.parametrize("name", REAL_MODELS)
+@pytest.mark.parametrize("name", thinned(REAL_MODELS, 6, rest="weekly"))
 def test_small_models_take_what_bfloat16_by_hand_takes(name):
     check(name, "small", "bfloat16")
 
 
-@pytest.mark.parametrize("name", thinned(REAL_MODELS, 6, rest="weekly"))
+@pytest.mark.weekly
+@pytest.mark.parametrize("name", REAL_MODELS)
 def test_small_models_take_what_float16_by_hand_takes(name):
     check(name, "small", "float16")
 

@@ -234,6 +234,7 @@ SCRIPT = Path(__file__).parents[1] / "helpers/h100_saved.py"
 
 
 @pytest.mark.h100
+@pytest.mark.weekly
 def test_the_sum_is_close_to_the_temporaries_of_compiled_code():
     """The rest is held for a short time: the cotangents of the widest layer, at most.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers.tools import thinned
 from helpers.cells import layer, over
 from jax.experimental.layout import Format, Layout
 
@@ -20,12 +21,12 @@ from mpjax._xla_cpu.convolutions import put_channels_last
 
 pytestmark = pytest.mark.h100
 SIZES = [
-    ("mlp", 2048),
+    pytest.param("mlp", 2048, marks=pytest.mark.weekly),
     ("mlp", 8192),
-    ("convnet", 4096),
-    ("transformer_block", 16),
+    pytest.param("convnet", 4096, marks=pytest.mark.weekly),
+    pytest.param("transformer_block", 16, marks=pytest.mark.weekly),
     ("transformer", 16),
-    ("bigru", 256),
+    pytest.param("bigru", 256, marks=pytest.mark.weekly),
 ]
 
 
@@ -47,7 +48,7 @@ def test_a_loss_in_a_jit_of_its_own_costs_the_same():
     assert inside.moved_bytes == alone.moved_bytes
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", thinned(["mixed_float16", "mixed_bfloat16"]))
 def test_dynamic_loss_scaling_moves_nothing_more(policy):
     work = WORKLOADS["mlp"]()
     plain, dynamic = (
@@ -99,7 +100,7 @@ def test_changes_that_do_not_pay_on_an_h100():
 
 
 @pytest.mark.parametrize("form", [("NHWC", "HWIO"), ("NCHW", "OIHW")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", thinned(["bfloat16", "float32"]))
 def test_plain_convolutions_cost_nothing(form, dtype):
     """The transposes of `mpjax._xla_cpu.convolutions` move nothing in memory."""
     last = form[0] == "NHWC"

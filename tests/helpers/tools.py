@@ -100,11 +100,9 @@ def over_devices(step, mesh, *, check_vma):
 
 
 def thinned(values, step=3, rest=None):
-    """Returns one value in `step` as it is, half as many slow, the others weekly.
+    """Returns one value in `step` as it is; if `step` is more than 2, half as many slow.
 
-    Two values are one by default and one weekly.
-
-    With `rest`, all but the first have that mark.
+    The others are weekly. With `rest`, all but those as they are have that mark.
     """
 
     def marks(index):

@@ -137,6 +137,7 @@ CASES = {
 
 
 @pytest.mark.h100
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", thinned(CASES, 2, rest="weekly"))
 def test_cudnn_in_code_compiled_for_an_h100(name, monkeypatch):
     texts, compile_for = [], _analyze.compile_for
