@@ -67,6 +67,7 @@ def measure(
       num_seeds: how many seeds for parameters and batch.
     """
     workload = MODELS[name]()
+    assert workload.by_hand is not None
     make = jax.jit(functools.partial(make_arguments, workload))
     args = [jax.device_get(make(jax.random.key(seed))) for seed in range(num_seeds)]
     truth = gradient_fn(workload.by_hand(jnp.float64))

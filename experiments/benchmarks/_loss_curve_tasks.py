@@ -1,5 +1,6 @@
 """What `loss_curves` trains: a task, and the precisions that it is trained in."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -79,7 +80,11 @@ def transformer(
       num_steps: steps of a run.
     """
     text = source_text.load()
-    fields = {"vocabulary_size": NUM_BYTES, "max_length": length, "width": width}
+    fields: dict[str, Any] = {
+        "vocabulary_size": NUM_BYTES,
+        "max_length": length,
+        "width": width,
+    }
     fields |= {"num_layers": num_layers, "num_heads": max(1, width // 32)}
     plain, scanned = GPT2(**fields), GPT2(**fields, scan=True)
     half = GPT2(**fields, dtype=jnp.bfloat16)
@@ -153,7 +158,7 @@ def convnet(*, dataset: str, num_images: int, batch_size: int, num_epochs: int) 
     )
 
 
-def stack_blocks(params: dict[str, Any], num_layers: int) -> dict[str, Any]:
+def stack_blocks(params: Any, num_layers: int) -> dict[str, Any]:
     """Returns the parameters of `GPT2` as those of `GPT2(scan=True)`."""
     others = {k: v for k, v in params.items() if not k.startswith("Block_")}
     blocks = [params[f"Block_{i}"] for i in range(num_layers)]
@@ -165,7 +170,7 @@ def _byte_loss(model: GPT2) -> Callable[..., Any]:
     objective = next_token(model.max_length, NUM_BYTES)
 
     def loss_fn(params, batch, key):
-        apply = lambda tokens: model.apply({"params": params}, tokens)
+        apply: Any = functools.partial(model.apply, {"params": params})
         return objective.loss(apply, batch, key), {}
 
     return loss_fn

@@ -1,7 +1,7 @@
 """Gradient errors of autocast and of casting by hand, and their step times.
 
     python -m experiments.benchmarks.accuracy                  # 4 min on 2 CPU cores
-    python -m experiments.benchmarks.accuracy --workloads real --num-seeds 5    # 30 min
+    python -m experiments.benchmarks.accuracy --workloads real --num-seeds 5
 
 Eight small models (`experiments.models.small`) in bfloat16 and float16; with
 `--workloads real` the small twins of `real_models`, and deep ones. The error is

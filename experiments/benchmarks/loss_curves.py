@@ -1,6 +1,6 @@
 """Losses and accuracy of training in float32, half by hand, and autocast.
 
-    python -m experiments.benchmarks.loss_curves               # 60 min on 2 CPU cores
+    python -m experiments.benchmarks.loss_curves
 
 Two tasks in bfloat16: a causal transformer on the bytes of Python's standard library
 (every tenth file is for testing), and DeepConvNet on MNIST. Every precision has the
