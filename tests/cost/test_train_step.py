@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers.tools import thinned
 from helpers.cells import layer, over
+from helpers.tools import thinned
 from jax.experimental.layout import Format, Layout
 
 import mpjax

@@ -100,7 +100,7 @@ def over_devices(step, mesh, *, check_vma):
 
 
 def thinned(values, step=3, rest=None):
-    """Returns one value in `step` as it is; if `step` is more than 2, half as many slow.
+    """Returns one value in `step` as it is; half as many are slow if `step` is over 2.
 
     The others are weekly. With `rest`, all but those as they are have that mark.
     """
