@@ -139,11 +139,17 @@ class DemandAnalysis:
             for var in eqn.outvars
         }
         _add(found, body.outvars, outputs)
+        read_in_own = set(filter(is_var, body.outvars))
         for eqn, own in zip(reversed(body.eqns), reversed(passes), strict=True):
             demands = self._operand_demands(eqn, found, scope, own)
+            for var in found.keys() & (set(eqn.outvars) - read_in_own):
+                # Saved for the other pass alone: its matmuls decide, but on no operand.
+                found[var] = found[var]._replace(flows=found[var].halves)
             for x, demand in zip(eqn.invars, demands, strict=True):
                 if is_var(x) and made_in.get(x, own) is not own:
                     demand = demand._replace(flows=frozenset())
+                elif is_var(x):
+                    read_in_own.add(x)
                 _add(found, (x,), (demand,))
         return found
 
