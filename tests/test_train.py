@@ -440,6 +440,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_serialization_whichever_is_imported_first(tmp_path):
     """In processes of their own, one of which has built no state before it restores."""
     for order, action in (

@@ -47,7 +47,7 @@ def rich(axis_name=None, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)]
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.weekly)]
 )
 def test_shard_map_where_one_shard_overflows(check_vma):
     mesh = auto_mesh((8,), ("data",))

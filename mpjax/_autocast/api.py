@@ -52,8 +52,8 @@ def autocast(
       a sum that goes on to a matmul (a biased activation, a residual stream, the result
       of a normalization) is half, as in a model by hand; and a value that reaches only
       matmuls (through maxima, reshapes, saved activation functions) is half;
-    - a loop keeps its carry as traced, and saves in half what its backward loop takes
-      to a matmul;
+    - a loop keeps its carry as traced, and saves in bfloat16 what its backward loop
+      takes to a matmul (not in float16, whose range is smaller);
     - constants are never rounded: `x * 0.1` is computed in float32 and rounded once,
       and an operation with a constant that half cannot represent (a mask of -1e30, an
       epsilon of 1e-12) runs in float32.

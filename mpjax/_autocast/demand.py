@@ -10,6 +10,8 @@ half the memory.
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from mpjax._autocast.eligibility import (
     asks_for_sign,
     is_eligible,
@@ -140,17 +142,32 @@ class DemandAnalysis:
         }
         _add(found, body.outvars, outputs)
         read_in_own = set(filter(is_var, body.outvars))
+        bounded = self._bounded(body)
         for eqn, own in zip(reversed(body.eqns), reversed(passes), strict=True):
             demands = self._operand_demands(eqn, found, scope, own)
-            for var in found.keys() & (set(eqn.outvars) - read_in_own):
-                # Saved for the other pass alone: its matmuls decide, but on no operand.
-                found[var] = found[var]._replace(flows=found[var].halves)
+            for var in bounded.intersection(eqn.outvars) - read_in_own:
+                # Saved for the other pass alone: its matmuls decide.
+                demand = found.get(var, NO_DEMAND)
+                found[var] = demand._replace(flows=demand.halves)
             for x, demand in zip(eqn.invars, demands, strict=True):
                 if is_var(x) and made_in.get(x, own) is not own:
                     demand = demand._replace(flows=frozenset())
                 elif is_var(x):
                     read_in_own.add(x)
                 _add(found, (x,), (demand,))
+        return found
+
+    def _bounded(self, body: Any) -> set[Any]:
+        """Returns the variables that activation functions and arithmetic keep small."""
+        found: set[Any] = set()
+        for eqn in body.eqns:
+            facts = facts_of(eqn)
+            is_arithmetic = facts.is_cheap and self._kind_of(eqn) is Kind.PROMOTE
+            variables = set(filter(is_var, eqn.invars))
+            if facts.is_activation or (
+                is_arithmetic and variables and found.issuperset(variables)
+            ):
+                found.update(eqn.outvars)
         return found
 
     def _operand_demands(
@@ -214,7 +231,8 @@ class DemandAnalysis:
 
         In a backward pass, a stack is also half if its slices, or a carry that they go
         into, reach a matmul: it is a residual of the forward loop, which a model by
-        hand saves in half. The forward loop computes with the float32 value.
+        hand saves in half. The forward loop computes with the float32 value, which may
+        lie beyond the range of float16: there such a stack stays as traced.
         """
         scan = Scan(eqn)
         carry = scan.split_operands(eqn.invars)[1]
@@ -239,9 +257,11 @@ class DemandAnalysis:
 def _stack_demand(demand: Demand, in_backward: bool) -> Demand:
     if demand.only_half():
         return demand
-    if in_backward and len(demand.halves) == 1 and not demand.must_keep:
-        return demand._replace(wants_float32=False)
-    return MUST_KEEP
+    if not in_backward or len(demand.halves) != 1 or demand.must_keep:
+        return MUST_KEEP
+    (dtype,) = demand.halves
+    has_range = jnp.finfo(dtype).maxexp == jnp.finfo(jnp.float32).maxexp
+    return demand._replace(wants_float32=False) if has_range else MUST_KEEP
 
 
 def _promote_demands(eqn: Any, results: list[Demand]) -> list[Demand]:

@@ -78,7 +78,7 @@ def is_sum_backward(eqn: Any) -> bool:
     if not facts_of(eqn).repeats or isinstance(eqn.invars[0], Literal):
         return False
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    return sorted(n for n in before if n != 1) != sorted(n for n in after if n != 1)
+    return [n for n in before if n != 1] != [n for n in after if n != 1]
 
 
 def is_reduced_precision(eqn: Any) -> bool:

@@ -75,7 +75,8 @@ def _is_widening(eqn: Any) -> bool:
     if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) != 1:
         return False
     before, after = num_bytes(eqn.invars[0]), num_bytes(eqn.outvars[0])
-    return isinstance(after, int) and before < after
+    is_known = isinstance(before, int) and isinstance(after, int)
+    return is_known and before < after
 
 
 def _sink(eqn: Any, broadcasts: dict[Var, Any]) -> Any:

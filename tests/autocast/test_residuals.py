@@ -74,7 +74,7 @@ def test_a_layer_keeps_values_that_rematerialize_the_rest():
     assert sum(x.endswith(wide) for x in old) >= 5
     assert sum(x.endswith(wide) for x in new) == 2
     assert f"bfloat16{wide}" in new
-    assert [x for x in new if x.endswith(narrow)] == [f"float32{narrow}"]
+    assert [x for x in new if x.endswith(narrow)] == [f"bfloat16{narrow}"] * 2
 
 
 # --- The optimum, found by trying every set.

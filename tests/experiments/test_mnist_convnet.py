@@ -101,6 +101,7 @@ def initial():
     return jax.jit(DeepConvNet().init)(jax.random.key(0), jnp.zeros((1, 28, 28)))
 
 
+@pytest.mark.slow
 def test_weights_are_he_normal_and_biases_zero(initial):
     params = initial["params"]
     for layer in params.values():
@@ -113,6 +114,7 @@ def test_weights_are_he_normal_and_biases_zero(initial):
     assert np.abs(largest).max() > 3 * np.sqrt(2 / 1024)  # not truncated
 
 
+@pytest.mark.slow
 def test_dropout_zeroes_half_of_the_hidden_units_in_training_alone(initial):
     model = DeepConvNet()
     x = jax.random.uniform(jax.random.key(0), (160, 28, 28))

@@ -61,7 +61,7 @@ def by_hand(make_tx, num=6):
     return w, losses
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", thinned(OPTIMIZERS))
 @pytest.mark.parametrize(
     ("num_microbatches", "autocast"),
     [
