@@ -162,10 +162,11 @@ def _infer(primitive: Any, avals: tuple, params: tuple, context: Any) -> Any:
 
 
 def broadcast_eqn(atom: Any, shape: tuple[int, ...], like: Any) -> Eqn:
-    """Returns an equation that broadcasts axes of length 1 to those of a shape."""
+    """Returns an equation that broadcasts axes of length 1, or a scalar, to a shape."""
+    first = len(shape) - len(atom.aval.shape)
     params = {
         "shape": shape,
-        "broadcast_dimensions": tuple(range(len(shape))),
+        "broadcast_dimensions": tuple(range(first, len(shape))),
         "sharding": None,
     }
     return new_eqn(
