@@ -245,7 +245,7 @@ def test_loaded_weights_give_what_the_run_gave(finished, tmp_path, monkeypatch, 
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.slow  # with the run that they share
+@pytest.mark.weekly  # with the run that they share
 def test_one_precision_alone_is_compared_with_nothing(finished):
     config, expected = finished
     half = mnist_convnet.Config(load=config.export, precisions="float16")

@@ -26,7 +26,7 @@ def train(workdir, policies="mixed_float16", **changes):
     return mnist_mlp.main(config, cli_runs.images())
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_counts_draws_and_changes_nothing(tmp_path):
     plain = train(tmp_path / "plain")
     flags = {"numerics": True, "numerics_interval": 4}

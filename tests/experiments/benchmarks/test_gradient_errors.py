@@ -33,7 +33,7 @@ def test_workloads_are_small_real_or_names():
         accuracy.Config(workloads="lama")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_real_models_leave_a_table_that_keeps_other_rows(tmp_path, monkeypatch):
     fields = {"width": 16, "num_layers": 1}
     tiny = functools.partial(real_models.gpt2, "small", **fields, tanh_gelu=True)

@@ -61,7 +61,7 @@ def test_bad_settings():
 
 
 @pytest.mark.parametrize("task", ["convnet", "transformer"])
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_trains_and_leaves_a_table_and_a_plot(task, tmp_path):
     config = loss_curves.Config(
         **TINY,

@@ -79,7 +79,7 @@ def test_a_run_without_a_number_makes_no_mean():
     assert mean_and_deviation([0.5]) == "0.5000 ± 0.0000"
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_cells_of_an_older_file_stay(config):
     first = dataclasses.replace(config, policies="mixed_float16", num_seeds=1)
     parity.main(first)
