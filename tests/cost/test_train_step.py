@@ -91,7 +91,7 @@ def test_changes_that_do_not_pay_on_an_h100():
     assert chosen.moved_bytes >= 0.999 * plain.moved_bytes
     one_vector = dataclasses.replace(work, tx=optax.flatten(work.tx))
     flat = report_of(one_vector, "mixed_bfloat16", scale)
-    assert flat.moved_bytes >= 1.2 * plain.moved_bytes
+    assert flat.moved_bytes >= 1.1 * plain.moved_bytes
     x = jax.ShapeDtypeStruct((64, 64), "float16")
     with pytest.raises(RuntimeError, match="ALG_DOT_F16_F16_F16"):
         cost.analyze(
