@@ -4,7 +4,8 @@ Where every consumer of a sum or product wants float32, rounding it to half in b
 only loses bits: the operation itself then runs in float32. Where every consumer of
 a maximum or a reshape wants half, rounding its operand gives the same numbers as
 rounding its result, and the values in between, often saved for the backward pass, take
-half the memory.
+half the memory. Where a sum goes on to a matmul of its own pass, it may be stored in
+half (`sums.py`).
 """
 
 from collections.abc import Callable, Iterable
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 
 from mpjax._autocast.eligibility import (
     asks_for_sign,
+    derivative_is_sum,
     is_eligible,
-    is_sum_backward,
 )
 from mpjax._autocast.kinds import CONTAINERS
 from mpjax._jaxpr.core import (
@@ -133,6 +134,11 @@ class DemandAnalysis:
     def _find(
         self, body: Any, outputs: tuple[Demand, ...], scope: str, in_backward: bool
     ) -> dict:
+        """Returns the demand on each variable, from the last equation to the first.
+
+        What the other pass reads does not count for `flows`, except on a bounded value
+        that nothing reads in its own pass: it is saved for the other pass alone.
+        """
         found: dict = {}
         passes = [is_backward(eqn, in_backward) for eqn in body.eqns]
         made_in = {
@@ -146,7 +152,6 @@ class DemandAnalysis:
         for eqn, own in zip(reversed(body.eqns), reversed(passes), strict=True):
             demands = self._operand_demands(eqn, found, scope, own)
             for var in bounded.intersection(eqn.outvars) - read_in_own:
-                # Saved for the other pass alone: its matmuls decide.
                 demand = found.get(var, NO_DEMAND)
                 found[var] = demand._replace(flows=demand.halves)
             for x, demand in zip(eqn.invars, demands, strict=True):
@@ -255,6 +260,7 @@ class DemandAnalysis:
 
 
 def _stack_demand(demand: Demand, in_backward: bool) -> Demand:
+    """Returns the demand on a stack from the demand on its slices in a loop's body."""
     if demand.only_half():
         return demand
     if not in_backward or len(demand.halves) != 1 or demand.must_keep:
@@ -267,7 +273,7 @@ def _stack_demand(demand: Demand, in_backward: bool) -> Demand:
 def _promote_demands(eqn: Any, results: list[Demand]) -> list[Demand]:
     facts = facts_of(eqn)
     out = _join(results)
-    if not facts.is_exact or facts.shrinks or is_sum_backward(eqn):
+    if not facts.is_exact or facts.shrinks or derivative_is_sum(eqn):
         # It may run in half if its result is taken in half, but prefers float32.
         out = Demand(out.halves, wants_float32=True, flows=out.flows)
     demands = [out] * len(eqn.invars)

@@ -70,8 +70,8 @@ def asks_for_sign(eqn: Any) -> bool:
     )
 
 
-def is_sum_backward(eqn: Any) -> bool:
-    """Whether its derivative adds up: it repeats numbers of an array.
+def derivative_is_sum(eqn: Any) -> bool:
+    """Whether an equation repeats numbers of an array, so that its derivative is a sum.
 
     The gradient of a bias is such a sum, and must not run in half.
     """

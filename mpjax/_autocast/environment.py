@@ -45,9 +45,15 @@ class Environment:
         return self.convert(actual, new_var(atom.aval, dtype), like)
 
     def cast_broadcast(self, atom: Any, shape: Any, dtype: Any, like: Any) -> Any:
-        """Returns a float32 variable broadcast to a shape, and then cast.
+        """Returns a float32 variable, broadcast to a shape and cast after that.
 
-        So its derivative is a cast and then a sum, which adds up in float32.
+        Its derivative is then a cast to float32 before a sum, so the sum is float32.
+
+        Args:
+          atom: an operand of the old jaxpr.
+          shape: the shape of the result.
+          dtype: the half dtype to cast to.
+          like: equation whose source line, name scope and context the new ones take.
         """
         actual = self.actual(atom)
         is_scalar = isinstance(atom, Literal) and np.ndim(atom.val) == 0

@@ -11,8 +11,8 @@ from mpjax._autocast.eligibility import (
     Rounding,
     asks_for_sign,
     classify_rounding,
+    derivative_is_sum,
     is_eligible,
-    is_sum_backward,
     params_in_half,
 )
 from mpjax._autocast.environment import Environment
@@ -176,10 +176,10 @@ class JaxprRewriter:
         eligible = is_eligible(eqn)
         narrow = self._narrow_dtype(eqn) if eligible else None
         is_full = all(env.actual(x) is x for x in eqn.invars)
-        is_after = False
+        is_rounded = False
         if eligible and narrow is None:
             narrow = self._sums.half_dtype(eqn, self._demand(eqn.outvars[0]))
-            is_after = is_full and self._sums.is_rounded_after(eqn)
+            is_rounded = is_full and self._sums.is_rounded_after(eqn)
         if not eligible or (is_full and narrow is None):
             self._as_traced(eqn)
             return
@@ -190,7 +190,7 @@ class JaxprRewriter:
         if narrow is None:
             decision = self._decide(eqn)
         else:
-            decision = _Decision(narrow, is_rounded=is_after)
+            decision = _Decision(narrow, is_rounded=is_rounded)
         dtype = decision.dtype
         if dtype == _FLOAT32:
             self._as_traced(eqn, decision.reason)
@@ -226,7 +226,7 @@ class JaxprRewriter:
             is_one = len(demand.halves) == 1
             return next(iter(demand.halves)) if is_saved and is_one else None
         is_barrier = eqn.primitive.name == "optimization_barrier"
-        is_kept = facts.shrinks or is_sum_backward(eqn) or is_barrier
+        is_kept = facts.shrinks or derivative_is_sum(eqn) or is_barrier
         if not facts.is_exact or is_kept:
             return None
         dtypes = {self._demand(v).only_half() for v in eqn.outvars}

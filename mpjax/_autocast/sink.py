@@ -71,7 +71,7 @@ def _broadcasts_of(eqn: Any) -> dict[Var, Any]:
 
 
 def _is_widening(eqn: Any) -> bool:
-    """Whether it broadcasts an array to a larger one."""
+    """Whether an equation broadcasts a number or an array to more bytes."""
     if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) != 1:
         return False
     before, after = num_bytes(eqn.invars[0]), num_bytes(eqn.outvars[0])

@@ -97,7 +97,7 @@ class Sums:
         ]
 
     def _continues(self, eqn: Any) -> bool:
-        """Whether it continues a chain: another sum, or arithmetic with a constant."""
+        """Whether a reader continues a chain: a sum, or arithmetic with a constant."""
         if eqn is None or self._kind_of(eqn) is not Kind.PROMOTE:
             return False
         facts = facts_of(eqn)

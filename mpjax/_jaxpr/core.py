@@ -162,7 +162,13 @@ def _infer(primitive: Any, avals: tuple, params: tuple, context: Any) -> Any:
 
 
 def broadcast_eqn(atom: Any, shape: tuple[int, ...], like: Any) -> Eqn:
-    """Returns an equation that broadcasts axes of length 1, or a scalar, to a shape."""
+    """Returns an equation that broadcasts `atom` to a shape by NumPy's rules.
+
+    Args:
+      atom: variable or literal.
+      shape: the shape of the result.
+      like: equation whose source line, name scope and context it takes.
+    """
     first = len(shape) - len(atom.aval.shape)
     params = {
         "shape": shape,
@@ -176,15 +182,7 @@ def broadcast_eqn(atom: Any, shape: tuple[int, ...], like: Any) -> Eqn:
 
 def unit_axes_eqn(atom: Any, num_axes: int, like: Any) -> Eqn:
     """Returns an equation that adds axes of length 1 before the axes of `atom`."""
-    shape = atom.aval.shape
-    params = {
-        "shape": (1,) * num_axes + shape,
-        "broadcast_dimensions": tuple(range(num_axes, num_axes + len(shape))),
-        "sharding": None,
-    }
-    return new_eqn(
-        jax.lax.broadcast_in_dim_p, [atom], params, like=like, varies_as=atom
-    )
+    return broadcast_eqn(atom, (1,) * num_axes + atom.aval.shape, like)
 
 
 def bind(eqn: Any, *values: Any) -> list[Any]:
