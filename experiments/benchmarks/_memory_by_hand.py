@@ -79,7 +79,7 @@ def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
     """Draws temporaries and traffic per model, as multiples of those by hand."""
     workloads = list(dict.fromkeys(run["workload"] for run in runs))
     figure = Figure(figsize=(0.9 * len(workloads) + 3, 6), layout="constrained")
-    figure.suptitle(f"A training step to one by hand, compiled for {device}")
+    figure.suptitle(f"Autocast relative to half by hand, compiled for {device}")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axes, key in ((top, "temporaries"), (bottom, "moved")):
         for index, dtype in enumerate(DTYPES):
