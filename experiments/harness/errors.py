@@ -21,6 +21,10 @@ class DataError(ExperimentError):
     """A dataset that is unavailable, damaged or cannot be stored."""
 
 
+class AudioError(DataError):
+    """One recording that cannot be read, or is too short to be trained on."""
+
+
 class WorkdirError(ExperimentError):
     """A working directory that holds another run, or cannot be written."""
 

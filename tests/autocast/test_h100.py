@@ -12,10 +12,10 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = pytest.mark.h100
 
 
-def run(script):
+def run(script, *args):
     """Returns the rows that a script of tests/helpers prints."""
     done = subprocess.run(
-        [sys.executable, HELPERS / script],
+        [sys.executable, HELPERS / script, *args],
         capture_output=True,
         text=True,
         timeout=900,
@@ -26,34 +26,36 @@ def run(script):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return run("h100.py")
-
-
-@pytest.fixture(scope="module")
 def attention_rows():
     return run("h100_attention.py")
 
 
+@pytest.fixture(
+    scope="module",
+    params=["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.weekly)],
+)
+def policy_and_rows(request):
+    return request.param, run("h100.py", request.param)
+
+
 MODELS = ("mlp", "transformer_block", "convnet")
-POLICIES = {"mixed_bfloat16": "bf16", "mixed_float16": "f16"}
+DTYPES = {"mixed_bfloat16": "bf16", "mixed_float16": "f16"}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", MODELS)
-def test_temporaries_are_those_of_the_hand_cast_model(rows, name, policy):
-    row = rows[f"{name} {policy}"]
+def test_temporaries_are_those_of_the_hand_cast_model(policy_and_rows, name):
+    row = policy_and_rows[1][name]
     for form in ("autocast(grad)", "grad(autocast)"):
         assert row[form] <= 1.05 * row["hand_cast"]
         assert row[form] <= 0.8 * row["float32"]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", MODELS)
-def test_all_matmuls_are_half(rows, name, policy):
-    matmuls = rows[f"{name} {policy}"]["matmuls"]
+def test_all_matmuls_are_half(policy_and_rows, name):
+    policy, rows = policy_and_rows
+    matmuls = rows[name]["matmuls"]
     assert len(matmuls) >= 8
-    assert all(dtypes == [POLICIES[policy]] for dtypes in matmuls)
+    assert all(dtypes == [DTYPES[policy]] for dtypes in matmuls)
 
 
 @pytest.mark.parametrize("model", ["linen", "nnx", "equinox", "stacked"])

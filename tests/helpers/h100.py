@@ -1,6 +1,6 @@
 """Compiles models for an H100, which the machine need not have; prints JSON.
 
-    python tests/helpers/h100.py       # needs pip install "jax[cuda13]"
+    python tests/helpers/h100.py mixed_bfloat16       # needs pip install "jax[cuda13]"
 
 tests/autocast/test_h100.py runs it in a process of its own: the settings must precede
 JAX.
@@ -82,25 +82,24 @@ def operand_dtypes(text):
     return found
 
 
-def main():
-    """Prints, per model and policy, temporaries in bytes and the matmuls' dtypes."""
+def main(policy):
+    """Prints, per model, temporaries in bytes and the matmuls' dtypes."""
     compile_for_h100 = functools.partial(compile_for, get_device("h100"))
     result = {}
     for name, (loss, params, inputs) in large_cases().items():
         full = compile_for_h100(jax.value_and_grad(loss), params, inputs)
-        for policy, dtype in POLICIES.items():
-            forms = {
-                "hand_cast": jax.value_and_grad(models.hand_cast(loss, dtype)),
-                "autocast(grad)": mpjax.autocast(jax.value_and_grad(loss), policy),
-                "grad(autocast)": jax.value_and_grad(mpjax.autocast(loss, policy)),
-            }
-            compiled = {
-                form: compile_for_h100(fn, params, inputs) for form, fn in forms.items()
-            }
-            row = {form: _temporaries(x) for form, x in compiled.items()}
-            row["float32"] = _temporaries(full)
-            row["matmuls"] = operand_dtypes(compiled["autocast(grad)"].as_text())
-            result[f"{name} {policy}"] = row
+        forms = {
+            "hand_cast": jax.value_and_grad(models.hand_cast(loss, POLICIES[policy])),
+            "autocast(grad)": mpjax.autocast(jax.value_and_grad(loss), policy),
+            "grad(autocast)": jax.value_and_grad(mpjax.autocast(loss, policy)),
+        }
+        compiled = {
+            form: compile_for_h100(fn, params, inputs) for form, fn in forms.items()
+        }
+        row = {form: _temporaries(x) for form, x in compiled.items()}
+        row["float32"] = _temporaries(full)
+        row["matmuls"] = operand_dtypes(compiled["autocast(grad)"].as_text())
+        result[name] = row
     print(json.dumps({"jax": jax.__version__, "rows": result}))
 
 
@@ -109,4 +108,4 @@ def _temporaries(compiled):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -100,15 +100,16 @@ def over_devices(step, mesh, *, check_vma):
 
 
 def thinned(values, step=3, rest=None):
-    """Returns one value in `step` as it is; half as many are slow if `step` is over 2.
+    """Returns one value in `step` as it is, without a mark.
 
-    The others are weekly. With `rest`, all but those as they are have that mark.
+    Where `step` is over 2, a quarter as many are slow; the others are weekly. With
+    `rest`, all the others have that mark.
     """
 
     def marks(index):
         if index % step == 0:
             return []
-        mark = "slow" if index % (2 * step) == 2 else "weekly"
+        mark = "slow" if index % (4 * step) == 2 else "weekly"
         return [getattr(pytest.mark, rest or mark)]
 
     return [
