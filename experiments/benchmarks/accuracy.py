@@ -122,7 +122,10 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _measure_real(config: Config) -> dict[str, Any]:
-    """Measures real models; writes the table after each, which can take minutes."""
+    """Measures real models; writes the table after each, which can take minutes.
+
+    The rows of other models in the file stay; each says at which commit it was made.
+    """
     environment = results.environment()
     file = f"{_accuracy_real.NAME}_{environment['machine']}_jax{jax.__version__}.json"
     path = config.output or RESULTS / file
@@ -130,7 +133,8 @@ def _measure_real(config: Config) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name in tqdm(config.real_names(), desc="models", disable=None):
         rows = [row for row in rows if row["model"] != name]
-        rows += _accuracy_real.measure(name, FORMATS, config.num_seeds)
+        new = _accuracy_real.measure(name, FORMATS, config.num_seeds)
+        rows += [{**row, "commit": environment["commit"]} for row in new]
         jax.clear_caches()
         order = list(_accuracy_real.MODELS)
         rows.sort(key=lambda row: order.index(row["model"]))

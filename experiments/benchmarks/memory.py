@@ -15,7 +15,8 @@ rematerializes the rest.
 
 The models of `experiments.benchmarks.real_models` are compiled at one batch size, in
 float32, by autocast, and with half written by hand on every layer; temporaries and
-traffic are compared with those by hand.
+traffic are compared with those by hand. The table is written after each model, and the
+rows of models that are not measured again stay in it.
 
 On a GPU that supports it the attention of transformers is cuDNN's kernel, in the half
 steps, by autocast (through `mpjax.half_precision`) and by hand. In float32, which the
@@ -25,6 +26,7 @@ records its `attention`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from experiments.benchmarks.real_models import REAL_MODELS
 from experiments.benchmarks.workloads import WORKLOADS, Workload
 from experiments.harness import cli, results
 from experiments.harness.errors import ConfigError
+from experiments.harness.files import read_json
 from experiments.harness.plots import decorate
 from experiments.harness.results import Column
 from mpjax import cost
@@ -129,23 +132,36 @@ def main(config: Config) -> dict[str, Any]:
     names = parse_workloads(config.workloads)
     attention = choose_attention(config.attention, device)
     if names[0] in REAL_MODELS:
-        table_name, columns, draw_runs = by_hand.NAME, by_hand.COLUMNS, by_hand.draw
-        runs = _measure_real_models(names, device, attention)
-    else:
-        table_name, columns, draw_runs = NAME, COLUMNS, draw
-        runs = _measure_over_batch_sizes(names, device, attention)
+        return _measure_real_models(names, device, attention, config)
+    runs = _measure_over_batch_sizes(names, device, attention)
+    return _save(NAME, COLUMNS, draw, device, runs, config)
+
+
+def _save(
+    name: str,
+    columns: tuple[Column, ...],
+    draw: Callable[[str, list[dict[str, Any]]], Figure],
+    device: str | None,
+    runs: list[dict[str, Any]],
+    config: Config,
+) -> dict[str, Any]:
+    """Writes the result file and the plot; returns what the file holds."""
+    compiled_for = cost.get_device(device).name
     table = {
-        "experiment": table_name,
-        "compiled_for": cost.get_device(device).name,
+        "experiment": name,
+        "compiled_for": compiled_for,
         "environment": results.environment(),
         "runs": runs,
     }
-    file = f"{table_name}_{config.device}_jax{jax.__version__}.json"
-    output = config.output or RESULTS / file
-    compiled_for = table["compiled_for"]
+    output = _output_file(name, config)
     save_table(output, table, f"compiled for {compiled_for}", columns)
-    save_figure(output.with_suffix(".png"), draw_runs(compiled_for, runs))
+    save_figure(output.with_suffix(".png"), draw(compiled_for, runs))
     return table
+
+
+def _output_file(name: str, config: Config) -> Path:
+    file = f"{name}_{config.device}_jax{jax.__version__}.json"
+    return config.output or RESULTS / file
 
 
 def parse_workloads(text: str) -> list[str]:
@@ -236,13 +252,26 @@ def _measure_over_batch_sizes(
 
 
 def _measure_real_models(
-    names: list[str], device: str | None, attention: str
-) -> list[dict[str, Any]]:
-    runs = []
+    names: list[str], device: str | None, attention: str, config: Config
+) -> dict[str, Any]:
+    """Measures real models; writes the table after each, which takes minutes.
+
+    The rows of other models in the file stay; each says at which commit it was made.
+    """
+    path = _output_file(by_hand.NAME, config)
+    runs = read_json(path)["runs"] if path.exists() else []
+    commit = results.environment()["commit"]
+    order = list(REAL_MODELS)
+    table: dict[str, Any] = {}
     for name in tqdm(names, desc="compiling", disable=None):
         workload = with_attention(REAL_MODELS[name]("full"), attention)
-        runs += by_hand.measure(name, workload, device)
-    return runs
+        new = by_hand.measure(name, workload, device)
+        runs = [run for run in runs if run["workload"] != name]
+        runs += [{**run, "commit": commit} for run in new]
+        runs.sort(key=lambda run: order.index(run["workload"]))
+        table = _save(by_hand.NAME, by_hand.COLUMNS, by_hand.draw, device, runs, config)
+        jax.clear_caches()
+    return table
 
 
 if __name__ == "__main__":

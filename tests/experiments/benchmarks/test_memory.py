@@ -53,15 +53,22 @@ def mlp_by_hand():
 
 @pytest.mark.slow
 def test_real_models_are_compared_with_half_by_hand(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(REAL_MODELS, "vit_b16", lambda size: mlp_by_hand())
+    for name in ("resnet50", "vit_b16"):
+        monkeypatch.setitem(REAL_MODELS, name, lambda size: mlp_by_hand())
     output = tmp_path / "memory.json"
+    before = memory.main(
+        memory.Config(device="present", workloads="resnet50", output=output)
+    )
     config = memory.Config(device="present", workloads="vit_b16", output=output)
     table = memory.main(config)
     assert read_json(output) == table
     assert table["experiment"] == "memory_real"
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    assert [run["name"] for run in table["runs"]] == list(by_hand.BASELINES)
-    full, *others = table["runs"]
+    num_before = len(by_hand.BASELINES)
+    assert table["runs"][:num_before] == before["runs"]
+    full, *others = table["runs"][num_before:]
+    assert [run["name"] for run in (full, *others)] == list(by_hand.BASELINES)
+    assert {run["workload"] for run in (full, *others)} == {"vit_b16"}
     assert full["temporaries_to_by_hand"] is None
     for run in others:
         (hand,) = (x for x in others if x["name"] == by_hand.BASELINES[run["name"]])
