@@ -12,6 +12,21 @@ from experiments.benchmarks.real_models import REAL_MODELS
 pytestmark = pytest.mark.h100
 
 
+LIMIT = {"temporaries": 1.02, "moved": 1.05}
+# More than that by design: a sum that JAX derives from a nearest resize (a scatter) is
+# float32, and so is what goes into `full_precision`, the router of the experts.
+FULL_LIMITS = {"unet": {"temporaries": 1.04}, "moe_dense": {"temporaries": 1.04}}
+# In small models, arrays that do not grow with the model weigh more: logits, one-hot
+# arrays, gates.
+SMALL_LIMITS = {
+    "unet": {"temporaries": 1.05},
+    "gpt2": {"temporaries": 1.06},
+    "deep_speech2": {"temporaries": 1.09},
+    "moe_dense": {"temporaries": 1.09},
+    "moe_ragged": {"temporaries": 1.1, "moved": 1.12},
+}
+
+
 @pytest.mark.parametrize("name", thinned(REAL_MODELS, 6, rest="weekly"))
 def test_small_models_take_what_bfloat16_by_hand_takes(name):
     check(name, "small", "bfloat16")
@@ -33,6 +48,7 @@ def test_full_models_take_what_half_by_hand_takes(name, dtype):
 def check(name, size, dtype):
     steps = (f"by hand, {dtype}", f"mixed_{dtype}")
     by_hand, cast = measure(name, REAL_MODELS[name](size), "h100", steps)
-    assert by_hand["temporaries_to_by_hand"] == by_hand["moved_to_by_hand"] == 1
-    assert cast["temporaries_to_by_hand"] <= 1.02
-    assert cast["moved_to_by_hand"] <= 1.05
+    limits = LIMIT | (FULL_LIMITS if size == "full" else SMALL_LIMITS).get(name, {})
+    for key, limit in limits.items():
+        assert by_hand[f"{key}_to_by_hand"] == 1
+        assert cast[f"{key}_to_by_hand"] <= limit
