@@ -8,9 +8,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 class Dataset(Protocol):
     """An endless iterator of training batches that can be resumed and shared out.
 
-    A batch is any pytree of arrays, in NumPy or on the device. Its structure, shapes
-    and dtypes are those of every other batch, so that the train step compiles once; a
-    last batch with fewer examples is padded, and says so by a mask or by lengths.
+    A batch is any pytree of arrays, in NumPy or on the device. Its structure and dtypes
+    are those of every other batch, and so are its shapes, or they are among a few, for
+    each of which the train step is compiled once; a last batch with fewer examples is
+    padded, and says so by a mask or by lengths.
 
     The batches are a function of the position alone: a data set whose state is set to
     one that an equal data set gave continues with the same batches, bit for bit, in

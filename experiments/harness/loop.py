@@ -139,21 +139,27 @@ class _Loop:
         batch = next(self.task.batches, None)
         if batch is None:
             raise self._data_ended(first_step)
-        start = time.perf_counter()
-        compiled = self.run.train_step.lower(state, batch).compile()
-        compile_s = time.perf_counter() - start
+        train_step = _CompiledSteps(self.run.train_step)
+        train_step.compile(state, batch)
         jax.block_until_ready((state, batch))
         batches = itertools.chain([batch], self.task.batches)
         with _progress_bar(self.run, first_step) as bar:
-            state = self._steps(compiled, first_step, state, batches, bar)
-        return Trained(state, self.recorder.rows, compile_s)
+            state = self._steps(train_step, first_step, state, batches, bar)
+        return Trained(state, self.recorder.rows, train_step.compile_s)
 
-    def _steps(self, train_step, step: int, state, batches: Iterator[Any], bar):
+    def _steps(
+        self,
+        train_step: "_CompiledSteps",
+        step: int,
+        state: mpjax.TrainState,
+        batches: Iterator[Any],
+        bar: "_ProgressBar",
+    ) -> mpjax.TrainState:
         """Runs to the last step; returns the final state."""
         task = self.task
-        epoch_start, epoch_first = time.perf_counter(), step
+        epoch_start, epoch_first = train_step.clock_s(), step
         for batch in batches:
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step.compile(state, batch)(state, batch)
             step += 1
             self.pending.append((step, metrics))
             self.newest = state, batch
@@ -161,11 +167,11 @@ class _Loop:
             last = step == task.num_steps
             if step % task.steps_per_epoch == 0 or last:
                 jax.block_until_ready(state)
-                elapsed_s = time.perf_counter() - epoch_start
+                elapsed_s = train_step.clock_s() - epoch_start
                 self._drain(bar, keep=0)
                 ms = 1000 * elapsed_s / (step - epoch_first)
                 self._end_epoch(step, state, ms)
-                epoch_start, epoch_first = time.perf_counter(), step
+                epoch_start, epoch_first = train_step.clock_s(), step
             if last:
                 return state
             if self.stop.requested:
@@ -235,6 +241,29 @@ class _Loop:
         if not self.config.num_checkpoints:
             kept = f"nothing was saved after step {step} (--num-checkpoints 0)"
         self.stop.check(kept, self.config.resume_flags())
+
+
+class _CompiledSteps:
+    """A train step, compiled once for each shape of batch; keeps the time apart."""
+
+    def __init__(self, train_step: Any):
+        self._train_step = train_step
+        self._compiled: dict[Any, Any] = {}
+        self.compile_s = 0.0
+
+    def compile(self, state: mpjax.TrainState, batch: Any) -> Any:
+        """Returns the train step for batches like this one."""
+        leaves, structure = jax.tree.flatten(batch)
+        key = structure, tuple((x.shape, x.dtype) for x in leaves)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = self._train_step.lower(state, batch).compile()
+            self.compile_s += time.perf_counter() - start
+        return self._compiled[key]
+
+    def clock_s(self) -> float:
+        """Returns a time in seconds that stands still while a step is compiled."""
+        return time.perf_counter() - self.compile_s
 
 
 class _ProgressBar(tqdm):
