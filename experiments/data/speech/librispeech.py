@@ -45,8 +45,11 @@ def load_librispeech(
     named = [*train, *val, *test]
     if missing := [name for name in named if name not in there]:
         raise DataError(_not_there(root, missing[0], there))
-    if not (train and val and test):
-        raise DataError(_not_there(root, "train-*" if not train else "…", there))
+    if not train:
+        raise DataError(_not_there(root, "train-*", there))
+    for split, subsets in (("val", val), ("test", test)):
+        if not subsets:
+            raise DataError(f"expected at least one subset of LibriSpeech for {split}.")
     if len(set(named)) < len(named):
         raise DataError(f"a subset is named twice: {', '.join(named)}.")
     splits = [_read_split(root, subsets) for subsets in (train, val, test)]

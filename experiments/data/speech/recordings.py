@@ -33,16 +33,16 @@ class Recording(NamedTuple):
 
     def samples(self) -> np.ndarray:
         """Returns the audio, (N,) float32 in [-1, 1] at 16 kHz; see `read_audio`."""
-        return read_audio(self._source(), name=self._label())
+        return read_audio(self._content(), name=self._label())
 
     def duration_s(self) -> float:
         """Returns the seconds of audio by the header; see `audio_duration_s`."""
-        return audio_duration_s(self._source(), name=self._label())
+        return audio_duration_s(self._content(), name=self._label())
 
     def _label(self) -> str:
         return self.name or self.path
 
-    def _source(self) -> str | bytes:
+    def _content(self) -> str | bytes:
         if self.num_bytes is None:
             return self.path
         try:
