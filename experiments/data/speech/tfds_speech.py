@@ -7,6 +7,7 @@ then reads at random, without TensorFlow.
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -62,18 +63,15 @@ def load_tfds(name: str, data_dir: str | os.PathLike[str] | None = None) -> Corp
     with _explained(name, data_dir):
         builder = tfds.builder(name, data_dir=data_dir)
         names = _find_features(tfds, builder.info)
-        there = list(builder.info.splits)
-    train_names = [split for split in there if split.startswith("train")]
-    if not train_names:
-        raise DataError(f"TFDS's {name} has no split train*, only {there}.")
-
-    def read(splits: list[str]) -> list[Recording]:
-        parts = (_read_split(tfds, builder, split, names) for split in splits)
-        return [recording for part in parts for recording in part]
-
-    train = read(train_names)
-    val = read([split for split in VAL_SPLITS if split in there][:1])
-    test = read([split for split in TEST_SPLITS if split in there][:1])
+        chosen = _choose_splits(list(builder.info.splits), name)
+        train, val, test = (
+            [
+                recording
+                for split in splits
+                for recording in _read_split(tfds, builder, split, names)
+            ]
+            for splits in chosen
+        )
     if not (val and test):
         everything = [*train, *val, *test]
         train, val, test = split_by_speaker(everything, seed=0, name=name)
@@ -96,9 +94,8 @@ def _import_tfds() -> Any:
             "--dataset librispeech --data-dir DIR, or your recordings with --manifest."
         )
     try:
-        import tensorflow as tf
-        import tensorflow_datasets as tfds
-
+        tf = importlib.import_module("tensorflow")
+        tfds = importlib.import_module("tensorflow_datasets")
         tf.config.set_visible_devices([], "GPU")  # they are JAX's
     except Exception as error:  # two libraries that do not fit raise anything
         raise DataError(
@@ -120,6 +117,17 @@ def _explained(name: str, data_dir: str | None) -> Iterator[None]:
             f"TFDS cannot read {name} ({first_line(error)}); prepare it first: tfds "
             f"build {name}{where}"
         ) from error
+
+
+def _choose_splits(there: list[str], name: str) -> tuple[list[str], ...]:
+    """Returns which splits to train on, to validate and to test with."""
+    if not there:
+        raise LookupError("it has no splits: it is not prepared")
+    train = [split for split in there if split.startswith("train")]
+    if not train:
+        raise DataError(f"TFDS's {name} has no split train*, only {there}.")
+    val = [split for split in VAL_SPLITS if split in there][:1]
+    return train, val, [split for split in TEST_SPLITS if split in there][:1]
 
 
 def _find_features(tfds: Any, info: Any) -> Names:
@@ -155,16 +163,15 @@ def _read_split(
     digest = hashlib.sha256(identity).hexdigest()[:16]
     path = cache.cache_dir() / "speech" / "tfds" / f"{label}-{split}-{digest}.tar"
     if not path.is_file():
-        with (
-            cache.locked(path.parent),
-            _explained(builder.info.full_name, str(builder.data_dir)),
-            cache.translate_os_errors(path),
-        ):
-            examples = tfds.as_numpy(builder.as_dataset(split, shuffle_files=False))
+        with cache.locked(path.parent):
+            dataset = builder.as_dataset(split=split, shuffle_files=False)
+            examples = tfds.as_numpy(dataset)
             bar = tqdm(examples, f"copying {split}", size, disable=None, leave=False)
             _write_tar(path, bar, names)
     members = {member.name: member for member in archives.members(path)}
-    place = members.pop(TEXTS)
+    if TEXTS not in members:
+        raise DataError(f"{path} holds no {TEXTS}; delete it and run again.")
+    place = members[TEXTS]
     with path.open("rb") as file:
         file.seek(place.offset)
         lines = file.read(place.num_bytes).decode().splitlines()
@@ -176,14 +183,22 @@ def _read_split(
 
 
 def _write_tar(path: Path, examples: Any, names: Names) -> None:
-    with atomic_write(path) as temporary, tarfile.open(temporary, "w:") as tar:
-        lines = []
-        for index, example in enumerate(examples):
-            wav = f"{index:07}.wav"
-            _add(tar, wav, _wav_bytes(example[names.audio], names.rate_hz))
-            speaker = str(_text(example[names.speaker])) if names.speaker else ""
-            lines.append(json.dumps([wav, _text(example[names.text]), speaker]))
-        _add(tar, TEXTS, "\n".join(lines).encode())
+    for left_by_a_killed_run in path.parent.glob(f".{path.name}.*"):
+        left_by_a_killed_run.unlink()
+    try:
+        with atomic_write(path) as temporary, tarfile.open(temporary, "w:") as tar:
+            lines = []
+            for index, example in enumerate(examples):
+                wav = f"{index:07}.wav"
+                _add(tar, wav, _wav_bytes(example[names.audio], names.rate_hz))
+                speaker = _text(example[names.speaker]) if names.speaker else ""
+                lines.append(json.dumps([wav, _text(example[names.text]), speaker]))
+            _add(tar, TEXTS, "\n".join(lines).encode())
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; make room (115 MB for an "
+            "hour of audio at 16 kHz), or name another cache by MPJAX_DATA_DIR."
+        ) from error
 
 
 def _wav_bytes(samples: np.ndarray, rate_hz: int) -> bytes:
