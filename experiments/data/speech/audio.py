@@ -53,7 +53,7 @@ def read_audio(source: Source, *, name: str | None = None) -> np.ndarray:
             f"{len(samples)} could be read; replace it."
         )
     _check_values(samples, name)
-    mono = samples.mean(axis=1)
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if rate_hz != SAMPLE_RATE_HZ:
         mono = import_extra("soxr").resample(mono, rate_hz, SAMPLE_RATE_HZ)
     if not len(mono):
@@ -81,14 +81,15 @@ def _open(source: Source, name: str) -> Iterator[Any]:
     expected = (OSError, ValueError, TypeError, MemoryError, soundfile.SoundFileError)
     try:
         with contextlib.ExitStack() as stack:
-            if isinstance(source, bytes):
-                stream: BinaryIO = io.BytesIO(source)
-            elif isinstance(source, str | os.PathLike):
-                stream = stack.enter_context(open(source, "rb"))
+            if isinstance(source, str | os.PathLike):
+                stream = stack.enter_context(open(source, "rb", buffering=0))
+                handle = stream.fileno()  # twice as fast as calling back to Python
             else:
-                stream = source
+                stream = io.BytesIO(source) if isinstance(source, bytes) else source
+                handle = stream
             _check_length(stream, name)
-            file = stack.enter_context(soundfile.SoundFile(stream))
+            file = soundfile.SoundFile(handle, closefd=False)
+            stack.enter_context(file)
             _check_header(file.frames, file.samplerate, name)
             yield file
     except expected as error:
@@ -101,7 +102,7 @@ def _open(source: Source, name: str) -> Iterator[Any]:
         ) from error
 
 
-def _check_length(stream: BinaryIO, name: str) -> None:
+def _check_length(stream: Any, name: str) -> None:
     size = stream.seek(0, os.SEEK_END)
     if not size:
         raise AudioError(f"{name} is empty: 0 bytes; expected a WAV or FLAC file.")
@@ -115,7 +116,7 @@ def _check_length(stream: BinaryIO, name: str) -> None:
         )
 
 
-def _wav_end(stream: BinaryIO) -> int:
+def _wav_end(stream: Any) -> int:
     """Returns where the samples of a WAV end by its header; 0 for other files."""
     head = stream.read(12)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":

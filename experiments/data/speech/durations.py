@@ -36,9 +36,9 @@ def recorded(recordings: Sequence[Recording], *, name: str) -> RecordedUtterance
         return RecordedUtterances(recordings, _measure(recordings, name))
     folder = cache.cache_dir() / "speech"
     path = folder / f"durations-{name}-{_listing_hash(recordings)}.npz"
-    durations_s = _read(path, len(recordings))
-    if durations_s is None:
-        durations_s = _measure(recordings, name)
+    kept = _read(path, len(recordings))
+    durations_s = _measure(recordings, name, kept)
+    if kept is None or not np.array_equal(kept, durations_s, equal_nan=True):
         try:
             with cache.locked(folder):
                 cache.write_npz(path, {"duration_s": durations_s})
@@ -47,13 +47,19 @@ def recorded(recordings: Sequence[Recording], *, name: str) -> RecordedUtterance
     return RecordedUtterances(recordings, durations_s)
 
 
-def _measure(recordings: Sequence[Recording], name: str) -> np.ndarray:
-    """Returns (len(recordings),) float64 seconds, NaN where a header is unreadable."""
-    durations_s = np.full(len(recordings), np.nan)
-    bar = tqdm(recordings, desc=f"headers of {name}", disable=None, leave=False)
-    for index, recording in enumerate(bar):
+def _measure(
+    recordings: Sequence[Recording], name: str, known: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns (len(recordings),) float64 seconds, NaN where a header is unreadable.
+
+    What is known already, and is not NaN, is not measured.
+    """
+    durations_s = np.full(len(recordings), np.nan) if known is None else known.copy()
+    places = np.flatnonzero(np.isnan(durations_s))
+    bar = tqdm(places, desc=f"headers of {name}", disable=None, leave=False)
+    for place in bar:
         try:
-            durations_s[index] = recording.duration_s()
+            durations_s[place] = recordings[place].duration_s()
         except AudioError:
             continue  # `select` reads it again and raises, or counts it
     return durations_s

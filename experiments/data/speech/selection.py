@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from experiments.data import cache
-from experiments.data.speech.corpus import SAMPLE_RATE_HZ, Utterance, Utterances
+from experiments.data.speech.corpus import Utterance, Utterances
 from experiments.harness.errors import AudioError, DataError
 
 MAX_REPORTED = 5
@@ -136,7 +136,8 @@ def _reason(utterances: Utterances, index: int, low_s: float, high_s: float) -> 
     utterance = utterances[index]
     duration_s = utterance.duration_s
     if math.isnan(duration_s):  # its header could not be read; reading it says why
-        duration_s = len(utterances.samples(index)) / SAMPLE_RATE_HZ
+        utterances.samples(index)
+        raise AudioError(f"{utterance.id} could not be read before; run again.")
     if not utterance.text.strip():
         return "without text"
     if duration_s < low_s:

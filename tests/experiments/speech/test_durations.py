@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from experiments.data.speech import durations
 from experiments.data.speech.durations import recorded
 from experiments.data.speech.recordings import RecordedUtterances, Recording
+from experiments.harness.errors import AudioError
 
 
 @pytest.fixture
@@ -61,6 +63,17 @@ def test_a_changed_recording_is_measured_anew(recordings, record, measured):
     assert measured == ["0", "1", "2"]
     os.unlink(recordings[2].path)
     assert np.isnan(recorded(recordings, name="test")[2].duration_s)
+
+
+def test_what_could_not_be_read_is_tried_again(recordings, measured, monkeypatch):
+    with monkeypatch.context() as patch:
+        broken = AudioError("the disk is away")
+        patch.setattr(Recording, "duration_s", Mock(side_effect=broken))
+        assert np.isnan(seconds(recorded(recordings, name="test"))).all()
+    assert seconds(recorded(recordings, name="test")) == [0.1, 1.1, 2.1]
+    assert measured == ["0", "1", "2"]
+    assert seconds(recorded(recordings, name="test")) == [0.1, 1.1, 2.1]
+    assert len(measured) == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "shape", "name"])
