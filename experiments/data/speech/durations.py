@@ -55,9 +55,8 @@ def _measure(
     What is known already, and is not NaN, is not measured.
     """
     durations_s = np.full(len(recordings), np.nan) if known is None else known.copy()
-    places = np.flatnonzero(np.isnan(durations_s))
-    bar = tqdm(places, desc=f"headers of {name}", disable=None, leave=False)
-    for place in bar:
+    places = np.flatnonzero(np.isnan(durations_s)).tolist()
+    for place in tqdm(places, f"headers of {name}", disable=None, leave=False):
         try:
             durations_s[place] = recordings[place].duration_s()
         except AudioError:
