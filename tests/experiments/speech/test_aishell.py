@@ -49,7 +49,8 @@ def pack(data_dir: Path, *speakers: str) -> None:
     for speaker in speakers:
         split = SPEAKERS[speaker][0]
         with tarfile.open(wav / f"{speaker}.tar.gz", "w:gz") as archive:
-            archive.add(wav / split / speaker, f"{split}/{speaker}")
+            for path in sorted((wav / split / speaker).iterdir(), reverse=True):
+                archive.add(path, f"{split}/{speaker}/{path.name}")
         shutil.rmtree(wav / split / speaker)
         if not any((wav / split).iterdir()):
             (wav / split).rmdir()

@@ -121,6 +121,14 @@ def test_three_speakers_are_one_for_each_set(num_each, write):
     assert [len(corpus.train), len(corpus.val), len(corpus.test)] == [num_each] * 3
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_one_speaker_with_most_lines_leaves_no_set_empty(seed, write):
+    others = [line(f"x{speaker}", speaker=f"x{speaker}") for speaker in range(2)]
+    corpus = load_manifest(write(*many(1, 30), *others), seed=seed)
+    assert min(len(corpus.train), len(corpus.val), len(corpus.test)) == 1
+    assert len(corpus.train) + len(corpus.val) + len(corpus.test) == 32
+
+
 def test_hanzi_have_no_words(write):
     corpus = load_manifest(write(*(line(index, "你好") for index in range(3))))
     assert not corpus.has_words
