@@ -35,10 +35,10 @@ from experiments.harness.training import train_policy
 from experiments.harness.weights import read_weights, write_weights
 from experiments.models import classification
 from experiments.models.deep_convnet import DeepConvNet
+from experiments.models.optimizers import one_cycle
 
 NAME = "mnist_convnet"
 PRECISIONS_NAME = f"{NAME}_precisions"
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
 WEIGHTS = "weights.safetensors"
 EXPERIMENT = Experiment(
     NAME,
@@ -217,7 +217,7 @@ def make_task(config: Config, policy: str, splits: Splits) -> Task:
     return classification.make_task(
         DeepConvNet(),
         splits,
-        adam(config.learning_rate, num_steps),
+        optax.adam(one_cycle(config.learning_rate, num_steps)),
         policy,
         autocast=config.autocast,
         seed=config.seed,
@@ -238,14 +238,6 @@ def evaluate(
     params = jax.device_get(params)
     rows = precisions.evaluate(DeepConvNet(), params, images, labels, names)
     return [{"policy": policy, **row} for row in rows]
-
-
-def adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    """Returns Adam; its learning rate rises for a tenth of the steps, then falls."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(1, round(WARM_UP * num_steps)), max(2, num_steps)
-    )
-    return optax.adam(schedule)
 
 
 def _check_target(path: Path) -> None:

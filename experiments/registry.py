@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "DeepConvNet on MNIST: trained in float32 and mixed, evaluated in six "
             "precisions.",
         ),
+        Command(
+            "experiments.speech_ctc",
+            "Mandarin speech recognition by CTC: float32 beside mixed precision.",
+        ),
     ),
     "Measure": (
         Command(

@@ -12,11 +12,11 @@ import optax
 import mpjax
 from experiments.data import mnist, source_text
 from experiments.data.splits import split
-from experiments.mnist_convnet import adam
 from experiments.models import classification
 from experiments.models.deep_convnet import DeepConvNet
 from experiments.models.gpt2 import GPT2
 from experiments.models.objectives import next_token
+from experiments.models.optimizers import one_cycle
 
 POLICY = "mixed_bfloat16"
 NUM_BYTES = 256
@@ -114,7 +114,7 @@ def transformer(
             ),
         },
         make_batches=make_batches,
-        tx=adam(1e-3, num_steps),
+        tx=optax.adam(one_cycle(1e-3, num_steps)),
         num_steps=num_steps,
         step_options={},
         facts={"num_files": text.num_files, "sha256": text.sha256},
@@ -151,7 +151,7 @@ def convnet(*, dataset: str, num_images: int, batch_size: int, num_epochs: int) 
             "autocast": Variant(init, loss_fn, evaluate, POLICY),
         },
         make_batches=splits.train.shuffled,
-        tx=adam(2e-3, num_steps),
+        tx=optax.adam(one_cycle(2e-3, num_steps)),
         num_steps=num_steps,
         step_options={"loss_weight": classification.count_examples},
         facts={"dataset": images.name},

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import sys
 import zipfile
@@ -54,13 +55,21 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translate_os_errors(path: Path) -> Iterator[None]:
-    """Turns an operating-system error about a data directory into a `DataError`."""
+def translate_os_errors(path: Path, num_bytes: int = 0) -> Iterator[None]:
+    """Turns an operating-system error about a data directory into a `DataError`.
+
+    Args:
+      path: what is written in the block.
+      num_bytes: how much room it takes, if that is known.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            remedy = "make room (MNIST needs 100 MB)"
+            needed = (
+                f" ({math.ceil(num_bytes / 1e6)} MB are needed)" if num_bytes else ""
+            )
+            remedy = f"make room{needed}"
         elif error.errno in _IN_THE_WAY:
             remedy = "move what is in its way"
         else:
@@ -83,14 +92,19 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     Raises:
       DataError: if the file cannot be written; no part of it stays behind.
     """
-    prefix = f".{path.name}."
-    with translate_os_errors(path):
-        for left_by_a_killed_run in path.parent.glob(f"{prefix}*"):
-            left_by_a_killed_run.unlink()
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    with translate_os_errors(path, num_bytes):
+        remove_temporaries(path)
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             _write_zip(file, arrays)
             file.flush()
             os.fsync(file.fileno())
+
+
+def remove_temporaries(path: Path) -> None:
+    """Removes what a killed run left of a file that it wrote atomically."""
+    for left_over in path.parent.glob(f".{path.name}.*"):
+        left_over.unlink()
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -167,18 +167,6 @@ def test_the_loss_leaves_padding_out(initial):
     assert int(aux["num_examples"]) == 3
 
 
-def test_the_learning_rate_rises_then_falls_to_zero():
-    tx = mnist_convnet.adam(1e-2, 20)
-    params = jnp.zeros(())
-    opt_state, sizes = tx.init(params), []
-    for _ in range(20):
-        updates, opt_state = tx.update(jnp.float32(1), opt_state, params)
-        sizes.append(abs(float(updates)))
-    assert np.argmax(sizes) == 2
-    np.testing.assert_allclose(max(sizes), 1e-2, rtol=1e-4)
-    assert (sizes[0], sizes[-1] < 1e-4) == (0, True)
-
-
 @pytest.mark.slow  # with the run that they share
 def test_a_run_leaves_weights_tables_and_plots(finished):
     config, result = finished

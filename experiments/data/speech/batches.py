@@ -77,6 +77,7 @@ class SpeechBatches:
     Attributes:
       num_examples: utterances.
       num_batches: batches in an epoch.
+      num_features: F.
       buckets: the groups that share a shape.
     """
 
@@ -110,7 +111,7 @@ class SpeechBatches:
         self.buckets = make_buckets(examples, num_buckets)
         self._examples = examples
         self._features = features
-        self._num_features = num_features
+        self.num_features = num_features
         self._batch_size = batch_size
         self._seed = seed
         self._sort_first_epoch = sort_first_epoch
@@ -222,7 +223,7 @@ class SpeechBatches:
     def _make_batch(self, bucket: Bucket, indices: Any, number: int | None) -> Batch:
         """Reads the rows of a batch; `number` seeds the augmentation, None for none."""
         first, num_rows = self._rows
-        shape = (num_rows, bucket.num_frames, self._num_features)
+        shape = (num_rows, bucket.num_frames, self.num_features)
         features = np.zeros(shape, np.float32)
         labels = np.zeros((num_rows, bucket.num_labels), np.int32)
         num_frames, num_labels = np.zeros((2, num_rows), np.int32)

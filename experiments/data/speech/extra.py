@@ -5,6 +5,8 @@ from types import ModuleType
 
 from experiments.harness.errors import DataError, first_line
 
+INSTALL = 'pip install -e ".[speech]"'
+
 
 def import_extra(name: str) -> ModuleType:
     """Returns a library that the extra [speech] installs.
@@ -17,5 +19,5 @@ def import_extra(name: str) -> ModuleType:
     except (ImportError, OSError) as error:  # OSError: its shared library is missing
         raise DataError(
             f"{name} cannot be imported ({first_line(error)}), and speech needs it: "
-            'pip install -e ".[speech]" in the checkout.'
+            f"{INSTALL} in the checkout."
         ) from error
