@@ -58,7 +58,7 @@ class SpeechConfig(BaseConfig):
     spec_augment: bool = False
     """Mask some of the times and frequencies of training utterances (SpecAugment)."""
 
-    num_buckets: int = 4
+    num_buckets: int = 2
     """Groups of utterances of similar length; each has batches of its own shape."""
 
     sorta_grad: bool = False
