@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import mpjax
 from experiments.models.speech.padding import frame_mask, zero_padding
 
 Arrays = tuple[jax.Array, ...]
@@ -55,7 +56,12 @@ def _update_lstm(state: Arrays, projected: Arrays, recurrent: Arrays) -> Arrays:
     return nn.sigmoid(out) * nn.tanh(c), c
 
 
-CELLS = {"gru": Cell(3, 1, _update_gru), "lstm": Cell(4, 2, _update_lstm)}
+# The gates are float32 under autocast, also where the backward pass computes
+# them again from what was saved in half.
+CELLS = {
+    "gru": Cell(3, 1, mpjax.full_precision(_update_gru)),
+    "lstm": Cell(4, 2, mpjax.full_precision(_update_lstm)),
+}
 
 
 class Recurrence(nn.Module):
@@ -105,13 +111,9 @@ class Recurrence(nn.Module):
             bias_n = self.param("recurrent_bias", nn.initializers.zeros, shape)
 
         projected = jnp.swapaxes(x, 0, 1) @ kernel + bias
-        shape = (*projected.shape[:2], num_directions, num_gates, num_units)
-        projected = projected.reshape(shape)
         # An array for each gate: XLA:CPU does not vectorize over slices of one.
-        gates = tuple(
-            _side_by_side([projected[:, :, n, g] for n in range(num_directions)])
-            for g in range(num_gates)
-        )
+        columns = jnp.split(projected, num_directions * num_gates, axis=-1)
+        gates = tuple(_side_by_side(columns[g::num_gates]) for g in range(num_gates))
         mask = frame_mask(num_frames, x.shape[1]).T[..., None]
         masks = _side_by_side([mask] * num_directions)
         outputs = _run(self.cell, self.unroll, gates, recurrent_kernel, bias_n, masks)
