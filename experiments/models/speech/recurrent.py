@@ -227,7 +227,8 @@ def _orthogonal_gates(
     num_directions, num_units, num_columns = shape
     num_gates = num_columns // num_units
     keys = jax.random.split(key, num_directions * num_gates)
-    init = nn.initializers.orthogonal()
-    matrices = [init(key, (num_units, num_units), dtype) for key in keys]
-    gates = jnp.stack(matrices).reshape(num_directions, num_gates, num_units, num_units)
+    # One program for all of them, not one for each.
+    init = lambda key: nn.initializers.orthogonal()(key, (num_units, num_units), dtype)
+    matrices = jax.vmap(init)(keys)
+    gates = matrices.reshape(num_directions, num_gates, num_units, num_units)
     return jnp.swapaxes(gates, 1, 2).reshape(shape)

@@ -3,7 +3,6 @@
 import functools
 import operator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,17 +27,22 @@ BATCH = {
     "num_labels": np.array([3, 1, 2, 1, 0], np.int32),
 }
 ENCODERS = ["bigru", "bilstm", "gru_lookahead", "conformer"]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+ONE_ENCODER = ["bigru", *(slow(encoder) for encoder in ENCODERS[1:])]
+# Most of the time goes into compiling.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # The sums of a matmul, a convolution or a statistic go in an order that depends on the
 # shape of the batch: about 1e-6 after a few layers of float32.
 ATOL = 2e-5
 
 
-def make(encoder, **options):
+def make(encoder, *, num_layers=1, **options):
     model = SpeechModel(
         NUM_CLASSES,
         encoder,
         num_channels=3,
         num_units=8,
+        num_layers=num_layers,
         kernel_sizes=((5, 3), (3, 3)),
         lookahead=3,
         num_heads=2,
@@ -50,16 +54,23 @@ def make(encoder, **options):
 
 @functools.cache
 def variables_of(model):
-    """Random parameters, and running statistics that are not those of the start."""
-    init = jax.jit(functools.partial(model.init, train=False))
-    variables = init(jax.random.key(0), FEATURES, LENGTHS)
-    leaves, treedef = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [
-        x + 0.2 * jax.random.uniform(k, x.shape)
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return treedef.unflatten(noise)
+    """Random parameters and running statistics, of the sizes that training begins with.
+
+    They are not those of the start, in which biases are zero and an error would hide.
+    """
+    init = functools.partial(model.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), FEATURES, LENGTHS)
+    generator = np.random.default_rng(1)
+
+    def random(path, x):
+        name = path[-1].key
+        if name in ("scale", "var"):
+            return generator.uniform(0.7, 1.3, x.shape).astype(np.float32)
+        fan_in = x.size // x.shape[-1] if "kernel" in name else 10
+        noise = generator.normal(size=x.shape) * fan_in**-0.5
+        return noise.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(random, shapes)
 
 
 def padded_by(batch, frames=0, rows=0, value=0.0):
@@ -100,65 +111,82 @@ def split(variables):
     return params, {k: v for k, v in variables.items() if k != "params"}
 
 
-@pytest.mark.parametrize("subsampling", [2, 4])
+@pytest.mark.parametrize(
+    ("subsampling", "rows"), [(2, [2]), slow(2, [0, 1, 3]), slow(4, [0, 1, 2, 3])]
+)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_padded_batch_gives_the_losses_of_one_utterance_at_a_time(
-    encoder, subsampling
+    encoder, subsampling, rows
 ):
-    model, variables = make(encoder, subsampling=subsampling)
-    run = jax.jit(functools.partial(model.apply, train=False))
-    logits, num_outputs = run(
-        variables, padded_by(BATCH, value=1e3)["features"], LENGTHS
-    )
-    assert num_outputs.tolist() == [-(-n // subsampling) for n in LENGTHS]
-    labels = BATCH["labels"], BATCH["num_labels"]
-    losses, is_feasible = ctc_loss(logits, num_outputs, *labels)
-    assert is_feasible.tolist() == [True, True, True, True, False]
-    for row, n in enumerate(LENGTHS[:4]):
-        alone, num = model.apply(
-            variables, FEATURES[row : row + 1, :n], LENGTHS[row : row + 1], train=False
+    model, variables = make(encoder, num_layers=2, subsampling=subsampling)
+
+    @jit
+    def run(batch):
+        logits, num_outputs = model.apply(
+            variables, batch["features"], batch["num_frames"], train=False
         )
+        losses = ctc_loss(logits, num_outputs, batch["labels"], batch["num_labels"])
+        return logits, num_outputs, losses
+
+    logits, num_outputs, (losses, is_feasible) = run(padded_by(BATCH, value=1e3))
+    assert num_outputs.tolist() == [-(-n // subsampling) for n in LENGTHS]
+    assert is_feasible.tolist() == [True, True, True, True, False]
+    for row in rows:
+        one = {name: x[row : row + 1] for name, x in BATCH.items()}
+        one["features"] = one["features"][:, : LENGTHS[row]]
+        alone, num, (loss, _) = run(one)
         assert num.tolist() == [alone.shape[1]] == [num_outputs[row]]
         np.testing.assert_allclose(logits[row, : num[0]], alone[0], atol=ATOL)
-        one = (x[row : row + 1] for x in labels)
-        loss = ctc_loss(alone, num, *one).losses[0]
-        np.testing.assert_allclose(losses[row], loss, atol=10 * ATOL, rtol=ATOL)
+        np.testing.assert_allclose(losses[row], loss[0], rtol=ATOL)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_more_padding_changes_no_loss_gradient_or_statistic_in_training(encoder):
+@functools.cache
+def gradient_fn(encoder):
+    """Returns `batch -> ((loss, (stats, counts)), (grads, d_features))`, compiled."""
     model, variables = make(encoder)
-    fn = jax.jit(jax.value_and_grad(functools.partial(train_loss, model), has_aux=True))
-    (loss, (stats, counts)), grads = fn(*split(variables), BATCH)
+    params, stats = split(variables)
+
+    def loss(params, features, batch):
+        return train_loss(model, params, stats, batch | {"features": features})
+
+    fn = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return lambda batch: fn(params, batch["features"], batch)
+
+
+@pytest.mark.parametrize("encoder", ONE_ENCODER)
+def test_more_padding_changes_no_loss_gradient_or_statistic_in_training(encoder):
+    fn = gradient_fn(encoder)
+    (loss, (stats, counts)), (grads, _) = fn(BATCH)
     more = padded_by(BATCH, frames=7, rows=2, value=50.0)
-    (loss_2, (stats_2, counts_2)), grads_2 = fn(*split(variables), more)
+    (loss_2, (stats_2, counts_2)), (grads_2, _) = fn(more)
     np.testing.assert_allclose(loss, loss_2, rtol=ATOL)
     assert counts == counts_2
     assert int(counts["num_utterances"]) == 4
     largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
-    close = functools.partial(
-        np.testing.assert_allclose, rtol=1e-4, atol=1e-4 * max(largest, 1)
-    )
-    jax.tree.map(close, grads, grads_2)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4), stats, stats_2
-    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=ATOL)
+    jax.tree.map(close, stats, stats_2)
+    scaled = lambda tree: jax.tree.map(lambda g: g / largest, tree)
+    jax.tree.map(close, scaled(grads), scaled(grads_2))
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", ONE_ENCODER)
 def test_padding_frames_get_a_gradient_of_exactly_zero(encoder):
-    model, variables = make(encoder)
-    params, stats = split(variables)
-
-    def loss(features):
-        return train_loss(model, params, stats, BATCH | {"features": features})[0]
-
-    grad = np.asarray(
-        jax.jit(jax.grad(loss))(padded_by(BATCH, value=np.nan)["features"])
-    )
+    _, (_, grad) = gradient_fn(encoder)(padded_by(BATCH, value=np.nan))
+    grad = np.asarray(grad)
     assert not np.any(grad[~SEEN])
     assert np.all(np.isfinite(grad))
-    assert np.any(grad[SEEN])
+    assert np.all(np.any(grad[SEEN], axis=-1))
+
+
+@pytest.mark.parametrize("encoder", ONE_ENCODER)
+def test_a_batch_of_padding_has_no_nan_in_loss_gradient_or_statistics(encoder):
+    zeros = np.zeros(B, np.int32)
+    (loss, (stats, _)), grads = gradient_fn(encoder)(
+        BATCH | {"num_frames": zeros, "num_labels": zeros}
+    )
+    assert float(loss) == 0
+    assert not any(np.any(g) for g in jax.tree.leaves(grads))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(stats))
 
 
 def test_masked_batch_norm_has_the_statistics_of_the_real_frames():
@@ -175,20 +203,8 @@ def test_masked_batch_norm_has_the_statistics_of_the_real_frames():
     assert not np.any(np.asarray(y)[~SEEN])
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_a_batch_of_padding_has_no_nan_in_loss_gradient_or_statistics(encoder):
-    model, variables = make(encoder)
-    zeros = np.zeros(B, np.int32)
-    batch = BATCH | {"num_frames": zeros, "num_labels": zeros}
-    fn = jax.jit(jax.value_and_grad(functools.partial(train_loss, model), has_aux=True))
-    (loss, (stats, _)), grads = fn(*split(variables), batch)
-    assert float(loss) == 0
-    assert not any(np.any(g) for g in jax.tree.leaves(grads))
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(stats))
-
-
-@pytest.mark.parametrize("half", ["float16", "bfloat16"])
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("half", ["float16", slow("bfloat16")])
+@pytest.mark.parametrize("encoder", ONE_ENCODER)
 def test_under_autocast_the_model_runs_in_half_near_its_float32_loss(encoder, half):
     model, variables = make(encoder)
     fn = lambda p, stats: train_loss(model, p, stats, BATCH)[0]
@@ -202,15 +218,17 @@ def test_under_autocast_the_model_runs_in_half_near_its_float32_loss(encoder, ha
     is_half = [{str(v.aval.dtype) for v in e.invars} == {half} for e in matmuls]
     # The others are the sums over classes and labels in the loss.
     assert sum(not x for x in is_half) <= 4
-    assert sum(is_half) > 15
-    loss, grads = jax.jit(cast)(*split(variables))
-    expected = jax.jit(fn)(*split(variables))
+    assert sum(is_half) > 10
+    loss, grads = jit(cast)(*split(variables))
+    (expected, _), _ = gradient_fn(encoder)(BATCH)
     np.testing.assert_allclose(loss, expected, rtol=30 * float(jnp.finfo(half).eps))
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(
+    "policy", [slow("float32"), "mixed_float16", slow("mixed_bfloat16")]
+)
+@pytest.mark.parametrize("encoder", ONE_ENCODER)
 def test_the_model_learns_in_the_train_step(encoder, policy):
     model, variables = make(encoder, dropout_rate=0.1 if policy == "float32" else 0.0)
     params, stats = split(variables)
@@ -268,16 +286,15 @@ def test_the_default_is_small_and_fields_make_it_large():
 )
 def test_settings_that_cannot_work_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        SpeechModel(5, **options).init(jax.random.key(0), FEATURES, LENGTHS, train=True)
+        variables_of(SpeechModel(5, **options))
 
 
 def test_conformer_attention_and_convolution_see_no_padding():
     block = ConformerBlock(num_heads=2, kernel_size=5)
     x = zero_padding(jnp.asarray(FEATURES), jnp.asarray(LENGTHS))
-    variables = nn.meta.unbox(block.init(jax.random.key(0), x, LENGTHS, train=False))
-    y = block.apply(variables, x, LENGTHS, train=False)
+    variables = variables_of(block)
+    run = jit(functools.partial(block.apply, variables, train=False))
+    y = run(x, LENGTHS)
     garbage = jnp.where(SEEN[..., None], x, 1e3)
-    np.testing.assert_allclose(
-        block.apply(variables, garbage, LENGTHS, train=False), y, atol=1e-6
-    )
+    np.testing.assert_array_equal(run(garbage, LENGTHS), y)
     assert not np.any(np.asarray(y)[~SEEN])
