@@ -16,8 +16,8 @@ import numpy as np
 
 import mpjax
 from experiments.benchmarks import real_models
-from experiments.benchmarks._intervals import interval_text, ratio_interval
 from experiments.benchmarks.workloads import Workload
+from experiments.harness.intervals import interval_text, ratio_interval
 from experiments.harness.results import Column
 from experiments.models.small import cast, relative_error
 

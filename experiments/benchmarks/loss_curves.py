@@ -26,15 +26,15 @@ from tqdm.auto import tqdm
 import mpjax
 from experiments.benchmarks import _loss_curve_tasks as tasks
 from experiments.benchmarks._flags import parse_names
-from experiments.benchmarks._intervals import interval_text, mean_interval
-from experiments.benchmarks._output import (
+from experiments.harness import cli, results
+from experiments.harness.config import require_positive
+from experiments.harness.intervals import interval_text, mean_interval
+from experiments.harness.output import (
     RESULTS,
     mean_and_deviation,
     save_figure,
     save_table,
 )
-from experiments.harness import cli, results
-from experiments.harness.config import require_positive
 from experiments.harness.plots import decorate
 from experiments.harness.results import Column
 

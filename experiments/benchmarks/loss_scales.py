@@ -29,12 +29,6 @@ from tqdm.auto import tqdm
 
 import mpjax
 from experiments.benchmarks._flags import parse_names
-from experiments.benchmarks._output import (
-    RESULTS,
-    mean_and_deviation,
-    save_figure,
-    save_table,
-)
 from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.data import mnist
 from experiments.data.on_device import DeviceDataset
@@ -42,6 +36,12 @@ from experiments.harness import cli, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.loss_scales import parse_loss_scale, split_loss_scales
+from experiments.harness.output import (
+    RESULTS,
+    mean_and_deviation,
+    save_figure,
+    save_table,
+)
 from experiments.harness.results import Column
 from experiments.models.classification import make_loss_fn
 from experiments.models.gru import GRU

@@ -19,13 +19,13 @@ from typing import Any
 
 import mpjax
 from experiments import mnist_mlp
-from experiments.benchmarks._output import RESULTS, mean_and_deviation, save_table
 from experiments.data import mnist
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive, split_policies
 from experiments.harness.errors import ConfigError
 from experiments.harness.files import read_json
 from experiments.harness.loss_scales import split_loss_scales
+from experiments.harness.output import RESULTS, mean_and_deviation, save_table
 from experiments.harness.results import Column
 from experiments.harness.stop import Interrupted, StopRequest, on_signals
 

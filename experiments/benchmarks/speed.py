@@ -40,7 +40,6 @@ from experiments.benchmarks._attention import (
     choose_attention,
     with_attention,
 )
-from experiments.benchmarks._output import RESULTS, save_figure, save_table
 from experiments.benchmarks._timing import median_ratio, seconds, time_rounds
 from experiments.benchmarks.baselines import (
     by_hand,
@@ -61,6 +60,7 @@ from experiments.benchmarks.workloads import WORKLOADS, mlp, parse_workloads
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.output import RESULTS, save_figure, save_table
 from experiments.harness.results import Column
 
 NAME = "speed"

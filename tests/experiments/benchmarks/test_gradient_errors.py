@@ -9,8 +9,8 @@ import pytest
 
 from experiments import tables
 from experiments.benchmarks import _accuracy_real, accuracy, real_models
-from experiments.benchmarks._intervals import mean_interval, ratio_interval
 from experiments.harness.errors import ConfigError
+from experiments.harness.intervals import mean_interval, ratio_interval
 
 
 def test_intervals():

@@ -8,8 +8,8 @@ import pytest
 
 from experiments import mnist_mlp
 from experiments.benchmarks import parity
-from experiments.benchmarks._output import mean_and_deviation
 from experiments.harness import stop
+from experiments.harness.output import mean_and_deviation
 
 
 @pytest.fixture

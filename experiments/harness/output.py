@@ -1,4 +1,4 @@
-"""Results of the benchmarks: a table as JSON and on the terminal, and a plot."""
+"""A result file: a table as JSON and on the terminal, and a plot."""
 
 import statistics
 from collections.abc import Sequence
