@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "experiments.speech_ctc",
             "Mandarin speech recognition by CTC: float32 beside mixed precision.",
         ),
+        Command(
+            "experiments.speech_updates",
+            "What float32 master weights are for: Mandarin speech, weights updated in "
+            "float16.",
+        ),
     ),
     "Measure": (
         Command(

@@ -27,11 +27,11 @@ from tqdm.auto import tqdm
 
 import mpjax
 from experiments.benchmarks import _accuracy_real
-from experiments.benchmarks._flags import parse_names
 from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
 from experiments.harness.files import read_json
+from experiments.harness.flags import parse_names
 from experiments.harness.output import RESULTS, save_table
 from experiments.harness.results import Column
 from experiments.models import small

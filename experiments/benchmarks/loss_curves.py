@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 
 import mpjax
 from experiments.benchmarks import _loss_curve_tasks as tasks
-from experiments.benchmarks._flags import parse_names
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
+from experiments.harness.flags import parse_names
 from experiments.harness.intervals import interval_text, mean_interval
 from experiments.harness.output import (
     RESULTS,

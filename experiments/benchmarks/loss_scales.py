@@ -28,13 +28,13 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import mpjax
-from experiments.benchmarks._flags import parse_names
 from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.data import mnist
 from experiments.data.on_device import DeviceDataset
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.flags import parse_names
 from experiments.harness.loss_scales import parse_loss_scale, split_loss_scales
 from experiments.harness.output import (
     RESULTS,

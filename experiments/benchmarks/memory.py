@@ -41,13 +41,13 @@ from experiments.benchmarks._attention import (
     choose_attention,
     with_attention,
 )
-from experiments.benchmarks._flags import parse_names
 from experiments.benchmarks._train_steps import make_step, measure_cost
 from experiments.benchmarks.real_models import REAL_MODELS
 from experiments.benchmarks.workloads import WORKLOADS, Workload
 from experiments.harness import cli, results
 from experiments.harness.errors import ConfigError
 from experiments.harness.files import read_json
+from experiments.harness.flags import parse_names
 from experiments.harness.output import RESULTS, save_figure, save_table
 from experiments.harness.plots import decorate
 from experiments.harness.results import Column

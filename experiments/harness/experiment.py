@@ -103,6 +103,8 @@ class Task:
       step_options: further arguments of `mpjax.make_train_step`.
       numerics_interval: steps from one histogram of exponents to the next; None counts
         nothing.
+      observe: `state -> {name: JSON value}`, what to record of the training state after
+        every epoch, in a row of the kind "observed"; None records nothing.
     """
 
     batches: Dataset
@@ -116,6 +118,7 @@ class Task:
     facts: Mapping[str, Any]
     step_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     numerics_interval: int | None = None
+    observe: Callable[[mpjax.TrainState], dict[str, Any]] | None = None
 
     @property
     def num_steps(self) -> int:

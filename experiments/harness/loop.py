@@ -222,6 +222,9 @@ class _Loop:
         row |= {"num_skipped": rows[-1]["num_skipped"], "ms_per_step": ms_per_step}
         row = {"epoch": epoch, **row}
         self.recorder.write("epoch", step, row)
+        if self.task.observe is not None:
+            observed = {"epoch": epoch, **self.task.observe(state)}
+            self.recorder.write("observed", step, observed)
         self.recorder.flush()
         self._save(step, state)
         line = epoch_line(self.run.experiment, row, self.task.num_epochs)

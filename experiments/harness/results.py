@@ -88,6 +88,7 @@ def run_policies(
     experiment: str,
     config: BaseConfig,
     train_one: Callable[[BaseConfig, str, Path], dict[str, Any]],
+    names: Sequence[str] | None = None,
 ) -> Result:
     """Runs every policy of the config in a directory of its own, and writes the result.
 
@@ -98,6 +99,8 @@ def run_policies(
       experiment: name of the experiment.
       config: the settings; a `workdir` of None makes a new one.
       train_one: `(config, policy, directory) -> run`; this config has a `workdir`.
+      names: names of other runs than one per policy, instead of the policies'. Where
+        they are others than those of an earlier call, the result is written anew.
 
     Raises:
       WorkdirError: if the working directory cannot be used.
@@ -112,15 +115,15 @@ def run_policies(
         made_in = environment()
         file = workdir / "result.json"
         runs = []
-        for policy in config.policy_names():
-            directory = workdir / policy
+        for name in config.policy_names() if names is None else names:
+            directory = workdir / name
             done = directory / "result.json"
             if not done.exists():
-                stop.check(f"not yet begun with {policy}", config.resume_flags())
+                stop.check(f"not yet begun with {name}", config.resume_flags())
                 directory.mkdir(exist_ok=True)
-                write_json(done, train_one(config, policy, directory))
+                write_json(done, train_one(config, name, directory))
             runs.append(read_json(done))
-        if not file.exists():
+        if not file.exists() or (names is not None and read_json(file)["runs"] != runs):
             result = Result(experiment, workdir, config.comparable(), made_in, runs)
             write_json(file, result.to_json())
         return Result(**read_json(file) | {"workdir": workdir})

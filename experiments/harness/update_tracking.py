@@ -80,20 +80,25 @@ def track_updates(
 
     def init(params: Any) -> TrackedUpdates:
         num = len(_floating(params))
-        zeros = np.zeros(num, np.uint32)
+        counts, sums = np.zeros(num, np.uint32), jnp.zeros(num, jnp.float32)
         return TrackedUpdates(
-            _no_counts(empty_histogram()),
-            *(_no_counts(zeros) for _ in range(3)),
-            *(jnp.zeros(num, jnp.float32) for _ in range(3)),
+            gradients=_no_counts(empty_histogram()),
+            num_nonzero=_no_counts(counts),
+            num_zeroed=_no_counts(counts),
+            num_lost=_no_counts(counts),
+            magnitude=sums,
+            lost_magnitude=sums,
+            last_share=sums,
             inner_state=tx.init(params),
         )
 
-    def update(grads: Any, state: TrackedUpdates, params: Any = None, **extra_args):
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         if params is None:
             raise ValueError(
                 "track_updates compares updates with their parameters and needs them: "
                 "call tx.update(grads, opt_state, params)."
             )
+        grads = updates
         updates, inner_state = tx.update(grads, state.inner_state, params, **extra_args)
         pairs = zip(_floating(params), _floating(updates), strict=True)
         rows = [_examine(w, update) for w, update in pairs]

@@ -1,0 +1,340 @@
+"""What float32 master weights are for: Mandarin speech, weights updated in float16.
+
+    python -m experiments.speech_updates --workdir runs/updates
+    python -m experiments.speech_updates --workdir runs/updates --resume
+    python -m experiments.speech_updates --setting small_updates --workdir runs/small
+
+Section 3.1 and Figure 2 of "Mixed Precision Training" (arXiv:1710.03740): on a Mandarin
+speech model, updating float16 weights in float16 raised the error rate by 80 %, and
+float32 master weights matched float32. Trains the network of `speech_ctc` in seven
+ways, with the same seeds and data, and compares character error rates by seed. The
+default size, 4,000 utterances and 4 epochs, is meant for 100 s a run on 2 CPU cores;
+with JAX_COMPILATION_CACHE_DIR set, only the first seed compiles.
+
+An update is lost in float16 where it is less than about a 2048th of its weight, or
+below 2^-24. Every run counts, for each parameter, what share of its updates is lost, or
+would be if its weights were float16. Where that share is small, float16 updates can do
+little harm. `--setting small_updates` is for the opposite case: a 64th of the learning
+rates, and 8 times the epochs. A weight of 0.1 has neighbours in float16 at 2^-14, and
+moves only for an update above 2^-15, or 3e-5; that is as large as Adam's largest
+learning rate there, and so most updates are lost, of which float32 learns.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+import mpjax
+from experiments import speech_ctc
+from experiments.data.speech.corpus import Corpus
+from experiments.data.speech.mandarin import MandarinConfig
+from experiments.harness import cli, results
+from experiments.harness.config import require_positive
+from experiments.harness.errors import ConfigError
+from experiments.harness.experiment import Experiment, Task
+from experiments.harness.files import translate_os_errors, write_text
+from experiments.harness.flags import parse_names
+from experiments.harness.float16_updates import with_float16_updates
+from experiments.harness.output import RESULTS, save_figure, save_table
+from experiments.harness.recorder import read_rows
+from experiments.harness.results import markdown_table
+from experiments.harness.training import train_policy
+from experiments.harness.update_plots import updates_figure
+from experiments.harness.update_tracking import read_tracked, track_updates
+from experiments.speech_updates_table import COLUMNS, summarize
+
+NAME = "speech_updates"
+PAPER_SMALL_GRADIENTS = 0.05  # Figure 2b: weight gradients below 2^-24
+
+Setting = Literal["default", "small_updates"]
+Optimizer = speech_ctc.Optimizer
+Wrapper = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
+
+
+class Variant(NamedTuple):
+    """A way to train.
+
+    Attributes:
+      policy: precision policy.
+      loss_scale: as in --loss-scale.
+      wrap: `(tx, seed) -> tx`, how an optimizer updates weights.
+    """
+
+    policy: str
+    loss_scale: str
+    wrap: Wrapper = lambda tx, seed: tx
+
+
+VARIANTS = {
+    "float32": Variant("float32", "none"),
+    "mixed_float16": Variant("mixed_float16", "dynamic"),
+    "mixed_float16_unscaled": Variant("mixed_float16", "none"),
+    "mixed_bfloat16": Variant("mixed_bfloat16", "none"),
+    "float16_updates": Variant(
+        "float16", "dynamic", lambda tx, seed: with_float16_updates(tx)
+    ),
+    "float16_stochastic": Variant(
+        "float16",
+        "dynamic",
+        lambda tx, seed: mpjax.with_stochastic_rounding(tx, seed=seed),
+    ),
+    "float16_master": Variant(
+        "float16", "dynamic", lambda tx, seed: mpjax.with_master_weights(tx)
+    ),
+}
+# Factors of the learning rates and of the number of epochs.
+SETTINGS: dict[Setting, tuple[float, int]] = {
+    "default": (1.0, 1),
+    "small_updates": (1 / 64, 8),
+}
+# Flags of `speech_ctc` that a variant decides.
+DECIDED = ("policies", "policy", "loss_scale", "optimizer", "listen")
+
+
+class Cell(NamedTuple):
+    """One run: an optimizer, a variant, and a seed."""
+
+    optimizer: Optimizer
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Returns the name of its directory."""
+        return f"{self.optimizer}-{self.variant}-{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(speech_ctc.Config):
+    """Settings of the ablation; --policies and the like are decided by the variants."""
+
+    nesterov_variants: str = ",".join(VARIANTS)
+    """Ways to train by SGD with Nesterov momentum, separated by commas; "" for none."""
+
+    adam_variants: str = "float32,mixed_float16,float16_updates"
+    """Ways to train by Adam, separated by commas; "" for none."""
+
+    num_seeds: int = 3
+    """Runs per way; their seeds begin with --seed, and are the same for all ways."""
+
+    setting: Setting = "default"
+    """default; or small_updates, in which float16 must lose updates that matter: a 64th
+    of the learning rates, and 8 times the epochs."""
+
+    learning_rate: float = 2e-3
+    """Largest learning rate of Adam; it rises for a tenth of the steps, then falls."""
+
+    nesterov_learning_rate: float = 1e-2
+    """Largest learning rate of Nesterov momentum."""
+
+    weight_scale: float = 1.0
+    """What the initial kernels are multiplied by: larger weights lose more updates."""
+
+    mandarin: MandarinConfig = dataclasses.field(
+        default_factory=lambda: MandarinConfig(num_train=4000)
+    )
+    """What is synthesised."""
+
+    num_epochs: int = 4
+    """Passes over the training set, in the default setting."""
+
+    num_buckets: int = 2
+    """Groups of utterances of similar length; each compiles a train step of its own."""
+
+    num_checkpoints: int = 1
+    """Number of checkpoints to keep of a run. 0 writes none; a run that is stopped then
+    begins anew."""
+
+    output: Path | None = None
+    """Result file; a plot goes beside it. A name in experiments/results by default."""
+
+    def __post_init__(self):
+        """Checks the settings.
+
+        Raises:
+          ConfigError: for the first that cannot work, or has no effect here.
+        """
+        super().__post_init__()
+        require_positive(self, "num_seeds", "nesterov_learning_rate", "weight_scale")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in DECIDED:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is decided by the variants here; "
+                    "choose them by --nesterov-variants and --adam-variants, or use "
+                    "python -m experiments.speech_ctc."
+                )
+        if not self.cells():
+            raise ConfigError(
+                "--nesterov-variants and --adam-variants name nothing to train."
+            )
+
+    def comparable(self) -> dict[str, Any]:
+        """Returns the settings that a resumed ablation shares: all but which runs."""
+        more = ("nesterov_variants", "adam_variants", "num_seeds", "output")
+        return {k: v for k, v in super().comparable().items() if k not in more}
+
+    def variants(self) -> list[tuple[Optimizer, str]]:
+        """Returns every optimizer with its variants.
+
+        Raises:
+          ConfigError: for a variant that does not exist.
+        """
+        flags: tuple[tuple[Optimizer, str], ...] = (
+            ("nesterov", self.nesterov_variants),
+            ("adam", self.adam_variants),
+        )
+        return [
+            (optimizer, name)
+            for optimizer, text in flags
+            if text.strip()
+            for name in dict.fromkeys(
+                parse_names(f"--{optimizer}-variants", text, VARIANTS)
+            )
+        ]
+
+    def cells(self) -> list[Cell]:
+        """Returns the runs, all variants of the first seed first."""
+        seeds = range(self.seed, self.seed + self.num_seeds)
+        pairs = itertools.product(seeds, self.variants())
+        return [Cell(optimizer, name, seed) for seed, (optimizer, name) in pairs]
+
+    def run_config(self, cell: Cell) -> speech_ctc.Config:
+        """Returns the settings of one run."""
+        fields = dataclasses.fields(speech_ctc.Config)
+        values = {field.name: getattr(self, field.name) for field in fields}
+        rates = {"adam": self.learning_rate, "nesterov": self.nesterov_learning_rate}
+        rate_factor, epochs_factor = SETTINGS[self.setting]
+        variant = VARIANTS[cell.variant]
+        changes = {
+            "policy": variant.policy,
+            "loss_scale": variant.loss_scale,
+            "optimizer": cell.optimizer,
+            "learning_rate": rates[cell.optimizer] * rate_factor,
+            "num_epochs": self.num_epochs * epochs_factor,
+            "seed": cell.seed,
+        }
+        return speech_ctc.Config(**values | changes)
+
+
+def main(config: Config, corpus: Corpus | None = None) -> dict[str, Any]:
+    """Trains what is missing, and writes the table and the plot.
+
+    Args:
+      config: the settings.
+      corpus: the corpus, instead of the one that the config names.
+
+    Returns:
+      What the result file holds; its `runs` have a row per optimizer and variant.
+
+    Raises:
+      ExperimentError: for data, files or checkpoints that fail, or after a signal;
+        finished runs are kept.
+    """
+    corpus = corpus or config.load_corpus()
+    experiment = dataclasses.replace(speech_ctc.make_experiment(corpus), name=NAME)
+    cells = {cell.name: cell for cell in config.cells()}
+
+    def train_one(config, name, directory):
+        return _train(experiment, config, corpus, cells[name], directory)
+
+    result = results.run_policies(NAME, config, train_one, list(cells))
+    rows = summarize(result.runs, config.variants())
+    table = {
+        "experiment": NAME,
+        "config": result.config,
+        "environment": result.environment,
+        "runs": rows,
+    }
+    title = f"{corpus.name}, {config.encoder}, setting {config.setting}"
+    _save(config, result.workdir, table, title)
+    return table
+
+
+def _train(
+    experiment: Experiment, config: Config, corpus: Corpus, cell: Cell, directory: Path
+) -> dict[str, Any]:
+    """Trains one run; where the gradients stay non-finite, that is its result."""
+    print(f"{cell.name}:", flush=True)
+    run_config, variant = config.run_config(cell), VARIANTS[cell.variant]
+    model, prepared = speech_ctc.make_model(run_config, corpus)
+    task = speech_ctc.make_task(
+        run_config,
+        variant.policy,
+        model,
+        prepared,
+        has_words=corpus.has_words,
+    )
+    task = _with_updates(task, variant, cell.seed, config.weight_scale)
+    diverged = None
+    try:
+        policy = variant.policy
+        run, _ = train_policy(experiment, task, run_config, policy, directory)
+    except mpjax.NonFiniteTrainingError as error:
+        diverged, run = str(error), {}
+        print(f"{cell.name} diverged: {error}", flush=True)
+    rows = read_rows(directory / "metrics.jsonl")
+    select = lambda kind: [row for row in rows if row["kind"] == kind]
+    return {
+        **run,
+        "policy": variant.policy,
+        "loss_scale": variant.loss_scale,
+        **cell._asdict(),
+        "diverged": diverged,
+        "learning_rate": run_config.learning_rate,
+        "num_skipped": max([row["num_skipped"] for row in select("train")], default=0),
+        "val_errors": [row["val_cer"] for row in select("epoch")],
+        "observed": _without_early_histograms(select("observed")),
+    }
+
+
+def _without_early_histograms(observed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows with the histogram in the last alone: it is a running sum."""
+    early = [{k: v for k, v in x.items() if k != "gradients"} for x in observed[:-1]]
+    return early + observed[-1:]
+
+
+def _with_updates(task: Task, variant: Variant, seed: int, weight_scale: float) -> Task:
+    """Returns the task with tracked updates, applied as the variant says."""
+
+    def init(key):
+        params, model_state = task.init(key)
+        scale = lambda x: x * weight_scale if x.ndim > 1 else x
+        return jax.tree.map(scale, params), model_state
+
+    return dataclasses.replace(
+        task,
+        tx=variant.wrap(track_updates(task.tx), seed),
+        init=init,
+        observe=lambda state: read_tracked(state.opt_state, state.params),
+    )
+
+
+def _save(config: Config, workdir: Path, table: dict[str, Any], title: str) -> None:
+    environment, suffix = table["environment"], ""
+    if config.setting != "default":
+        suffix = f"_{config.setting}"
+    machine, version = environment["machine"], environment["versions"]["jax"]
+    file = f"{NAME}{suffix}_{machine}_jax{version}.json"
+    output = config.output or RESULTS / file
+    save_table(output, table, title, COLUMNS)
+    figure = updates_figure(
+        table["runs"],
+        title=title,
+        error_title="validation CER",
+        shown="float16_updates",
+        paper=PAPER_SMALL_GRADIENTS,
+    )
+    save_figure(output.with_suffix(".png"), figure)
+    with translate_os_errors(workdir):
+        text = f"{title}\n\n{markdown_table(COLUMNS, table['runs'])}"
+        write_text(workdir / "result.md", text)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, doc=__doc__)
