@@ -70,10 +70,8 @@ def error_curve(axes: Axes, row: Row, color: str) -> None:
     columns = [[c[i] for c in curves if len(c) > i] for i in range(num_epochs)]
     epochs = np.arange(1, num_epochs + 1)
     ranges = [min(c) for c in columns], [max(c) for c in columns]
-    axes.plot(
-        epochs, [np.mean(c) for c in columns], "o-", ms=3, color=color,
-        label=row["variant"],
-    )  # fmt: skip
+    means = [np.mean(c) for c in columns]
+    axes.plot(epochs, means, "o-", ms=3, color=color, label=row["variant"])
     axes.fill_between(epochs, *ranges, color=color, alpha=0.15, lw=0)
 
 
@@ -92,6 +90,8 @@ def exponents(
                 color=f"C{variants.index(row['variant'])}",
                 label=f"{row['variant']}: {row['small_gradients']:.1%}",
             )
+    if not axes.has_data():
+        return
     axes.axvline(SMALLEST_EXPONENT, color="0.3", ls="--", lw=1)
     name = rows[0]["optimizer"] if rows else ""
     decorate(axes, f"{name}: exponents of the nonzero weight gradients", "exponent")
