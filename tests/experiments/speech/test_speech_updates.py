@@ -269,7 +269,7 @@ def test_the_speech_model_trains_with_float16_updates(config):
     assert len(row["lost_by_layer"]) == 12
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_all_variants_train_and_stopped_anywhere_they_end_the_same(
     config, tmp_path, monkeypatch, frames
 ):
