@@ -73,7 +73,7 @@ def with_master_weights(
             is_leaf=lambda x: x is None,
         )
         updates = jax.tree.map(
-            lambda p, new, u: _step_to(p, new.astype(p.dtype)) if is_half(p) else u,
+            lambda p, new, u: _step_to(p, _cast(new, p.dtype)) if is_half(p) else u,
             params,
             new_full,
             updates,
@@ -144,7 +144,7 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
       Array of `dtype` with the shape of `x`. A value that `dtype` represents stays as
       it is; a value beyond its largest finite number rounds to nearest.
     """
-    nearest = x.astype(dtype)
+    nearest = _cast(x, dtype)
     error = x - nearest.astype(jnp.float32)
     largest = jnp.finfo(dtype).max
     other = jnp.nextafter(nearest, jnp.where(error > 0, largest, -largest))
@@ -152,6 +152,15 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     chance = jax.random.uniform(key, x.shape)
     move = (chance * jnp.abs(gap) < jnp.abs(error)) & jnp.isfinite(nearest)
     return jnp.where(move, other, nearest)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts; the barrier keeps XLA:GPU from leaving out this cast and one back.
+
+    It does by default (`xla_allow_excess_precision`). What is lost by rounding to
+    nearest would be x - x, and stochastic rounding would round to nearest.
+    """
+    return jax.lax.optimization_barrier(x.astype(dtype))
 
 
 def _step_to(param: jax.Array, target: jax.Array) -> jax.Array:

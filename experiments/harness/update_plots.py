@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from experiments.harness.plots import decorate
 from experiments.harness.update_shares import SMALLEST_EXPONENT
 
+MAX_ERROR = 1.05  # what is above is not shown
 # A row of the comparison; see `experiments.speech_updates`.
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def updates_figure(
                 error_curve(axes, row, color)
         decorate(axes, f"{optimizer}: {error_title} (mean and range)", "epoch")
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, min(axes.get_ylim()[1], MAX_ERROR))
         axes.legend(frameon=False, fontsize=8)
     first = [row for row in rows if row["optimizer"] == optimizers[0]]
     exponents(panels[1, 0], first, variants, paper)

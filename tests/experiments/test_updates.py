@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +91,26 @@ def test_no_compiler_pass_takes_the_rounding_away():
     compiled = lowered.compile().as_text()
     assert "exponent_bits=5, mantissa_bits=10" in compiled
     assert "round-nearest-even" in compiled
+
+
+@pytest.mark.h100
+def test_no_compiler_pass_for_a_gpu_takes_the_rounding_away():
+    script = Path(__file__).parents[1] / "helpers" / "h100_rounding.py"
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    texts = json.loads(done.stdout.splitlines()[-1])["rows"]
+    update = texts["float16_update"]
+    assert "exponent_bits=5, mantissa_bits=10" in update
+    assert "round-nearest-even" in update
+    # Casts in place of these: to float32 and back, of the weight alone.
+    assert len(re.findall(r" convert\(", texts["cast_update"])) == 2
+    # x - nearest, where nearest comes out of another kernel in float16.
+    assert re.search(r"fused\w* \(\S+ f16\[256\]", texts["stochastic"])
 
 
 # Tracking.
