@@ -221,12 +221,9 @@ def of_nearest():
     return read_tracked(*update(tx, dtype=jnp.float16))["updates"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "wrap",
-    [
-        mpjax.with_stochastic_rounding,
-        pytest.param(mpjax.with_master_weights, marks=pytest.mark.slow),
-    ],
+    "wrap", [mpjax.with_stochastic_rounding, mpjax.with_master_weights]
 )
 def test_every_kind_of_float16_weights_has_the_same_updates(wrap, of_nearest):
     state, params = update(wrap(track_updates(optax.sgd(1e-4))), dtype=jnp.float16)
