@@ -2,22 +2,21 @@
 
     python -m experiments.speech_ctc
     python -m experiments.speech_ctc --workdir RUN --transcribe a.wav
+    python -m experiments.speech_ctc --manifest own.jsonl --init-from RUN
 
 The speech evidence of "Mixed Precision Training" (arXiv:1710.03740, section 3.1), at a
 size for a CPU. The network is like Deep Speech 2 (arXiv:1512.02595): two convolutions
 over time and frequency, bidirectional GRUs, and CTC over the letters of pinyin. The
 speech is synthesised by espeak-ng the first time (`pip install -e ".[speech]"`); the
 test set has voices and phrases that the training set has not. --dataset and --manifest
-name real corpora and your own recordings.
+name real corpora and your own recordings; --init-from starts from a trained network.
 """
 
 import dataclasses
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 
-from experiments.data.speech.config import SpeechConfig
 from experiments.data.speech.corpus import Corpus
 from experiments.data.speech.listen import write_examples
 from experiments.data.speech.prepared import PreparedCorpus, prepare, texts
@@ -26,42 +25,29 @@ from experiments.harness import cli, results
 from experiments.harness.config import require, require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.experiment import Experiment, Metric, Task
-from experiments.harness.files import translate_os_errors, write_json
+from experiments.harness.files import translate_os_errors
 from experiments.harness.report import report
 from experiments.harness.results import Column, Result
 from experiments.harness.training import train_policy
 from experiments.models import recognition
+from experiments.models.fine_tuning import make_init_from, make_trainable, take_network
 from experiments.models.optimizers import one_cycle
-from experiments.models.speech.model import Encoder, SpeechModel
-from experiments.models.speech_decoding import beam_search
+from experiments.models.posteriors import draw_posteriors
+from experiments.models.recognizer import keep_vocabulary, make_recognizer
+from experiments.models.speech.config import RecognizerConfig
+from experiments.models.speech.model import SpeechModel
+from experiments.models.transcription import transcribe
 
 NAME = "speech_ctc"
-VOCABULARY = "vocabulary.json"
 Optimizer = Literal["adam", "nesterov"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(SpeechConfig):
+class Config(RecognizerConfig):
     """Settings of the experiment."""
 
     policies: str = "float32,mixed_float16,mixed_bfloat16"
     """Precision policies to train in, separated by commas; the same seed in each."""
-
-    encoder: Encoder = "bigru"
-    """bigru or bilstm; gru_lookahead, forward in time with a lookahead convolution as
-    in the paper; or conformer."""
-
-    num_channels: int = 8
-    """Channels of the two convolutions."""
-
-    num_units: int = 96
-    """Units of each direction of a recurrent layer, or width of a Conformer block."""
-
-    num_layers: int = 2
-    """Layers of the encoder."""
-
-    subsampling: Literal[2, 4] = 2
-    """Frames per output: 2 or 4."""
 
     num_epochs: int = 3
     """Passes over the training set."""
@@ -84,13 +70,6 @@ class Config(SpeechConfig):
     max_grad_norm: float = 5.0
     """Gradients of a larger norm are scaled down to it."""
 
-    beam_width: int = 0
-    """Decode by prefix beam search of this width; 0 takes the most probable path."""
-
-    listen: Path | None = None
-    """Write a few utterances, as WAV with a picture each, to this directory, and train
-    nothing."""
-
     def __post_init__(self):
         """Checks the settings.
 
@@ -98,21 +77,14 @@ class Config(SpeechConfig):
           ConfigError: for the first that cannot work.
         """
         super().__post_init__()
-        require_positive(self, "num_channels", "num_units", "num_layers", "num_epochs")
-        require_positive(self, "batch_size", "num_microbatches", "learning_rate")
-        require_positive(self, "max_grad_norm")
+        require_positive(self, "num_epochs", "batch_size", "num_microbatches")
+        require_positive(self, "learning_rate", "max_grad_norm")
         require(0 <= self.momentum < 1, "--momentum", "from 0 to less than 1", self)
-        require(self.beam_width >= 0, "--beam-width", "0 or more", self)
         if self.batch_size % self.num_microbatches:
             raise ConfigError(
                 f"--num-microbatches {self.num_microbatches} must divide --batch-size "
                 f"{self.batch_size}."
             )
-
-    def comparable(self) -> dict[str, Any]:
-        """Returns the settings to compare, without what changes no number."""
-        values = super().comparable()
-        return {k: v for k, v in values.items() if k != "listen"}
 
 
 def main(config: Config, corpus: Corpus | None = None) -> Result | None:
@@ -123,12 +95,19 @@ def main(config: Config, corpus: Corpus | None = None) -> Result | None:
       corpus: the corpus, instead of the one that the config names.
 
     Returns:
-      The result; its runs have `test_cer`, `ms_per_step`, ... None with `listen`.
+      The result; its runs have `test_cer`, `ms_per_step`, ... None with `listen` and
+      with `transcribe`.
 
     Raises:
       ExperimentError: for data, files or checkpoints that fail, or after a signal.
       NonFiniteTrainingError: if the gradients stay non-finite.
     """
+    if config.transcribe:
+        for transcript in transcribe(config, NAME):
+            print(transcript, flush=True)
+        return None
+    if config.init_from is not None:
+        config = take_network(config, NAME)
     corpus = corpus or config.load_corpus()
     if config.listen is not None:
         for path in write_examples(config.listen, corpus):
@@ -138,10 +117,24 @@ def main(config: Config, corpus: Corpus | None = None) -> Result | None:
     model, prepared = make_model(config, corpus)
 
     def train_one(config, policy, directory):
+        with translate_os_errors(config.workdir):
+            keep_vocabulary(config.workdir, prepared.vocabulary)
         task = make_task(config, policy, model, prepared, has_words=corpus.has_words)
-        run, _ = train_policy(experiment, task, config, policy, directory)
+        run, state = train_policy(experiment, task, config, policy, directory)
+        recognizer = make_recognizer(
+            model,
+            {"params": state.params, "model_state": state.model_state},
+            prepared.vocabulary,
+            policy,
+            autocast=config.autocast,
+            num_mels=config.num_mels,
+            decode=config.make_decoder(),
+        )
+        title = f"{corpus.name}, {config.encoder}, {policy}"
         with translate_os_errors(directory):
-            write_json(directory / VOCABULARY, prepared.vocabulary.to_json())
+            draw_posteriors(
+                directory / "posteriors.png", title, recognizer, corpus.test
+            )
         return run
 
     result = results.run_policies(NAME, config, train_one)
@@ -169,18 +162,10 @@ def make_model(config: Config, corpus: Corpus) -> tuple[SpeechModel, PreparedCor
       DataError: if a split has no utterance that the network can align.
     """
     vocabulary = Vocabulary.of(texts(corpus))
-    model = SpeechModel(
-        num_classes=vocabulary.size,
-        encoder=config.encoder,
-        num_channels=config.num_channels,
-        num_units=config.num_units,
-        num_layers=config.num_layers,
-        subsampling=config.subsampling,
-    )
     prepared = prepare(
         corpus,
         vocabulary,
-        lambda num_frames: -(-num_frames // config.subsampling),
+        config.num_outputs,
         num_mels=config.num_mels,
         augments=config.spec_augment,
         batch_size=config.batch_size,
@@ -189,7 +174,7 @@ def make_model(config: Config, corpus: Corpus) -> tuple[SpeechModel, PreparedCor
         sort_first_epoch=config.sorta_grad,
         num_workers=config.num_workers,
     )
-    return model, prepared
+    return config.make_network(vocabulary), prepared
 
 
 def make_task(
@@ -200,8 +185,16 @@ def make_task(
     *,
     has_words: bool = False,
 ) -> Task:
-    """Returns what one policy trains."""
+    """Returns what one policy trains.
+
+    With `init_from` the config has a `workdir`, to keep the initial weights in.
+    """
     num_steps = corpus.train.num_batches * config.num_epochs
+    init = trainable = None
+    if config.init_from is not None:
+        init = make_init_from(config, NAME, corpus.vocabulary)
+        if config.trainable is not None:
+            trainable = make_trainable(config.trainable, init)
     return recognition.make_task(
         model,
         corpus,
@@ -211,7 +204,9 @@ def make_task(
         num_epochs=config.num_epochs,
         num_microbatches=config.num_microbatches,
         has_words=has_words,
-        decode=make_decoder(config.beam_width),
+        decode=config.make_decoder(),
+        init=init,
+        trainable=trainable,
     )
 
 
@@ -224,15 +219,6 @@ def make_tx(config: Config, num_steps: int) -> optax.GradientTransformation:
     }
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm), optimizers[config.optimizer]
-    )
-
-
-def make_decoder(beam_width: int) -> recognition.Decoder | None:
-    """Returns prefix beam search of a width, or None for the most probable path."""
-    if not beam_width:
-        return None
-    return lambda log_probabilities, vocabulary: vocabulary.decode(
-        beam_search(log_probabilities, beam_width)
     )
 
 

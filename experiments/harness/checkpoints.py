@@ -39,16 +39,18 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """The newest checkpoints of one run."""
 
-    def __init__(self, directory: Path, *, keep: int):
+    def __init__(self, directory: Path, *, keep: int, read_only: bool = False):
         """Opens the directory, and makes it where there is none.
 
         Args:
           directory: holds the checkpoints of this run and nothing else.
           keep: how many to keep; 0 saves none.
+          read_only: whether to change nothing; the directory must exist.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.resolve()
         self.keep = keep
+        self._read_only = read_only
         self._checksum_file = self.directory.with_name("checkpoints.json")
         self._manager = self._open() if keep else None
 
@@ -90,10 +92,11 @@ class Checkpoints:
     def restore(self, template: Any) -> Checkpoint | None:
         """Reads the newest intact checkpoint; reports and sets aside damaged ones.
 
-        Where none is intact, they stay where they are.
+        Where none is intact, or if nothing may be changed, they stay where they are.
 
         Args:
-          template: a state of the same structure, shapes and dtypes.
+          template: a state of the same structure, shapes and dtypes; None for the
+            arrays by name (see `to_arrays`), in NumPy, whatever they are.
 
         Returns:
           The checkpoint; None if there is none.
@@ -132,17 +135,28 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep,
-            cleanup_tmp_directories=True,
+            max_to_keep=None if self._read_only else self.keep,
+            cleanup_tmp_directories=not self._read_only,
             enable_async_checkpointing=False,
+            read_only=self._read_only,
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        # Only for what is in a checkpoint of unknown content.
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers=handlers if self._read_only else None,
+        )
 
     def _read(self, step: int, template: Any) -> Checkpoint:
         assert self._manager is not None
         self._check_files(step)
+        like = self._stored(step) if template is None else to_arrays(template)
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(to_arrays(template)),
+            state=ocp.args.StandardRestore(like),
             meta=ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=args)
@@ -155,7 +169,14 @@ class Checkpoints:
             )
         if _digest(arrays, meta["data_state"]) != meta["sha256"]:
             raise ValueError("its content does not match its checksum")
-        return Checkpoint(step, from_arrays(template, arrays), meta["data_state"])
+        state = arrays if template is None else from_arrays(template, arrays)
+        return Checkpoint(step, state, meta["data_state"])
+
+    def _stored(self, step: int) -> dict[str, np.ndarray]:
+        """Returns empty arrays of the names, shapes and dtypes of a checkpoint."""
+        assert self._manager is not None
+        stored = self._manager.item_metadata(step)["state"]
+        return {name: np.empty(like.shape, like.dtype) for name, like in stored.items()}
 
     def _write_checksums(self) -> None:
         """Writes the checksums of every checkpoint's files, beside the directory."""
@@ -190,6 +211,11 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
         if not damaged:
+            return
+        if self._read_only:
+            for step, reason in damaged.items():
+                text = f"checkpoint {step} is damaged ({reason}); using {intact}"
+                print(text, file=sys.stderr, flush=True)
             return
         self.close()
         for step, reason in damaged.items():

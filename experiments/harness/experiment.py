@@ -105,6 +105,8 @@ class Task:
         nothing.
       observe: `state -> {name: JSON value}`, what to record of the training state after
         every epoch, in a row of the kind "observed"; None records nothing.
+      trainable: which parameters are trained, as in `mpjax.TrainState.create`; None for
+        all.
     """
 
     batches: Dataset
@@ -119,6 +121,7 @@ class Task:
     step_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     numerics_interval: int | None = None
     observe: Callable[[mpjax.TrainState], dict[str, Any]] | None = None
+    trainable: str | Callable[[str], bool] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -133,7 +136,11 @@ class Task:
         params, model_state = self.init(init_key)
         params = mpjax.get_policy(policy).cast_to_param(params)
         return mpjax.TrainState.create(
-            params=params, tx=tx, model_state=model_state, key=key
+            params=params,
+            tx=tx,
+            model_state=model_state,
+            key=key,
+            trainable=self.trainable,
         )
 
 

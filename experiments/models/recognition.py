@@ -41,6 +41,7 @@ def make_task(
     has_words: bool = False,
     decode: Decoder | None = None,
     init: Callable[[jax.Array], tuple[Any, Any]] | None = None,
+    trainable: Callable[[str], bool] | None = None,
 ) -> Task:
     """Returns the task of training a recognizer.
 
@@ -56,12 +57,13 @@ def make_task(
       has_words: whether to measure word error rates as well.
       decode: from log probabilities to text; by default the most probable path.
       init: as in `Task`; by default the model's own.
+      trainable: as in `Task`.
     """
     return Task(
         batches=corpus.train,
         steps_per_epoch=corpus.train.num_batches,
         num_epochs=num_epochs,
-        init=init or make_init(model, corpus),
+        init=init or make_init(model, corpus.train.num_features),
         tx=tx,
         loss_fn=make_loss_fn(model),
         evaluate=make_evaluate(
@@ -77,6 +79,7 @@ def make_task(
             "loss_weight": count_utterances,
             "num_microbatches": num_microbatches,
         },
+        trainable=trainable,
     )
 
 
@@ -85,9 +88,8 @@ def count_utterances(batch: Batch) -> Any:
     return jnp.sum(jnp.asarray(batch["num_frames"]) > 0)
 
 
-def make_init(model: nn.Module, corpus: PreparedCorpus) -> Callable[..., Any]:
+def make_init(model: nn.Module, num_features: int) -> Callable[..., Any]:
     """Returns `key -> (params, model_state)`, for one utterance of some frames."""
-    num_features = corpus.train.num_features
 
     def init(key):
         features = jnp.zeros((1, 64, num_features))
