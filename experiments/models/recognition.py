@@ -91,6 +91,7 @@ def count_utterances(batch: Batch) -> Any:
 def make_init(model: nn.Module, num_features: int) -> Callable[..., Any]:
     """Returns `key -> (params, model_state)`, for one utterance of some frames."""
 
+    @jax.jit
     def init(key):
         features = jnp.zeros((1, 64, num_features))
         variables = model.init(key, features, jnp.array([64]), train=False)

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.data.speech.corpus import SAMPLE_RATE_HZ, Corpus, Utterance
 from experiments.models.speech.padding import MaskedBatchNorm
 
-PITCHES_HZ = {"a": 300, "b": 900, "c": 2200, "d": 5000}
+PITCHES_HZ = {"a": 300, "b": 900, "c": 2200, "d": 5000, "e": 7000}
 LETTER_S, PAUSE_S = 0.09, 0.03
 # The smallest network and schedule that learn it.
 SETTINGS = {

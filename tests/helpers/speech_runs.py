@@ -1,0 +1,136 @@
+"""Short runs of `speech_ctc`, and what they compiled and read."""
+
+import contextlib
+import dataclasses
+import signal
+
+import jax
+import numpy as np
+import pytest
+from helpers import cli_runs, tones
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import speech_ctc
+from experiments.data.speech.batches import SpeechBatches
+from experiments.harness.checkpoints import Checkpoints, to_arrays
+from mpjax._train.explain import JittedStep
+
+
+def config(workdir, **changes):
+    settings = {**tones.SETTINGS, "num_units": 16, "workdir": workdir, **changes}
+    return speech_ctc.Config(**settings)
+
+
+def corpus(**options):
+    return tones.corpus(**options)
+
+
+@contextlib.contextmanager
+def compiled_once():
+    """Keeps compiled programs on disk, where further runs find them."""
+    names = {
+        "jax_compilation_cache_dir": cli_runs.COMPILED,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def frames_network():
+    """Puts the network of the tests in the place of the real one."""
+    with pytest.MonkeyPatch.context() as patch, compiled_once():
+        patch.setattr(speech_ctc.Config, "make_network", tones.make_frames_network)
+        yield
+
+
+@contextlib.contextmanager
+def without_pictures():
+    """Leaves out what is drawn after a training."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("report", "draw_posteriors"):
+            patch.setattr(speech_ctc, name, lambda *_: None)
+        yield
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run read and compiled.
+
+    Attributes:
+      batches: the batches that were trained on.
+      num_lowered: train and evaluation steps that were lowered ahead of time.
+    """
+
+    batches: list = dataclasses.field(default_factory=list)
+    num_lowered: int = 0
+
+
+@contextlib.contextmanager
+def recorded():
+    record = Record()
+    following, lower = SpeechBatches.__next__, JittedStep.__getattr__
+
+    def read(batches):
+        record.batches.append(following(batches))
+        return record.batches[-1]
+
+    def attribute(step, name):
+        record.num_lowered += name == "lower"
+        return lower(step, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpeechBatches, "__next__", read)
+        patch.setattr(JittedStep, "__getattr__", attribute)
+        yield record
+
+
+@contextlib.contextmanager
+def before_batch(number, act):
+    """Acts when a run asks for its batch of that number, the first being 1."""
+    following, count = SpeechBatches.__next__, 0
+
+    def read(batches):
+        nonlocal count
+        count += 1
+        if count == number:
+            act()
+        return following(batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpeechBatches, "__next__", read)
+        yield
+
+
+def stop():
+    """What SIGTERM does: it ends as `Interrupted`, once the state is saved."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+def by_name(tree):
+    """Returns the leaves of a tree, under the names that a checkpoint gives them."""
+    return {name: np.asarray(leaf) for name, leaf in to_arrays(tree).items()}
+
+
+def newest(directory):
+    """Returns the newest checkpoint of a policy's directory, as arrays by name."""
+    checkpoints = Checkpoints(directory / "checkpoints", keep=1, read_only=True)
+    try:
+        return checkpoints.restore(None)
+    finally:
+        checkpoints.close()
+
+
+def snapshot(directory):
+    """Returns every file below a directory, with its bytes."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory): path.read_bytes() for path in files}
