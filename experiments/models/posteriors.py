@@ -30,6 +30,7 @@ _FRAME_S = STEP_SAMPLES / SAMPLE_RATE_HZ
 _DYNAMIC_RANGE = 9.0  # of log power, below the loudest band
 _TICKS_KHZ = (0.25, 0.5, 1, 2, 4)
 _MIN_PROBABILITY = 0.2  # of a symbol's maximum that is drawn
+_MIN_VISIBLE = 0.01  # probability below which a line would hide the axis
 _CHINESE_FONTS = (
     "Noto Sans CJK SC",
     "Source Han Sans SC",
@@ -154,7 +155,8 @@ def _draw_posteriors(
         if values.max(initial=0) < _MIN_PROBABILITY:
             continue
         color = f"C{(number - 1) % 10}"
-        axes.plot(times_s, values, color=color, lw=1.4, zorder=2)
+        visible = np.where(values > _MIN_VISIBLE, values, np.nan)
+        axes.plot(times_s, visible, color=color, lw=1.4, zorder=2)
         axes.fill_between(times_s, values, color=color, alpha=0.25, lw=0, zorder=2)
         for place in _peaks(values):
             axes.annotate(

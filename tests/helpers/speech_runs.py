@@ -134,3 +134,14 @@ def snapshot(directory):
     """Returns every file below a directory, with its bytes."""
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {path.relative_to(directory): path.read_bytes() for path in files}
+
+
+def edit_distance(a, b):
+    """The fewest insertions, deletions and substitutions from one to the other."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row = row, [i]
+        for j, y in enumerate(b, 1):
+            substituted = previous[j - 1] + (x != y)
+            row.append(min(previous[j] + 1, row[j - 1] + 1, substituted))
+    return row[-1]

@@ -49,9 +49,12 @@ def make_frames_network(config, vocabulary):
 class Tones:
     """Utterances of random letters, (N,) float32 at 16 kHz."""
 
-    def __init__(self, num, *, seed, letters="abcd"):
+    def __init__(self, num, *, seed, letters="abcd", lengths=(2, 5)):
         self.rng = np.random.default_rng(seed)
-        self.texts = [self._text(letters, index) for index in range(num)]
+        self.texts = [
+            "".join(self.rng.choice(list(letters), lengths[index % len(lengths)]))
+            for index in range(num)
+        ]
         self.audio = [self._speak(text) for text in self.texts]
         self.prefix = f"tones-{seed}"
 
@@ -66,11 +69,6 @@ class Tones:
     def samples(self, index):
         return self.audio[index]
 
-    def _text(self, letters, index):
-        # Two lengths, so that there are batches of two shapes.
-        length = (2, 5)[index % 2]
-        return "".join(self.rng.choice(list(letters), length))
-
     def _speak(self, text):
         pause = np.zeros(round(PAUSE_S * SAMPLE_RATE_HZ))
         time_s = np.arange(round(LETTER_S * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
@@ -81,9 +79,10 @@ class Tones:
         return (samples + noise).astype(np.float32)
 
 
-def corpus(num=48, num_held_out=12, *, letters="abcd", name="tones"):
+def corpus(num=48, num_held_out=12, *, name="tones", **options):
+    """Returns utterances of two lengths, so that batches have two shapes."""
     train, val, test = (
-        Tones(size, seed=seed, letters=letters)
+        Tones(size, seed=seed, **options)
         for seed, size in enumerate((num, num_held_out, num_held_out))
     )
     return Corpus(name, train, val, test, "letters")

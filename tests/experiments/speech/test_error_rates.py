@@ -1,22 +1,11 @@
 """Error rates by jiwer against the edit distance, written by hand."""
 
 import pytest
+from helpers.speech_runs import edit_distance
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.models.recognition import error_rates
-
-
-def edit_distance(a, b):
-    """The fewest insertions, deletions and substitutions from one to the other."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row = row, [i]
-        for j, y in enumerate(b, 1):
-            substituted = previous[j - 1] + (x != y)
-            row.append(min(previous[j] + 1, row[j - 1] + 1, substituted))
-    return row[-1]
-
 
 letters = st.text("abni你好", max_size=8)
 pairs = st.lists(st.tuples(letters.filter(bool), letters), min_size=1, max_size=5)

@@ -64,18 +64,13 @@ def kill():
     raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "after", "resumed_at"),
     [
         pytest.param(speech_runs.stop, 9, 9, id="stopped within an epoch"),
-        pytest.param(
-            speech_runs.stop,
-            12,
-            12,
-            id="stopped after an epoch",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(kill, 22, 18, id="killed", marks=pytest.mark.slow),
+        pytest.param(speech_runs.stop, 12, 12, id="stopped after an epoch"),
+        pytest.param(kill, 22, 18, id="killed"),
     ],
 )
 def test_resumed_it_ends_bitwise_the_same(trained, tmp_path, how, after, resumed_at):
@@ -126,6 +121,7 @@ def test_a_corpus_of_other_symbols_cannot_go_on(trained, tmp_path):
         speech_ctc.main(resume, other)
 
 
+@pytest.mark.slow
 def test_listen_writes_sound_and_pictures_and_trains_nothing(tmp_path, capsys):
     settings = speech_runs.config(None, listen=tmp_path / "examples")
     assert speech_ctc.main(settings, speech_runs.corpus()) is None

@@ -37,7 +37,8 @@ def trained(tmp_path_factory):
     """The directory of a run with two policies, of which the second has not begun."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with speech_runs.without_pictures():
-        speech_ctc.main(speech_runs.config(workdir), speech_runs.corpus())
+        config = speech_runs.config(workdir, num_buckets=1)  # one program to compile
+        speech_ctc.main(config, speech_runs.corpus())
     edit(workdir, policies="float32,mixed_bfloat16")
     return workdir
 
