@@ -32,7 +32,7 @@ class RecognizerConfig(SpeechConfig):
     """bigru or bilstm; gru_lookahead, forward in time with a lookahead convolution as
     in the paper; or conformer."""
 
-    num_channels: int = 16
+    num_channels: int = 8
     """Channels of the two convolutions."""
 
     num_units: int = 96
