@@ -54,7 +54,7 @@ class SpeechModel(nn.Module):
     num_units: int = 96
     num_layers: int = 2
     subsampling: int = 2
-    kernel_sizes: tuple[tuple[int, int], tuple[int, int]] = ((11, 11), (11, 7))
+    kernel_sizes: tuple[tuple[int, int], tuple[int, int]] = ((11, 5), (5, 5))
     lookahead: int = 20
     num_heads: int = 4
     conv_size: int = 15

@@ -29,6 +29,8 @@ class Cell(NamedTuple):
 
     Attributes:
       num_gates: gates, each with H columns of the kernels.
+      num_summed: gates, the first ones, of which only the sum of both parts matters:
+        the parts have one gradient, which is stored once.
       num_states: arrays of the state; the first is the output.
       update: `(state, projected, recurrent) -> state`, where projected and recurrent
         are tuples with an array (N, B, H) for each gate: the projected input, and the
@@ -36,6 +38,7 @@ class Cell(NamedTuple):
     """
 
     num_gates: int
+    num_summed: int
     num_states: int
     update: Callable[[Arrays, Arrays, Arrays], Arrays]
 
@@ -59,8 +62,8 @@ def _update_lstm(state: Arrays, projected: Arrays, recurrent: Arrays) -> Arrays:
 # The gates are float32 under autocast, also where the backward pass computes
 # them again from what was saved in half.
 CELLS = {
-    "gru": Cell(3, 1, mpjax.full_precision(_update_gru)),
-    "lstm": Cell(4, 2, mpjax.full_precision(_update_lstm)),
+    "gru": Cell(3, 2, 1, mpjax.full_precision(_update_gru)),
+    "lstm": Cell(4, 4, 2, mpjax.full_precision(_update_lstm)),
 }
 
 
@@ -78,8 +81,8 @@ class Recurrence(nn.Module):
       num_units: units of each direction.
       cell: "gru" or "lstm".
       bidirectional: whether there is a second direction, backward in time.
-      unroll: steps in one iteration of the compiled loop. More than 1 was slower, and
-        compiled longer, on CPUs.
+      unroll: steps in one iteration of the compiled loop. More than 1 was no faster,
+        and compiled longer, on a CPU.
     """
 
     num_units: int
@@ -161,7 +164,7 @@ def _forward_scan(
     cell: str, unroll: int, projected: Arrays, kernel: Any, bias_n: Any, mask: Any
 ) -> tuple[Arrays, Arrays]:
     """Returns the states after all steps, and the gates' recurrent parts."""
-    _, num_states, update = CELLS[cell]
+    num_states, update = CELLS[cell].num_states, CELLS[cell].update
 
     def step(state, inputs):
         projected, mask = inputs
@@ -185,9 +188,9 @@ def _run_forward(cell, unroll, projected, kernel, bias_n, mask):
 
 def _run_backward(cell, unroll, residuals, d_outputs):
     states, recurrent, projected, kernel, bias_n, mask = residuals
-    before = tuple(jnp.concatenate([0 * x[:1], x[:-1]]) for x in states)
+    before = tuple(jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]) for x in states)
     transposed = jnp.swapaxes(kernel, 1, 2)
-    update = CELLS[cell].update
+    num_summed, update = CELLS[cell].num_summed, CELLS[cell].update
 
     def step(d_state, inputs):
         d_output, before, projected, recurrent, mask = inputs
@@ -201,15 +204,16 @@ def _run_backward(cell, unroll, residuals, d_outputs):
             jnp.where(mask, a, b) for a, b in zip(d_before, d_state, strict=True)
         )
         d_h = d_before[0] + jnp.einsum("nbk,nkh->nbh", d_sums, transposed)
-        return (d_h, *d_before[1:]), (d_projected, d_recurrent)
+        return (d_h, *d_before[1:]), (d_projected, d_recurrent[num_summed:])
 
-    _, (d_projected, d_recurrent) = lax.scan(
+    _, (d_projected, d_rest) = lax.scan(
         step,
         tuple(jnp.zeros_like(x[0]) for x in states),
         (d_outputs, before, projected, recurrent, mask),
         reverse=True,
         unroll=unroll,
     )
+    d_recurrent = (*d_projected[:num_summed], *d_rest)
     d_kernel = jnp.concatenate(
         [jnp.einsum("tnbh,tnbk->nhk", before[0], d) for d in d_recurrent], axis=-1
     )
