@@ -14,8 +14,16 @@ pytestmark = pytest.mark.h100
 
 LIMIT = {"temporaries": 1.02, "moved": 1.05}
 # More than that by design: a sum that JAX derives from a nearest resize (a scatter) is
-# float32, and so is what goes into `full_precision`, the router of the experts.
-FULL_LIMITS = {"unet": {"temporaries": 1.04}, "moe_dense": {"temporaries": 1.04}}
+# float32, and so is what goes into `full_precision`, the router of the experts; in
+# float16, which has less range, a loop saves for its backward loop what was traced.
+FULL_LIMITS = {
+    "unet": {"temporaries": 1.04},
+    "moe_dense": {"temporaries": 1.04},
+}
+FLOAT16_LIMITS = {
+    "gpt2_scan_remat": {"temporaries": 1.07},
+    "deep_speech2": {"temporaries": 1.1},
+}
 # In small models, arrays that do not grow with the model weigh more: logits, one-hot
 # arrays, gates.
 SMALL_LIMITS = {
@@ -49,6 +57,8 @@ def check(name, size, dtype):
     steps = (f"by hand, {dtype}", f"mixed_{dtype}")
     by_hand, cast = measure(name, REAL_MODELS[name](size), "h100", steps)
     limits = LIMIT | (FULL_LIMITS if size == "full" else SMALL_LIMITS).get(name, {})
+    if dtype == "float16":
+        limits |= FLOAT16_LIMITS.get(name, {})
     for key, limit in limits.items():
         assert by_hand[f"{key}_to_by_hand"] == 1
         assert cast[f"{key}_to_by_hand"] <= limit
