@@ -10,6 +10,9 @@ computed in float32, from the weights that the precision trained.
 
 The transformer's layers are unrolled, by autocast also in a scan, which carries the
 residual stream in float32.
+
+Each run is kept as soon as it ends, in a file beside the result; the same command
+continues after an interruption with the runs that are missing, and then removes it.
 """
 
 import dataclasses
@@ -27,6 +30,8 @@ import mpjax
 from experiments.benchmarks import _loss_curve_tasks as tasks
 from experiments.harness import cli, results
 from experiments.harness.config import require_positive
+from experiments.harness.errors import WorkdirError
+from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.flags import parse_names
 from experiments.harness.intervals import interval_text, mean_interval
 from experiments.harness.output import (
@@ -142,24 +147,28 @@ def main(config: Config) -> dict[str, Any]:
       DataError: if the data are unavailable.
       WorkdirError: if the result cannot be written.
     """
+    environment = results.environment()
+    machine = environment["machine"]
+    file = f"{NAME}_{machine}_jax{jax.__version__}.json"
+    output = config.output or RESULTS / file
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    kept = KeptRuns(output.with_suffix(".runs.json"), settings, environment["commit"])
     rows, facts = [], {}
     for name in parse_names("--tasks", config.tasks, TASKS):
         task = TASKS[name](config)
         facts[name] = {"num_steps": task.num_steps, **task.facts}
-        rows += _train_task(task, config)
-    environment = results.environment()
+        rows += _train_task(task, config, kept)
     table = {
         "experiment": NAME,
-        **{k: v for k, v in dataclasses.asdict(config).items() if k != "output"},
+        **settings,
         "data": facts,
+        "commits": kept.commits(),
         "environment": environment,
         "runs": rows,
     }
-    machine = environment["machine"]
-    file = f"{NAME}_{machine}_jax{jax.__version__}.json"
-    output = config.output or RESULTS / file
     save_table(output, table, f"loss curves, {tasks.POLICY}, {machine}", COLUMNS)
     save_figure(output.with_suffix(".png"), draw(rows))
+    kept.remove()
     return table
 
 
@@ -197,7 +206,68 @@ def _draw_intervals(axes: Any, steps: Any, differences: Any, style: Any) -> None
     axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.15, lw=0)
 
 
-def _train_task(task: tasks.Task, config: Config) -> list[dict[str, Any]]:
+class KeptRuns:
+    """The runs that have ended, in a file that outlives an interruption.
+
+    Args:
+      path: the file.
+      settings: what decides the runs' numbers; runs of other settings are refused.
+      commit: where the runs of this process are made.
+
+    Raises:
+      WorkdirError: if the file holds runs of other settings, or cannot be read.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], commit: str | None):
+        self._path = path
+        self._settings = {k: v for k, v in settings.items() if k != "tasks"}
+        self._commit = commit
+        self._runs: list[dict[str, Any]] = []
+        if path.exists():
+            with translate_os_errors(path):
+                content = read_json(path)
+            if content["settings"] != self._settings:
+                raise WorkdirError(
+                    f"{path} keeps runs of other settings; remove it to begin anew, or "
+                    f"continue with {content['settings']}."
+                )
+            self._runs = content["runs"]
+
+    def find(
+        self, task: tasks.Task, precision: str, seed: int
+    ) -> dict[str, Any] | None:
+        """Returns the run if it has ended, on the same data."""
+        key = _key(task, precision, seed)
+        same = (run["run"] for run in self._runs if key == {k: run[k] for k in key})
+        return next(same, None)
+
+    def add(
+        self, task: tasks.Task, precision: str, seed: int, run: dict[str, Any]
+    ) -> None:
+        """Keeps a run."""
+        key = _key(task, precision, seed)
+        self._runs.append({**key, "commit": self._commit, "run": run})
+        with translate_os_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, {"settings": self._settings, "runs": self._runs})
+
+    def commits(self) -> list[str]:
+        """Returns the commits at which the runs were made."""
+        return sorted({str(run["commit"]) for run in self._runs})
+
+    def remove(self) -> None:
+        """Removes the file."""
+        self._path.unlink(missing_ok=True)
+
+
+def _key(task: tasks.Task, precision: str, seed: int) -> dict[str, Any]:
+    names = {"task": task.title, "precision": precision, "seed": seed}
+    return {**names, "data": dict(task.facts)}
+
+
+def _train_task(
+    task: tasks.Task, config: Config, kept: KeptRuns
+) -> list[dict[str, Any]]:
     """Returns a row per precision, float32 first."""
     inits = {name: jax.jit(v.init) for name, v in task.variants.items()}
     steps = {name: _make_step(task, variant) for name, variant in task.variants.items()}
@@ -205,6 +275,10 @@ def _train_task(task: tasks.Task, config: Config) -> list[dict[str, Any]]:
     pairs = list(itertools.product(range(config.num_seeds), steps))
     with tqdm(total=len(pairs) * task.num_steps, desc=task.title, disable=None) as bar:
         for seed, name in pairs:
+            if run := kept.find(task, name, seed):
+                runs[name].append(run)
+                bar.update(task.num_steps)
+                continue
             bar.set_postfix_str(f"{name}, seed {seed}")
             init_key, key = jax.random.split(jax.random.key(seed))
             step, tx = steps[name]
@@ -215,6 +289,7 @@ def _train_task(task: tasks.Task, config: Config) -> list[dict[str, Any]]:
             test_steps = _test_steps(task.num_steps, config.num_evals)
             run = _train(step, state, batches, evaluate, test_steps, bar)
             runs[name].append(run)
+            kept.add(task, name, seed, run)
     rows = [_aggregate(name, runs[name], runs["float32"]) for name in runs]
     return [{"task": task.title, **row} for row in rows]
 

@@ -12,7 +12,7 @@ from experiments import tables
 from experiments.benchmarks import _loss_curve_tasks as tasks
 from experiments.benchmarks import loss_curves
 from experiments.data import source_text
-from experiments.harness.errors import ConfigError, DataError
+from experiments.harness.errors import ConfigError, DataError, WorkdirError
 
 TINY = {"width": 32, "num_layers": 2, "length": 16, "batch_size": 2}
 
@@ -58,6 +58,87 @@ def test_bad_settings():
         loss_curves.Config(tasks="mlp")
     with pytest.raises(ConfigError, match="--num-evals"):
         loss_curves.Config(num_evals=0)
+
+
+def fake_run(seed, name):
+    """Losses that tell the run, and take no training."""
+    loss = seed + 0.1 * len(name)
+    return {
+        "train_steps": [1.0],
+        "train_losses": [loss],
+        "test_steps": [1],
+        "tests": [{"loss": loss}],
+        "num_skipped": 0,
+    }
+
+
+def fake_task(text="a"):
+    variant = tasks.Variant(init=jnp.asarray, loss_fn=None, evaluate=None)
+    names = ("float32", "by hand")
+    return tasks.Task(
+        "task",
+        dict.fromkeys(names, variant),
+        make_batches=lambda seed: iter(()),
+        tx=None,
+        num_steps=1,
+        step_options={},
+        facts={"sha256": text},
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The runs that are trained from now on, by seed and precision."""
+    found = []
+
+    def train(step, state, *args):
+        if len(found) == 3 and state == (1, "by hand"):
+            raise KeyboardInterrupt
+        found.append(state)
+        return fake_run(*state)
+
+    monkeypatch.setattr(loss_curves, "_train", train)
+    monkeypatch.setattr(loss_curves, "_make_step", lambda task, variant: (None, None))
+    return found
+
+
+def test_an_interrupted_command_goes_on_with_the_runs_that_are_missing(
+    tmp_path, trained, monkeypatch
+):
+    names = iter(["float32", "by hand", "float32", "by hand", "by hand"])
+    seeds = iter([0, 0, 1, 1, 1])
+    create = lambda **_: (next(seeds), next(names))
+    monkeypatch.setattr(loss_curves.mpjax.TrainState, "create", create)
+    monkeypatch.setattr(loss_curves, "TASKS", {"transformer": lambda c: fake_task()})
+    output = tmp_path / "table.json"
+    config = loss_curves.Config(tasks="transformer", num_seeds=2, output=output)
+    with pytest.raises(KeyboardInterrupt):
+        loss_curves.main(config)
+    assert not output.exists()
+    assert output.with_suffix(".runs.json").exists()
+    trained.append(None)  # the second time nothing interrupts
+    table = loss_curves.main(config)
+    before = [(0, "float32"), (0, "by hand"), (1, "float32")]
+    assert trained == [*before, None, (1, "by hand")]
+    losses = {row["precision"]: row["test_losses"] for row in table["runs"]}
+    assert losses == {
+        name: [[fake_run(seed, name)["tests"][0]["loss"]] for seed in range(2)]
+        for name in ("float32", "by hand")
+    }
+    assert not output.with_suffix(".runs.json").exists()
+
+
+def test_kept_runs_of_other_settings_or_data_are_not_taken(tmp_path):
+    path = tmp_path / "a.runs.json"
+    kept = loss_curves.KeptRuns(path, {"num_steps": 5, "tasks": "convnet"}, "abc")
+    kept.add(fake_task(), "float32", 0, fake_run(0, ""))
+    again = loss_curves.KeptRuns(path, {"num_steps": 5, "tasks": "transformer"}, "def")
+    assert again.find(fake_task(), "float32", 0) == fake_run(0, "")
+    assert again.find(fake_task(), "float32", 1) is None
+    assert again.find(fake_task("b"), "float32", 0) is None
+    assert again.commits() == ["abc"]
+    with pytest.raises(WorkdirError, match=r"other settings.*'num_steps': 5"):
+        loss_curves.KeptRuns(path, {"num_steps": 6, "tasks": ""}, "abc")
 
 
 @pytest.mark.parametrize("task", ["convnet", "transformer"])
