@@ -146,7 +146,7 @@ def test_other_arguments_pass():
     assert out.dtype == BF16
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_float64_passes():
     with jax.enable_x64(True):
         x = jnp.ones((2, 2), jnp.float64)
@@ -308,7 +308,7 @@ def test_train_steps(form):
     np.testing.assert_allclose(new, old, atol=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_eval_step():
     state = mpjax.TrainState.create(params={"w": W}, tx=TX)
     predict = lambda params, batch: picky(batch, params["w"])

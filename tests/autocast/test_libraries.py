@@ -230,13 +230,11 @@ def test_a_layer_is_half_in_every_matmul(name):
 
 
 def cases_and_halves():
-    """Yields some layers of each library in bfloat16; all, and in float16, are slow."""
+    """Yields some layers of each library in bfloat16; the others are weekly."""
+    weekly = pytest.mark.weekly
     for index, name in enumerate(CASES):
-        again = name.startswith(AGAIN)
-        rest = pytest.mark.weekly if again or index % 2 else pytest.mark.slow
-        marks = [rest] if index % 8 else []
+        marks = [weekly] if index % 8 else []
         yield pytest.param(name, "bfloat16", id=f"{name}-bfloat16", marks=marks)
-        weekly = pytest.mark.weekly
         yield pytest.param(name, "float16", id=f"{name}-float16", marks=weekly)
 
 

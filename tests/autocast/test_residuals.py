@@ -332,7 +332,7 @@ def test_on_several_devices(axis_type):
     np.testing.assert_allclose(jax.jit(fn)(x), expected, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_differentiates_again():
     twice = lambda grad: jax.grad(lambda w: jnp.sum(grad(w, X) ** 2))
     grad = jax.grad(CELLS["gated"])

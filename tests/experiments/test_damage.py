@@ -17,7 +17,7 @@ from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.errors import CheckpointError
 from experiments.harness.files import read_json
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.weekly
 
 
 class Stop(Exception):

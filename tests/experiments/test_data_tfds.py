@@ -324,7 +324,7 @@ def test_a_directory_that_cannot_be_written_is_explained(original_files, monkeyp
         mnist_tfds.prepare(Path("/proc/mpjax"))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("file_format", ["tfrecord", "parquet", "riegeli"])
 def test_another_format_is_explained(file_format, copied):
     path = copied / "mnist" / "3.0.1" / "dataset_info.json"
@@ -342,7 +342,7 @@ def overwrite(path: Path, start: int, content: bytes) -> None:
         file.write(content)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     "damage",
     [
@@ -364,7 +364,7 @@ def test_damaged_files_are_explained(damage, copied):
         mnist.load("mnist", copied)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     "missing", ["tensorflow_datasets", "array_record", "PIL.Image"]
 )

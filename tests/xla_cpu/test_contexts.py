@@ -26,7 +26,7 @@ FORMS = (
     "bmk,bnk->bnm", "bkm,bkn->bnm", "qbm,qbn->bmn", "bhqk,bqhd->bkhd", "btk,kn->btn",
     "kbm,kbn->bmn", "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd",
 )  # fmt: skip
-USUAL = FORMS[:3]
+USUAL = FORMS[0]
 
 
 def mesh(num):
@@ -101,9 +101,7 @@ PARTITIONED = ("shard_map", "set_mesh")
 def cases():
     for form in FORMS:
         for context in CONTEXTS:
-            marks = () if form in USUAL[:1] else pytest.mark.weekly
-            if form in USUAL[1:]:
-                marks = pytest.mark.slow
+            marks = () if form == USUAL else pytest.mark.weekly
             yield pytest.param(form, context, marks=marks)
 
 

@@ -127,7 +127,7 @@ def test_gpt2_takes_an_attention_function():
         seen.clear()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_dense_and_ragged_experts_agree_where_all_tokens_have_a_slot():
     x = np.random.default_rng(0).normal(size=(2, 16, 8)).astype("float32")
     # Enough slots for all tokens at one expert.

@@ -153,6 +153,7 @@ def gradient_fn(encoder):
     return lambda batch: fn(params, batch["features"], batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ONE_ENCODER)
 def test_more_padding_changes_no_loss_gradient_or_statistic_in_training(encoder):
     fn = gradient_fn(encoder)

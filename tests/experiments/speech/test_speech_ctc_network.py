@@ -13,7 +13,7 @@ FLAGS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_learns_from_a_manifest_and_hears(tmp_path):
     corpus = tones.corpus(lengths=(4,))
     manifest = tones.write_manifest(tmp_path / "recordings", corpus)
@@ -35,7 +35,7 @@ def test_it_learns_from_a_manifest_and_hears(tmp_path):
     assert speech_runs.edit_distance(said, heard) <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

@@ -259,7 +259,7 @@ def test_settings_that_cannot_work_are_refused(config, changes, message):
         dataclasses.replace(config, **changes)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_speech_model_trains_with_float16_updates(config):
     config = dataclasses.replace(
         config, nesterov_variants="float16_updates", num_epochs=1
