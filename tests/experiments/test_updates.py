@@ -152,7 +152,7 @@ def update(tx, *, scale=1.0, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    "policy", ["mixed_float16", pytest.param("float32", marks=pytest.mark.slow)]
+    "policy", ["mixed_float16", pytest.param("float32", marks=pytest.mark.weekly)]
 )
 def test_tracking_changes_no_bit_of_the_training_and_skipped_steps_do_not_count(policy):
     scale = mpjax.DynamicLossScale(2.0**10)

@@ -25,7 +25,7 @@ def test_ratios_are_to_float32_of_the_same_batch():
         assert run["peak_mb"] > run["temporaries_mb"] + 0.43
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_it_leaves_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(WORKLOADS, "mlp", lambda: mlp(32))
     monkeypatch.setitem(memory.BATCH_SIZES, "mlp", (8, 16))
@@ -51,7 +51,7 @@ def mlp_by_hand():
     return dataclasses.replace(workload, batch_sizes={"gpu": 8}, by_hand=by_hand)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_real_models_are_compared_with_half_by_hand(tmp_path, monkeypatch, capsys):
     for name in ("resnet50", "vit_b16"):
         monkeypatch.setitem(REAL_MODELS, name, lambda size: mlp_by_hand())

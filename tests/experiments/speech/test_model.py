@@ -27,8 +27,8 @@ BATCH = {
     "num_labels": np.array([3, 1, 2, 1, 0], np.int32),
 }
 ENCODERS = ["bigru", "bilstm", "gru_lookahead", "conformer"]
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-ONE_ENCODER = ["bigru", *(slow(encoder) for encoder in ENCODERS[1:])]
+weekly = functools.partial(pytest.param, marks=pytest.mark.weekly)
+ONE_ENCODER = ["bigru", *(weekly(encoder) for encoder in ENCODERS[1:])]
 # Most of the time goes into compiling.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # The sums of a matmul, a convolution or a statistic go in an order that depends on the
@@ -112,7 +112,7 @@ def split(variables):
 
 
 @pytest.mark.parametrize(
-    ("subsampling", "rows"), [(2, [2]), slow(2, [0, 1, 3]), slow(4, [0, 1, 2, 3])]
+    ("subsampling", "rows"), [(2, [2]), weekly(2, [0, 1, 3]), weekly(4, [0, 1, 2, 3])]
 )
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_padded_batch_gives_the_losses_of_one_utterance_at_a_time(
@@ -204,7 +204,7 @@ def test_masked_batch_norm_has_the_statistics_of_the_real_frames():
     assert not np.any(np.asarray(y)[~SEEN])
 
 
-@pytest.mark.parametrize("half", ["float16", slow("bfloat16")])
+@pytest.mark.parametrize("half", ["float16", weekly("bfloat16")])
 @pytest.mark.parametrize("encoder", ONE_ENCODER)
 def test_under_autocast_the_model_runs_in_half_near_its_float32_loss(encoder, half):
     model, variables = make(encoder)
@@ -227,7 +227,7 @@ def test_under_autocast_the_model_runs_in_half_near_its_float32_loss(encoder, ha
 
 
 @pytest.mark.parametrize(
-    "policy", [slow("float32"), "mixed_float16", slow("mixed_bfloat16")]
+    "policy", [weekly("float32"), "mixed_float16", weekly("mixed_bfloat16")]
 )
 @pytest.mark.parametrize("encoder", ONE_ENCODER)
 def test_the_model_learns_in_the_train_step(encoder, policy):

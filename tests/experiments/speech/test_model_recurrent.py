@@ -71,8 +71,8 @@ def converted(cell, params):
     [
         ("gru", True, 1),
         ("lstm", False, 3),
-        pytest.param("gru", False, 3, marks=pytest.mark.slow),
-        pytest.param("lstm", True, 1, marks=pytest.mark.slow),
+        pytest.param("gru", False, 3, marks=pytest.mark.weekly),
+        pytest.param("lstm", True, 1, marks=pytest.mark.weekly),
     ],
 )
 def test_equals_flax_forward_and_gradient(cell, bidirectional, unroll):

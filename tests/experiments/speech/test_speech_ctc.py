@@ -69,8 +69,14 @@ def kill():
     ("how", "after", "resumed_at"),
     [
         pytest.param(speech_runs.stop, 9, 9, id="stopped within an epoch"),
-        pytest.param(speech_runs.stop, 12, 12, id="stopped after an epoch"),
-        pytest.param(kill, 22, 18, id="killed"),
+        pytest.param(
+            speech_runs.stop,
+            12,
+            12,
+            id="stopped after an epoch",
+            marks=pytest.mark.weekly,
+        ),
+        pytest.param(kill, 22, 18, id="killed", marks=pytest.mark.weekly),
     ],
 )
 def test_resumed_it_ends_bitwise_the_same(trained, tmp_path, how, after, resumed_at):

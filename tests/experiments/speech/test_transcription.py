@@ -226,7 +226,7 @@ def test_another_network_or_no_match_is_refused(trained, tmp_path):
         fine_tuning.make_trainable("Dense", init)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_only_the_output_layer_learns_new_letters(trained, tmp_path):
     """In an interrupted and resumed run, from a manifest."""
     corpus = speech_runs.corpus(letters="abce", name="new")
