@@ -341,7 +341,7 @@ def test_the_numerics_see_inside():
     assert (finding.primitive, finding.dtype) == ("log", "bfloat16")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("is_disabled", [False, True])
 def test_disable_jit(is_disabled):
     with jax.disable_jit(is_disabled):
