@@ -152,7 +152,7 @@ def main(config: Config) -> dict[str, Any]:
     file = f"{NAME}_{machine}_jax{jax.__version__}.json"
     output = config.output or RESULTS / file
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
-    kept = KeptRuns(output.with_suffix(".runs.json"), settings, environment["commit"])
+    kept = KeptRuns(output.with_suffix(".runs"), settings, environment["commit"])
     rows, facts = [], {}
     for name in parse_names("--tasks", config.tasks, TASKS):
         task = TASKS[name](config)

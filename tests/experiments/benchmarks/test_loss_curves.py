@@ -115,7 +115,7 @@ def test_an_interrupted_command_goes_on_with_the_runs_that_are_missing(
     with pytest.raises(KeyboardInterrupt):
         loss_curves.main(config)
     assert not output.exists()
-    assert output.with_suffix(".runs.json").exists()
+    assert output.with_suffix(".runs").exists()
     trained.append(None)  # the second time nothing interrupts
     table = loss_curves.main(config)
     before = [(0, "float32"), (0, "by hand"), (1, "float32")]
@@ -125,11 +125,11 @@ def test_an_interrupted_command_goes_on_with_the_runs_that_are_missing(
         name: [[fake_run(seed, name)["tests"][0]["loss"]] for seed in range(2)]
         for name in ("float32", "by hand")
     }
-    assert not output.with_suffix(".runs.json").exists()
+    assert not output.with_suffix(".runs").exists()
 
 
 def test_kept_runs_of_other_settings_or_data_are_not_taken(tmp_path):
-    path = tmp_path / "a.runs.json"
+    path = tmp_path / "a.runs"
     kept = loss_curves.KeptRuns(path, {"num_steps": 5, "tasks": "convnet"}, "abc")
     kept.add(fake_task(), "float32", 0, fake_run(0, ""))
     again = loss_curves.KeptRuns(path, {"num_steps": 5, "tasks": "transformer"}, "def")
