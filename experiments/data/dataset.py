@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Protocol, Self, runtime_checkable
 
+from experiments.harness.errors import ConfigError
+
 
 @runtime_checkable
 class Dataset(Protocol):
@@ -67,3 +69,41 @@ def check_shard(index: int, count: int) -> None:
             f"expected an index from 0 to count - 1, got shard({index}, {count}); "
             "jax.process_index() and jax.process_count() are such a pair."
         )
+
+
+def read_position(state: Any) -> int:
+    """Returns the number of batches in a state `{"num_batches": ...}`.
+
+    Raises:
+      ValueError: if it is the state of another kind of data set.
+    """
+    num_batches = state.get("num_batches") if isinstance(state, dict) else None
+    if not isinstance(num_batches, int) or num_batches < 0:
+        raise ValueError(f"expected {{'num_batches': 0 or more}}, got {state!r}.")
+    return num_batches
+
+
+def shard_rows(
+    rows: tuple[int, int], index: int, count: int, *, noun: str = "examples"
+) -> tuple[int, int]:
+    """Returns the first row, and the number of rows, of part `index` of `count`.
+
+    Args:
+      rows: the same of the whole.
+      index: index of the process.
+      count: how many processes share the rows.
+      noun: what a row is, for the error.
+
+    Raises:
+      ValueError: if there is no such part.
+      ConfigError: if `count` does not divide the rows.
+    """
+    check_shard(index, count)
+    first_row, num_rows = rows
+    if num_rows % count:
+        raise ConfigError(
+            f"{count} processes cannot share a batch of {num_rows} {noun} equally; "
+            f"choose a multiple of {count} for --batch-size."
+        )
+    num_rows //= count
+    return first_row + index * num_rows, num_rows

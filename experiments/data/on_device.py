@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.data.dataset import check_shard
+from experiments.data.dataset import read_position, shard_rows
 from experiments.harness.errors import ConfigError
 
 Batch = dict[str, jax.Array]
@@ -85,16 +85,8 @@ class DeviceDataset:
           ValueError: if there is no such part.
           ConfigError: if `count` does not divide the batch.
         """
-        check_shard(index, count)
-        first_row, num_rows = self._rows
-        if num_rows % count:
-            raise ConfigError(
-                f"{count} processes cannot share a batch of {num_rows} examples "
-                f"equally; choose a multiple of {count} for --batch-size."
-            )
         part = copy.copy(self)
-        num_rows //= count
-        part._rows = (first_row + index * num_rows, num_rows)
+        part._rows = shard_rows(self._rows, index, count)
         return part
 
     def take(self, order: jax.Array, index: jax.Array) -> tuple[Batch, jax.Array]:
@@ -143,10 +135,7 @@ class ShuffledBatches:
         Raises:
           ValueError: if it is the state of another kind of data set.
         """
-        num_batches = state.get("num_batches") if isinstance(state, dict) else None
-        if not isinstance(num_batches, int) or num_batches < 0:
-            raise ValueError(f"expected {{'num_batches': 0 or more}}, got {state!r}.")
-        self._num_batches = num_batches
+        self._num_batches = read_position(state)
         # On the device: the order, and the numbers of the next epoch and batch.
         self._cursor: tuple[jax.Array | None, jax.Array, jax.Array] | None = None
 

@@ -21,7 +21,7 @@ from experiments.data.speech.extra import import_extra
 from experiments.data.speech.prepared import PreparedCorpus
 from experiments.data.speech.vocabulary import Vocabulary, collapse
 from experiments.harness.experiment import Task
-from experiments.models.speech.loss import ctc_loss
+from experiments.models.speech.loss import ctc_loss, mean_ctc_loss
 
 NUM_SHOWN = 3  # transcriptions that an evaluation prints
 
@@ -117,16 +117,14 @@ def make_loss_fn(model: nn.Module) -> Callable[..., Any]:
             rngs={"dropout": key},
             mutable=list(model_state),
         )
-        losses, is_feasible = ctc_loss(
+        loss, counts = mean_ctc_loss(
             logits, num_outputs, batch["labels"], batch["num_labels"]
         )
-        num = count_utterances(batch)
-        is_present = batch["num_frames"] > 0
         aux = {
-            "num_examples": num,
-            "num_infeasible": jnp.sum(is_present & ~is_feasible),
+            "num_examples": counts["num_utterances"],
+            "num_infeasible": counts["num_infeasible"],
         }
-        return jnp.sum(losses) / jnp.maximum(num, 1), ({**model_state, **updated}, aux)
+        return loss, ({**model_state, **updated}, aux)
 
     return loss_fn
 

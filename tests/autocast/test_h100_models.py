@@ -13,9 +13,9 @@ pytestmark = pytest.mark.h100
 
 
 LIMIT = {"temporaries": 1.02, "moved": 1.05}
-# More than that by design: a sum that JAX derives from a nearest resize (a scatter) is
-# float32, and so is what goes into `full_precision`, the router of the experts; in
-# float16, which has less range, a loop saves for its backward loop what was traced.
+# Three rules cost memory by design: arguments of `full_precision` are not rounded (the
+# router of the experts); the gradient of a nearest resize, a scatter, adds up in
+# float32; and a loop in float16, which has less range, saves its residuals as traced.
 FULL_LIMITS = {
     "unet": {"temporaries": 1.04},
     "moe_dense": {"temporaries": 1.04},

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data.dataset import check_shard
-from experiments.harness.errors import ConfigError, DataError
+from experiments.data.dataset import read_position, shard_rows
+from experiments.harness.errors import DataError
 
 Batch = dict[str, np.ndarray]
 _FRAME_MULTIPLE = 8  # lengths of batches, in frames
@@ -142,10 +142,7 @@ class SpeechBatches:
         Raises:
           ValueError: if it is the state of another kind of data set.
         """
-        position = state.get("num_batches") if isinstance(state, dict) else None
-        if not isinstance(position, int) or position < 0:
-            raise ValueError(f"expected {{'num_batches': 0 or more}}, got {state!r}.")
-        self._position = position
+        self._position = read_position(state)
         self._reader: Iterator[Batch] | None = None
 
     def shard(self, index: int, count: int) -> "SpeechBatches":
@@ -155,16 +152,8 @@ class SpeechBatches:
           ValueError: if there is no such part.
           ConfigError: if `count` does not divide the batch.
         """
-        check_shard(index, count)
-        first, num_rows = self._rows
-        if num_rows % count:
-            raise ConfigError(
-                f"{count} processes cannot share a batch of {num_rows} utterances "
-                f"equally; choose a multiple of {count} for --batch-size."
-            )
         part = copy.copy(self)
-        num_rows //= count
-        part._rows = (first + index * num_rows, num_rows)
+        part._rows = shard_rows(self._rows, index, count, noun="utterances")
         part.set_state(self.get_state())
         return part
 

@@ -87,7 +87,8 @@ def prepare(
     """Encodes the texts of a corpus and divides it into batches; reads no audio.
 
     Args:
-      corpus: the corpus; of utterances that are neither too short nor too long.
+      corpus: the corpus; of utterances that are neither too short nor too long. What a
+        `Selection` left out is counted with what is left out here.
       vocabulary: symbols of all its texts.
       num_outputs: number of a model's outputs for a number of frames. An utterance with
         fewer than its labels (a repeated one counts twice) cannot be aligned, and is
@@ -111,9 +112,10 @@ def prepare(
                 f"trained on, out of {len(examples)}: their texts are longer than the "
                 "outputs of the network."
             )
-        if len(kept) < len(examples):
-            reason = "with more symbols than outputs"
-            left_out[split] = {reason: len(examples) - len(kept)}
+        counts = Counter(getattr(utterances, "left_out", {}))
+        counts["with more symbols than outputs"] = len(examples) - len(kept)
+        if counts := +counts:  # without the zeros
+            left_out[split] = dict(counts)
         features = Features(utterances, num_mels, augments and split == "train")
         batches[split] = SpeechBatches(
             [examples[i] for i in kept],

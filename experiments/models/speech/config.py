@@ -10,8 +10,8 @@ from experiments.data.speech.vocabulary import Vocabulary
 from experiments.harness.config import require, require_positive
 from experiments.harness.errors import ConfigError
 from experiments.models.recognition import Decoder
+from experiments.models.speech.decoding import beam_search
 from experiments.models.speech.model import Encoder, SpeechModel
-from experiments.models.speech_decoding import beam_search
 
 # The settings that the weights of a network belong to.
 NETWORK = (
@@ -109,7 +109,7 @@ class RecognizerConfig(SpeechConfig):
 
     def _check_transcribe(self) -> None:
         if self.workdir is None:
-            raise ConfigError("--transcribe needs --workdir, the run that is to hear.")
+            raise ConfigError("--transcribe needs --workdir, a run that has trained.")
         for name in ("resume", "listen", "init_from", "trainable"):
             if getattr(self, name):
                 raise ConfigError(

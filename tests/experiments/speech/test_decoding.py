@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.data.speech.vocabulary import collapse
-from experiments.models.speech_decoding import beam_search
+from experiments.models.speech.decoding import beam_search
 
 
 def random_frames(seed, num_frames, num_symbols, sharpness=1.0):
