@@ -4,6 +4,7 @@
 thread dies and the run waits for it forever. `EventFile` raises instead.
 """
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
+
+# The gradient norm of a skipped step is Inf or NaN: expected, and shown by the loop.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 
 class EventFile:
