@@ -73,7 +73,9 @@ def with_master_weights(
             is_leaf=lambda x: x is None,
         )
         updates = jax.tree.map(
-            lambda p, new, u: _step_to(p, _cast(new, p.dtype)) if is_half(p) else u,
+            lambda p, new, u: (
+                _step_to(p, _round_to_nearest(new, p.dtype)) if is_half(p) else u
+            ),
             params,
             new_full,
             updates,
@@ -144,7 +146,7 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
       Array of `dtype` with the shape of `x`. A value that `dtype` represents stays as
       it is; a value beyond its largest finite number rounds to nearest.
     """
-    nearest = _cast(x, dtype)
+    nearest = _round_to_nearest(x, dtype)
     error = x - nearest.astype(jnp.float32)
     largest = jnp.finfo(dtype).max
     other = jnp.nextafter(nearest, jnp.where(error > 0, largest, -largest))
@@ -154,11 +156,11 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     return jnp.where(move, other, nearest)
 
 
-def _cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """Casts; the barrier keeps XLA:GPU from leaving out this cast and one back.
+def _round_to_nearest(x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts to half, by a cast that XLA:GPU does not leave out.
 
-    It does by default (`xla_allow_excess_precision`). What is lost by rounding to
-    nearest would be x - x, and stochastic rounding would round to nearest.
+    By default (`xla_allow_excess_precision`) it leaves out a cast to half and back. The
+    rounding error would be x - x, and stochastic rounding would round to nearest.
     """
     return jax.lax.optimization_barrier(x.astype(dtype))
 

@@ -237,3 +237,18 @@ def test_gradients_of_half_parameters_are_float32(policy, autocast, num_microbat
     assert found.dtype == jnp.float32
     assert state.params["w"].dtype == jnp.bfloat16
     np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_barrier_keeps_the_cast_that_a_gpu_would_leave_out(dtype):
+    """tests/experiments/test_updates.py looks at the text compiled for an H100."""
+    fn = lambda x, key: mpjax.half_weights.stochastic_round(x, jnp.dtype(dtype), key)
+    body = jax.make_jaxpr(fn)(jnp.ones(8), jax.random.key(0)).jaxpr
+    x = body.invars[0]
+    (cast,) = (
+        eqn
+        for eqn in body.eqns
+        if eqn.primitive.name == "convert_element_type" and eqn.invars == [x]
+    )
+    (reader,) = (eqn for eqn in body.eqns if cast.outvars[0] in eqn.invars)
+    assert reader.primitive.name == "optimization_barrier"
