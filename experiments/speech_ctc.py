@@ -113,7 +113,7 @@ def main(config: Config, corpus: Corpus | None = None) -> Result | None:
         for path in write_examples(config.listen, corpus):
             print(path)
         return None
-    experiment = make_experiment(corpus)
+    experiment = make_experiment(has_words=corpus.has_words)
     model, prepared = make_model(config, corpus)
 
     def train_one(config, policy, directory):
@@ -143,15 +143,19 @@ def main(config: Config, corpus: Corpus | None = None) -> Result | None:
     return result
 
 
-def make_experiment(corpus: Corpus) -> Experiment:
-    """Returns the metrics of a corpus: word errors where its texts have words."""
+def make_experiment(*, has_words: bool = False) -> Experiment:
+    """Returns what is measured: word errors, too, where a corpus has words."""
     metrics = [
         Metric("loss", "loss", is_larger_better=False),
         Metric("cer", "CER", is_larger_better=False, format="{:.2%}"),
     ]
-    if corpus.has_words:
+    if has_words:
         metrics.append(Metric("wer", "WER", is_larger_better=False, format="{:.2%}"))
-    more = (Column("epochs", "num_epochs"),)
+    more = (
+        Column("encoder", "encoder"),
+        Column("parameters", "num_parameters", "{:,}"),
+        Column("epochs", "num_epochs"),
+    )
     return Experiment(NAME, tuple(metrics), headline="cer", more_columns=more)
 
 
@@ -195,7 +199,7 @@ def make_task(
         init = make_init_from(config, NAME, corpus.vocabulary)
         if config.trainable is not None:
             trainable = make_trainable(config.trainable, init)
-    return recognition.make_task(
+    task = recognition.make_task(
         model,
         corpus,
         make_tx(config, num_steps),
@@ -208,6 +212,7 @@ def make_task(
         init=init,
         trainable=trainable,
     )
+    return dataclasses.replace(task, facts={**task.facts, "encoder": config.encoder})
 
 
 def make_tx(config: Config, num_steps: int) -> optax.GradientTransformation:

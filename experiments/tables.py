@@ -13,7 +13,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import mnist_convnet, speech_updates, speech_updates_table
+from experiments import (
+    mnist_convnet,
+    speech_ctc,
+    speech_updates,
+    speech_updates_table,
+)
 from experiments.benchmarks import (
     _accuracy_real,
     _memory_by_hand,
@@ -42,6 +47,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     mnist_convnet.NAME: mnist_convnet.COLUMNS,
     mnist_convnet.PRECISIONS_NAME: precisions.COLUMNS,
     parity.NAME: parity.COLUMNS,
+    speech_ctc.NAME: speech_ctc.make_experiment().columns(),
     speech_updates.NAME: speech_updates_table.COLUMNS,
 }
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -61,6 +61,7 @@ BATCH_SIZES = {
     "transformer_block": (1, 4, 16, 64),
     "transformer": (1, 4, 16, 64),
     "bigru": (16, 64, 256, 1024),
+    "speech_large": (4, 16, 64, 256),
 }
 # By name: the precision policy, and which values `jax.checkpoint` saves.
 STEPS: dict[str, tuple[str, str | None]] = {
@@ -95,9 +96,10 @@ class Config:
     "present" for the device of this machine."""
 
     workloads: str = ",".join(BATCH_SIZES)
-    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru; or
-    real models: resnet50, unet, vit_b16, gpt2, gpt2_tanh, gpt2_scan, gpt2_scan_remat,
-    llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged; "real" for all of these."""
+    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru,
+    speech_large; or real models: resnet50, unet, vit_b16, gpt2, gpt2_tanh, gpt2_scan,
+    gpt2_scan_remat, llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged; "real" for
+    all of these."""
 
     attention: str = "auto"
     """Attention of transformers in half: "xla" for XLA's operations, "cudnn" for

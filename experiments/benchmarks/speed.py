@@ -95,7 +95,8 @@ class Config:
     """What to time."""
 
     workloads: str = "mlp"
-    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru."""
+    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru,
+    speech, speech_large."""
 
     baselines: str = ""
     """Regular expression; times the baselines whose name it matches and the baselines

@@ -16,6 +16,8 @@ from experiments.models.attention import cudnn_attention, kernel_in_half
 from experiments.models.deep_convnet import DeepConvNet
 from experiments.models.mlp import MLP
 from experiments.models.optimizers import rmsprop
+from experiments.models.speech.loss import mean_ctc_loss
+from experiments.models.speech.model import SpeechModel
 
 NUM_CLASSES = 10
 # Small enough that the loss of random labels falls from the first step on.
@@ -117,12 +119,76 @@ def bigru(width: int = 256, length: int = 200) -> Workload:
     )
 
 
+def speech(num_seconds: float = 4.0, **fields: Any) -> Workload:
+    """Returns the recognizer of `speech_ctc` with its CTC loss, on log-mel features.
+
+    Utterances have 60 to 100 % of the length, and 8 letters a second. BatchNorm takes
+    the statistics of the batch, and keeps none.
+
+    Args:
+      num_seconds: length of the longest utterance, of 100 frames a second.
+      **fields: of `SpeechModel`.
+    """
+    model = SpeechModel(num_classes=27, **fields)
+    num_frames, num_labels = round(100 * num_seconds), round(8 * num_seconds)
+
+    def init_params(key):
+        features = jnp.zeros((1, num_frames, 40))
+        lengths = jnp.full((1,), num_frames)
+        return model.init(key, features, lengths, train=True)["params"]
+
+    def make_batch(key, batch_size):
+        keys = jax.random.split(key, 3)
+        lengths = jax.random.randint(
+            keys[0], (batch_size,), num_frames * 6 // 10, num_frames + 1
+        )
+        labels = jax.random.randint(keys[1], (batch_size, num_labels), 1, 27)
+        return {
+            "features": jax.random.normal(keys[2], (batch_size, num_frames, 40)),
+            "num_frames": lengths,
+            "labels": labels,
+            "num_labels": num_labels * lengths // num_frames,
+        }
+
+    def loss_fn(params, batch, key):
+        (logits, num_outputs), _ = model.apply(
+            {"params": params},
+            batch["features"],
+            batch["num_frames"],
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        loss, _ = mean_ctc_loss(
+            logits, num_outputs, batch["labels"], batch["num_labels"]
+        )
+        return loss, None
+
+    return Workload(
+        title=f"speech recognizer, {model.num_layers} {model.encoder} layers, "
+        f"{model.num_units} wide, {num_seconds:g} s, Adam",
+        init_params=init_params,
+        make_batch=make_batch,
+        loss_fn=loss_fn,
+        tx=optax.adam(LEARNING_RATE),
+        batch_sizes={"cpu": 32, "gpu": 256},
+    )
+
+
+def speech_large() -> Workload:
+    """Returns `speech` with 50 million parameters, on utterances of up to 15 s."""
+    workload = speech(15.0, num_channels=32, num_units=896, num_layers=4)
+    return dataclasses.replace(workload, batch_sizes={"cpu": 2, "gpu": 64})
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mlp": mlp,
     "convnet": convnet,
     "transformer_block": transformer_block,
     "transformer": transformer,
     "bigru": bigru,
+    "speech": speech,
+    "speech_large": speech_large,
 }
 
 

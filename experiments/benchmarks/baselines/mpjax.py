@@ -16,7 +16,7 @@ from experiments.benchmarks.baselines.baseline import (
 # By number: the models trained so. A CPU's batch of transformers has two examples.
 NUM_MICROBATCHES = {
     2: ("transformer_block", "transformer"),
-    4: ("mlp", "convnet", "bigru"),
+    4: ("mlp", "convnet", "bigru", "speech"),
 }
 
 

@@ -28,7 +28,7 @@ class SpeechModel(nn.Module):
     the first, which follows one.
 
     The defaults are small, for a CPU. About 50 million parameters has
-    `SpeechModel(num_classes, num_channels=32, num_units=1024, num_layers=4)`.
+    `SpeechModel(num_classes, num_channels=32, num_units=896, num_layers=4)`.
 
     Attributes:
       num_classes: classes, of which 0 is the blank of CTC.
