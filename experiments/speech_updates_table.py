@@ -33,7 +33,6 @@ COLUMNS = (
     Column("updates lost", "lost_updates", "{:.1%}"),
     Column("of magnitude", "lost_magnitude", "{:.2%}"),
     Column("gradients below 2^-24", "small_gradients", "{:.1%}"),
-    Column("ms/step", "ms_per_step", "{:.1f}"),
 )
 
 

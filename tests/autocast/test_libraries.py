@@ -218,8 +218,8 @@ AGAIN = ("equinox", "haiku")
 
 @pytest.mark.parametrize(
     "name",
-    thinned([n for n in CASES if not n.startswith(AGAIN)], 6)
-    + thinned([n for n in CASES if n.startswith(AGAIN)], 8),
+    thinned([n for n in CASES if not n.startswith(AGAIN)], 8)
+    + thinned([n for n in CASES if n.startswith(AGAIN)], 12),
 )
 def test_a_layer_is_half_in_every_matmul(name):
     case, traced = traced_in_float32(name)
@@ -233,7 +233,7 @@ def cases_and_halves():
     """Yields some layers of each library in bfloat16; the others are weekly."""
     weekly = pytest.mark.weekly
     for index, name in enumerate(CASES):
-        marks = [weekly] if index % 8 else []
+        marks = [weekly] if index % 12 else []
         yield pytest.param(name, "bfloat16", id=f"{name}-bfloat16", marks=marks)
         yield pytest.param(name, "float16", id=f"{name}-float16", marks=weekly)
 

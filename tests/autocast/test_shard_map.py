@@ -97,7 +97,7 @@ def cases():
 def test_the_gradient_is_that_of_the_plain_function(name, way):
     num = min(4, jax.device_count())
     fn = loss_fn(name, num, check_vma=True)
-    right = jax.grad(fn)(W, X)
+    right = jax.jit(jax.grad(fn))(W, X)
     found = WAYS[way](fn)(W, X)
     assert found.dtype == jnp.float32
     tolerance = 1e-5 if way in ("tap", "probe") else 0.03

@@ -137,7 +137,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("order", ["inside", "outside"])
-@pytest.mark.parametrize("name", thinned(TRANSFORMS, 4))
+@pytest.mark.parametrize("name", thinned(TRANSFORMS, 6))
 def test_transformations(name, order):
     transform, fn, args = TRANSFORMS[name]
     new = transform(autocast(fn)) if order == "inside" else autocast(transform(fn))
@@ -244,7 +244,7 @@ CUSTOM["in each other"].defjvps(
 
 
 @pytest.mark.parametrize("order", ["inside", "outside"])
-@pytest.mark.parametrize("name", thinned(CUSTOM, 4))
+@pytest.mark.parametrize("name", thinned(CUSTOM, 6))
 def test_custom_derivatives(name, order):
     loss = lambda x, w: jnp.sum(nn.softmax(CUSTOM[name](x, w)) ** 2)
     for grad in (jax.grad, partial(jax.grad, argnums=(0, 1))):

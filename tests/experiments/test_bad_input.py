@@ -151,7 +151,7 @@ def test_a_data_dir_that_is_a_file(call, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_nan_in_the_data_ends_the_run_after_so_many_skips(call, tmp_path):
     data = with_nan()
     flags = ("--policy", "mixed_float16", "--num-units", 4, "--batch-size", 24)

@@ -121,7 +121,7 @@ def test_what_is_read_is_every_image_of_the_wheel(prepared, wheel_arrays):
     assert_equal(mnist.load("mnist", prepared), wheel_arrays)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_preparing_leaves_the_dataset_and_nothing_else(prepared):
     assert contents(prepared) == ["downloads", "mnist"]
     assert contents(prepared / "downloads") == ["manual"]

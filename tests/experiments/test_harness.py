@@ -151,7 +151,7 @@ def test_on_a_pipe_there_is_no_bar_and_no_control_character(tmp_path):
     assert command["command"].startswith("python -m experiments.mnist_mlp --dataset")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_on_a_terminal_the_bar_shows_loss_scale_and_skips(tmp_path):
     flags = ("--dataset", "digits", "--num-units", "4", "--num_epochs", "60")
     flags = (*flags, "--policy", "mixed_float16", "--batch-size", "20")

@@ -159,7 +159,7 @@ def test_the_loss_leaves_padding_out(initial):
     loss, aux = loss_fn(params, batch, jax.random.key(1))
     other = {**batch, "image": np.where(mask[:, None, None], image, 0)}
     assert float(loss) == float(loss_fn(params, other, jax.random.key(1))[0])
-    logits: Any = model.apply({"params": params}, image)
+    logits: Any = jax.jit(model.apply)({"params": params}, image)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     np.testing.assert_allclose(loss, losses[:3].mean(), rtol=1e-5)
     right = np.argmax(logits, axis=-1)[:3] == label[:3]
@@ -167,7 +167,7 @@ def test_the_loss_leaves_padding_out(initial):
     assert int(aux["num_examples"]) == 3
 
 
-@pytest.mark.slow  # with the run that they share
+@pytest.mark.slow
 def test_a_run_leaves_weights_tables_and_plots(finished):
     config, result = finished
     assert [run["policy"] for run in result.runs] == list(POLICIES)
@@ -220,7 +220,7 @@ def test_a_finished_run_exports_again_without_training(finished, tmp_path):
     assert again.export.read_bytes() == config.export.read_bytes()
 
 
-@pytest.mark.slow  # with the run that they share
+@pytest.mark.weekly
 def test_loaded_weights_give_what_the_run_gave(finished, tmp_path, monkeypatch, capsys):
     config, expected = finished
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,8 @@ atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 def environment(*, cached=True):
     """Returns an environment without XLA flags: one device, as most people have."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    left_out = {"XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"}
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     kept |= {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "JAX_PLATFORMS": "cpu"}
     if not cached:
         return kept

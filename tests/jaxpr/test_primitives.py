@@ -176,7 +176,7 @@ def check_values(fn, which):
         np.testing.assert_allclose(a, b, rtol=0.04, atol=0.04)
 
 
-@pytest.mark.parametrize("name", thinned(installed(probes.FLOAT32), 4))
+@pytest.mark.parametrize("name", thinned(installed(probes.FLOAT32), 6))
 def test_kind_float32_runs_in_float32(name):
     fn = probes.FLOAT32[name]
     closed = rewritten(fn, probed)
@@ -188,7 +188,7 @@ def test_kind_float32_runs_in_float32(name):
 
 
 @pytest.mark.parametrize(
-    "name", thinned(installed((probes.ARITHMETIC | probes.EXACT).keys() - {CAST}), 4)
+    "name", thinned(installed((probes.ARITHMETIC | probes.EXACT).keys() - {CAST}), 6)
 )
 def test_kind_promote_runs_in_its_operands_dtype(name):
     fn = PROBES[name]

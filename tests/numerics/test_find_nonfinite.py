@@ -31,7 +31,7 @@ def marked_line(fn):
 
 @pytest.mark.parametrize("jitted", thinned([True, False]), ids=["jit", ""])
 @pytest.mark.parametrize(
-    "fault", thinned(FAULTS, 2), ids=lambda f: original(f.fn).__name__
+    "fault", thinned(FAULTS, 3), ids=lambda f: original(f.fn).__name__
 )
 def test_a_planted_fault_is_found(fault, jitted):
     fn = jax.jit(fault.fn) if jitted else fault.fn
@@ -172,7 +172,7 @@ def test_in_a_model_the_scope_tells_the_layer():
             return flax.linen.Dense(3, name="head")(x)
 
     model = Model()
-    params = model.init(jax.random.key(0), X)
+    params = jax.jit(model.init)(jax.random.key(0), X)
     params["params"]["head"]["kernel"] *= 1e4
     loss = lambda p: jnp.mean(
         optax.softmax_cross_entropy_with_integer_labels(

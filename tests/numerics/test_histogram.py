@@ -81,9 +81,10 @@ def test_float8(name):
     assert_counts(exponent_histogram(x), by_frexp(x, -60, 16))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
-    st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40),
+    # Of one length: what does not depend on the range is compiled once.
+    st.lists(st.integers(0, 2**32 - 1), min_size=20, max_size=20),
     st.integers(-160, 130),
     st.integers(0, 40),
 )
@@ -124,8 +125,9 @@ def test_under_vmap_scan_and_jit():
     each = jax.vmap(exponent_histogram)(x)
     assert each.counts.shape == (4, 77)
     assert each.zeros.shape == (4,)
+    count = jax.jit(exponent_histogram)
     for i in range(4):
-        one = exponent_histogram(x[i])
+        one = count(x[i])
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), each, one
         )

@@ -105,7 +105,7 @@ def gradients(draw):
 
 @pytest.mark.parametrize("computed_in", ["float16", "float32"])
 @pytest.mark.parametrize("kwargs", SETTINGS, ids=lambda s: f"every {s['interval']}")
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(gradients(), st.integers(2, 20))
 def test_agrees_with_the_state_machine(kwargs, computed_in, grads, start):
     states, scaled = run(HistogramLossScale(2.0**start, **kwargs), grads, computed_in)

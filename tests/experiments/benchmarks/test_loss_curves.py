@@ -34,7 +34,7 @@ def test_text_is_split_by_file_and_named_by_its_hash(tmp_path, monkeypatch):
         source_text.load()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_precisions_have_the_same_parameters_and_batches():
     task = tasks.transformer(**TINY, num_steps=1)
     first, again = (next(task.make_batches(3)) for _ in range(2))

@@ -36,7 +36,7 @@ def float32(case):
 @pytest.mark.filterwarnings("ignore")  # The peers' own.
 @pytest.mark.parametrize(
     "baseline",
-    thinned(speed.all_baselines(), 6, rest="weekly"),
+    thinned(speed.all_baselines(), 8, rest="weekly"),
     ids=lambda baseline: baseline.name,
 )
 def test_every_baseline_takes_the_same_steps(baseline, case, float32):

@@ -7,7 +7,7 @@ import pytest
 from experiments.benchmarks import workloads
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_speech_workload_has_utterances_to_align_and_a_finite_gradient():
     workload = workloads.speech(1.0, num_units=16, num_layers=1, num_channels=2)
     params = jax.jit(workload.init_params)(jax.random.key(0))

@@ -235,7 +235,7 @@ def test_every_variant_has_the_same_seeds_and_its_own_precision(config):
     for cell in cells:
         run = config.run_config(cell)
         rate = {"adam": 2e-3, "nesterov": 1e-2}[cell.optimizer]
-        assert (run.learning_rate, run.num_epochs) == (rate / 64, 16)
+        assert (run.learning_rate, run.num_epochs) == (rate / 16, 8)
         assert (run.seed, run.optimizer) == (cell.seed, cell.optimizer)
         is_half = cell.variant.startswith("float16")
         policy = run.make_policy(run.policy)
