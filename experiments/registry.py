@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "times.",
         ),
         Command(
+            "experiments.benchmarks.recurrence",
+            "Times of a bidirectional GRU: this project's, Flax's and PyTorch's.",
+        ),
+        Command(
             "experiments.benchmarks.parity",
             "Test accuracy of `mnist_mlp` over policies, loss scales and seeds.",
         ),

@@ -27,6 +27,7 @@ from experiments.benchmarks import (
     loss_scales,
     memory,
     parity,
+    recurrence,
     speed,
 )
 from experiments.harness import cli, precisions
@@ -47,6 +48,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     mnist_convnet.NAME: mnist_convnet.COLUMNS,
     mnist_convnet.PRECISIONS_NAME: precisions.COLUMNS,
     parity.NAME: parity.COLUMNS,
+    recurrence.NAME: recurrence.COLUMNS,
     speech_ctc.NAME: speech_ctc.make_experiment().columns(),
     speech_updates.NAME: speech_updates_table.COLUMNS,
 }

@@ -7,15 +7,17 @@ taken within a round: their median is steadier than the ratio of two medians.
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def time_rounds(
-    fns: Mapping[str, Callable[[], Any]], num_rounds: int, *, seed: int = 0
-) -> dict[str, list[float]]:
+    fns: Mapping[Name, Callable[[], Any]], num_rounds: int, *, seed: int = 0
+) -> dict[Name, list[float]]:
     """Times functions by turns; each round calls all once, in a shuffled order.
 
     Args:
@@ -26,7 +28,7 @@ def time_rounds(
     Returns:
       The milliseconds of each call by name, a list over rounds.
     """
-    times_ms: dict[str, list[float]] = {name: [] for name in fns}
+    times_ms: dict[Name, list[float]] = {name: [] for name in fns}
     order = list(fns)
     shuffle = random.Random(seed).shuffle
     for _ in tqdm(range(num_rounds), desc="rounds", disable=None, leave=None):
