@@ -13,14 +13,7 @@ from mpjax._autocast.kinds import choose_kinds
 from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Settings
 from mpjax._autocast.tracing import make_jaxpr, tracing_in
-from mpjax._jaxpr.core import (
-    RESERVED_AUTOCAST,
-    RESERVED_FULL,
-    eval_jaxpr,
-    map_inner_jaxprs,
-    open_jaxpr,
-    with_equations,
-)
+from mpjax._jaxpr.core import eval_jaxpr, map_inner_jaxprs, open_jaxpr, with_equations
 from mpjax._jaxpr.flatten import (
     FlatFunction,
     Static,
@@ -29,6 +22,7 @@ from mpjax._jaxpr.flatten import (
     refuse_uncallable,
     unflatten,
 )
+from mpjax._jaxpr.provenance import RESERVED_AUTOCAST, RESERVED_FULL
 from mpjax.policy import PolicyLike, PolicyRules, resolve
 
 

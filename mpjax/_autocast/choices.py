@@ -16,15 +16,8 @@ import jax.numpy as jnp
 
 from mpjax._autocast.inline import empty_call
 from mpjax._autocast.tracing import dtypes_of
-from mpjax._jaxpr.core import (
-    RESERVED_AUTOCAST,
-    RESERVED_HALF,
-    inner_jaxprs,
-    join_scope,
-    map_inner_jaxprs,
-    open_jaxpr,
-    with_equations,
-)
+from mpjax._jaxpr.core import inner_jaxprs, map_inner_jaxprs, open_jaxpr, with_equations
+from mpjax._jaxpr.provenance import RESERVED_AUTOCAST, RESERVED_HALF, join_scope
 from mpjax.policy import PolicyRules
 
 

@@ -19,19 +19,10 @@ from mpjax._autocast.eligibility import (
     is_eligible,
 )
 from mpjax._autocast.kinds import CONTAINERS
-from mpjax._jaxpr.core import (
-    RESERVED_HALF,
-    Literal,
-    inner_jaxprs,
-    is_backward,
-    is_float32,
-    is_reserved,
-    is_var,
-    join_scope,
-    open_jaxpr,
-)
+from mpjax._jaxpr.core import Literal, inner_jaxprs, is_float32, is_var, open_jaxpr
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._jaxpr.provenance import RESERVED_HALF, is_backward, is_reserved, join_scope
 
 
 class Demand(NamedTuple):

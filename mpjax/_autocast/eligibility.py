@@ -8,14 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._jaxpr.core import (
-    Literal,
-    canonical_precision,
-    is_float32,
-    is_inexact_aval,
-    is_linear_algebra,
-)
+from mpjax._jaxpr.core import Literal, canonical_precision, is_float32, is_inexact_aval
 from mpjax._jaxpr.primitives import facts_of
+from mpjax._jaxpr.provenance import is_linear_algebra
 
 
 class Rounding(enum.Enum):

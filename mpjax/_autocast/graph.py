@@ -8,14 +8,9 @@ import dataclasses
 import functools
 from typing import Any
 
-from mpjax._jaxpr.core import (
-    default_branch,
-    inner_jaxprs,
-    is_var,
-    join_scope,
-    open_jaxpr,
-)
+from mpjax._jaxpr.core import default_branch, inner_jaxprs, is_var, open_jaxpr
 from mpjax._jaxpr.primitives import Flops, Kind, facts_of
+from mpjax._jaxpr.provenance import join_scope
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,7 +15,6 @@ from mpjax._jaxpr.core import (
     as_inside,
     has_effects,
     is_annotated,
-    is_reserved,
     is_var,
     open_jaxpr,
     renamed,
@@ -23,6 +22,7 @@ from mpjax._jaxpr.core import (
 )
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.passes import map_jaxprs
+from mpjax._jaxpr.provenance import is_reserved
 
 
 def inline_calls_with_scans(jaxpr: Any) -> Any:

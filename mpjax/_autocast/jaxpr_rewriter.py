@@ -24,9 +24,7 @@ from mpjax._jaxpr.core import (
     bind,
     dtype_of,
     inner_jaxprs,
-    is_backward,
     is_float32,
-    join_scope,
     map_inner_jaxprs,
     num_trips,
     open_jaxpr,
@@ -34,6 +32,7 @@ from mpjax._jaxpr.core import (
 )
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._jaxpr.provenance import is_backward, join_scope
 
 _FLOAT32 = np.dtype(np.float32)
 

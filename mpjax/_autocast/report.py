@@ -14,19 +14,17 @@ from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Rewriter
 from mpjax._autocast.saved import SavedArray, find_saved
 from mpjax._autocast.tracing import make_jaxpr
-from mpjax._jaxpr.core import (
-    RESERVED_AUTOCAST,
-    RESERVED_FULL,
-    RESERVED_HALF,
-    inner_jaxprs,
-    is_inexact_aval,
-    is_reserved,
-    join_scope,
-    walk,
-)
+from mpjax._jaxpr.core import inner_jaxprs, is_inexact_aval, walk
 from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
 from mpjax._jaxpr.flops import count_flops
 from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._jaxpr.provenance import (
+    RESERVED_AUTOCAST,
+    RESERVED_FULL,
+    RESERVED_HALF,
+    is_reserved,
+    join_scope,
+)
 from mpjax._report import (
     plain_table,
     print_report,

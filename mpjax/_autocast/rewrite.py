@@ -17,8 +17,9 @@ from mpjax._autocast.choices import choose_by_scope
 from mpjax._autocast.demand import MUST_KEEP, Demand, DemandAnalysis
 from mpjax._autocast.eligibility import is_reduced_precision, why_not_half
 from mpjax._autocast.jaxpr_rewriter import JaxprRewriter
-from mpjax._jaxpr.core import dtype_of, eval_jaxpr, is_reserved, join_scope, open_jaxpr
+from mpjax._jaxpr.core import dtype_of, eval_jaxpr, open_jaxpr
 from mpjax._jaxpr.primitives import Kind
+from mpjax._jaxpr.provenance import is_reserved, join_scope
 from mpjax.policy import PolicyRules
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from mpjax._autocast.demand import Demand
 from mpjax._autocast.environment import Environment
-from mpjax._jaxpr.core import Var, dtype_of, is_backward, is_var
+from mpjax._jaxpr.core import Var, dtype_of, is_var
 from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._jaxpr.provenance import is_backward
 
 _FLOAT32 = np.dtype(np.float32)
 

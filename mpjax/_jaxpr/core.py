@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,8 @@ from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import core, source_info_util
 from jax.extend.core import JaxprEqn as Eqn
 from jax.extend.core import Literal, Var, check_jaxpr
+
+from mpjax._jaxpr.provenance import join_scope
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -251,8 +252,8 @@ def walk(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[Any, str
       a `cond`.
     """
     for eqn in open_jaxpr(jaxpr).eqns:
-        yield eqn, join_scope(scope, eqn), times
         inner = join_scope(scope, eqn)
+        yield eqn, inner, times
         for sub in jaxprs_meant(eqn):
             yield from walk(sub, inner, times * num_trips(eqn))
 
@@ -271,23 +272,6 @@ def stacked_aval(aval: Any, length: int) -> Any:
     """Returns the type of `length` values of a type, stacked along a new first axis."""
     sharding = aval.sharding.update(spec=(None, *aval.sharding.spec))
     return aval.update(shape=(length, *aval.shape), weak_type=False, sharding=sharding)
-
-
-RESERVED_AUTOCAST = "mpjax_autocast"
-RESERVED_FULL = "mpjax_full_precision"
-RESERVED_HALF = "mpjax_half_precision"
-
-
-def is_reserved(eqn: Any, *names: str) -> bool:
-    """Whether an equation is a nested `autocast`, `full_precision` or `half_precision`.
-
-    Args:
-      eqn: the equation.
-      *names: the reserved names that count; all of them if there are none.
-    """
-    name = eqn.params.get("name")
-    names = names or (RESERVED_AUTOCAST, RESERVED_FULL, RESERVED_HALF)
-    return isinstance(name, str) and name.startswith(names)
 
 
 def is_split(atom: Any) -> bool:
@@ -346,76 +330,9 @@ def num_bytes(atom: Any) -> int:
     return math.prod(atom.aval.shape) * getattr(dtype, "itemsize", 0) if dtype else 0
 
 
-_TRANSFORM = re.compile(r"\b(?:jvp|transpose|vmap|checkpoint|rematted_computation)\(")
-
-
-def join_scope(scope: str, eqn: Any) -> str:
-    """Returns the name scope of an equation inside `scope`, without transforms.
-
-    JAX names the backward pass of `encoder` `transpose(jvp(encoder))`; here both are
-    `encoder`.
-    """
-    own = str(eqn.source_info.name_stack)
-    if not own:
-        return scope
-    parts = []
-    for part in own.split("/"):
-        bare = _TRANSFORM.sub("", part)
-        bare = bare.rstrip(")") if bare != part else bare
-        if bare in ("", "rematted_computation"):
-            continue
-        if not parts or parts[-1] != bare:
-            parts.append(bare)
-    return "/".join([scope, *parts]) if scope else "/".join(parts)
-
-
-def is_backward(eqn: Any, inherited: bool = False) -> bool:
-    """Whether an equation belongs to a backward pass, by JAX's name for it.
-
-    What a checkpoint computes again there belongs to the forward pass.
-
-    Args:
-      eqn: the equation.
-      inherited: whether the equation around it belongs to a backward pass.
-    """
-    stack = str(eqn.source_info.name_stack)
-    if "rematted_computation" in stack:
-        return False
-    return inherited or "transpose(" in stack
-
-
 def source_line(eqn: Any) -> str:
     """Returns the user's source line of an equation, `file.py:12 (function)`."""
     return source_info_util.summarize(eqn.source_info)
-
-
-_LINEAR_ALGEBRA = re.compile(
-    r"jax/(_src/lax/linalg|_src/lax/control_flow/solves|_src/numpy/linalg"
-    r"|_src/scipy/linalg|_src/tpu/linalg/\w+|_src/scipy/sparse/linalg)\.py$"
-)
-# Matmuls by their own name, whatever calls them; and a solver that calls functions of
-# the user's.
-_MATMULS = ("matmul", "vecdot", "multi_dot", "matrix_power", "tensordot", "outer")
-_ROOTS = ("custom_root", "_custom_root", "root", "root_jvp")
-
-
-def is_linear_algebra(eqn: Any) -> bool:
-    """Whether JAX's linear algebra traced it: a decomposition, a solver, a derivative.
-
-    JAX differentiates these by rules with matmuls of their own, which say by the calls
-    that led to them where they come from. A matmul of `jnp.linalg`'s own name, such as
-    `jnp.linalg.multi_dot`, is none.
-    """
-    traceback = eqn.source_info.traceback
-    if traceback is None:
-        return False
-    calls = [
-        frame.function_name
-        for frame in traceback.frames
-        if _LINEAR_ALGEBRA.search(frame.file_name) and frame.function_name not in _ROOTS
-    ]
-    # The last is the call that is nearest to the user.
-    return bool(calls) and calls[-1] not in _MATMULS
 
 
 def canonical_precision(precision: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple, Self
 
-from mpjax._jaxpr.core import is_reserved, join_scope, num_trips
+from mpjax._jaxpr.core import num_trips
+from mpjax._jaxpr.provenance import is_reserved, join_scope
 from mpjax._report import short_source
 
 

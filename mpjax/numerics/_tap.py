@@ -11,7 +11,6 @@ from mpjax._jaxpr.core import (
     Var,
     eval_jaxpr,
     is_inexact_aval,
-    join_scope,
     map_inner_jaxprs,
     open_jaxpr,
     with_equations,
@@ -24,6 +23,7 @@ from mpjax._jaxpr.flatten import (
     unflatten,
 )
 from mpjax._jaxpr.primitives import MATMULS, Kind, facts_of
+from mpjax._jaxpr.provenance import join_scope
 
 VALUE = "mpjax.tap.value:"
 COTANGENT = "mpjax.tap.cotangent:"

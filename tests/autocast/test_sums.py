@@ -8,7 +8,8 @@ from helpers.primitive_probes import BF16, F32, H, W, X, eqns, outputs, rewrite
 from jax import lax
 
 import mpjax
-from mpjax._jaxpr.core import dtype_of, is_backward, walk
+from mpjax._jaxpr.core import dtype_of, walk
+from mpjax._jaxpr.provenance import is_backward
 
 B = np.linspace(-1, 1, 8, dtype=np.float32)
 TARGET = np.ones((8, 8), np.float32)
