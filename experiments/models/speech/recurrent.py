@@ -113,13 +113,16 @@ class Recurrence(nn.Module):
             shape = (num_directions, num_units)
             bias_n = self.param("recurrent_bias", nn.initializers.zeros, shape)
 
-        projected = jnp.swapaxes(x, 0, 1) @ kernel + bias
+        projected = jnp.swapaxes(x, 0, 1) @ kernel
         # An array for each gate: XLA:CPU does not vectorize over slices of one.
         columns = jnp.split(projected, num_directions * num_gates, axis=-1)
         gates = tuple(_side_by_side(columns[g::num_gates]) for g in range(num_gates))
+        biases = tuple(jnp.swapaxes(bias.reshape(num_directions, num_gates, -1), 0, 1))
         mask = frame_mask(num_frames, x.shape[1]).T[..., None]
         masks = _side_by_side([mask] * num_directions)
-        outputs = _run(self.cell, self.unroll, gates, recurrent_kernel, bias_n, masks)
+        outputs = _run(
+            self.cell, self.unroll, gates, biases, recurrent_kernel, bias_n, masks
+        )
         directions = [outputs[:, 0]]
         if self.bidirectional:
             directions.append(outputs[::-1, 1])
@@ -142,6 +145,7 @@ def _run(
     cell: str,
     unroll: int,
     projected: Arrays,
+    bias: Arrays,
     kernel: jax.Array,
     bias_n: jax.Array | None,
     mask: jax.Array,
@@ -152,16 +156,24 @@ def _run(
       cell: the cell's name.
       unroll: steps in one iteration of the loop.
       projected: the projected inputs (T, N, B, H), an array for each gate.
+      bias: added to them (N, H), one for each gate. That is done in every step: with
+        it before, autocast would have them in float32, twice the memory.
       kernel: the recurrent kernel (N, H, G * H).
       bias_n: added to the last gate's recurrent part, (N, H), or None.
       mask: bool (T, N, B, 1), False where the state stays as it is.
     """
-    states, _ = _forward_scan(cell, unroll, projected, kernel, bias_n, mask)
+    states, _ = _forward_scan(cell, unroll, projected, bias, kernel, bias_n, mask)
     return states[0]
 
 
 def _forward_scan(
-    cell: str, unroll: int, projected: Arrays, kernel: Any, bias_n: Any, mask: Any
+    cell: str,
+    unroll: int,
+    projected: Arrays,
+    bias: Arrays,
+    kernel: Any,
+    bias_n: Any,
+    mask: Any,
 ) -> tuple[Arrays, Arrays]:
     """Returns the states after all steps, and the gates' recurrent parts."""
     num_states, update = CELLS[cell].num_states, CELLS[cell].update
@@ -172,7 +184,7 @@ def _forward_scan(
         recurrent = jnp.split(sums, len(projected), axis=-1)
         if bias_n is not None:
             recurrent[-1] += bias_n[:, None]
-        new = update(state, projected, tuple(recurrent))
+        new = update(state, _add(projected, bias), tuple(recurrent))
         state = tuple(jnp.where(mask, a, b) for a, b in zip(new, state, strict=True))
         return state, (state, tuple(recurrent))
 
@@ -181,13 +193,20 @@ def _forward_scan(
     return stacks
 
 
-def _run_forward(cell, unroll, projected, kernel, bias_n, mask):
-    states, recurrent = _forward_scan(cell, unroll, projected, kernel, bias_n, mask)
-    return states[0], (states, recurrent, projected, kernel, bias_n, mask)
+def _add(projected: Arrays, bias: Arrays) -> Arrays:
+    """Adds (N, H) to (N, B, H) for each gate."""
+    return tuple(x + b[:, None] for x, b in zip(projected, bias, strict=True))
+
+
+def _run_forward(cell, unroll, projected, bias, kernel, bias_n, mask):
+    states, recurrent = _forward_scan(
+        cell, unroll, projected, bias, kernel, bias_n, mask
+    )
+    return states[0], (states, recurrent, projected, bias, kernel, bias_n, mask)
 
 
 def _run_backward(cell, unroll, residuals, d_outputs):
-    states, recurrent, projected, kernel, bias_n, mask = residuals
+    states, recurrent, projected, bias, kernel, bias_n, mask = residuals
     before = tuple(jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]) for x in states)
     transposed = jnp.swapaxes(kernel, 1, 2)
     num_summed, update = CELLS[cell].num_summed, CELLS[cell].update
@@ -196,7 +215,7 @@ def _run_backward(cell, unroll, residuals, d_outputs):
         d_output, before, projected, recurrent, mask = inputs
         d_state = (d_state[0] + d_output, *d_state[1:])
         # The gates are computed again, not saved: elementwise work is cheap.
-        _, pull_back = jax.vjp(update, before, projected, recurrent)
+        _, pull_back = jax.vjp(update, before, _add(projected, bias), recurrent)
         d_new = tuple(jnp.where(mask, d, 0) for d in d_state)
         d_before, d_projected, d_recurrent = pull_back(d_new)
         d_sums = jnp.concatenate(d_recurrent, axis=-1)
@@ -217,8 +236,9 @@ def _run_backward(cell, unroll, residuals, d_outputs):
     d_kernel = jnp.concatenate(
         [jnp.einsum("tnbh,tnbk->nhk", before[0], d) for d in d_recurrent], axis=-1
     )
+    d_bias = tuple(jnp.sum(d, axis=(0, 2)) for d in d_projected)
     d_bias_n = None if bias_n is None else jnp.sum(d_recurrent[-1], axis=(0, 2))
-    return d_projected, d_kernel, d_bias_n, None
+    return d_projected, d_bias, d_kernel, d_bias_n, None
 
 
 _run.defvjp(_run_forward, _run_backward)

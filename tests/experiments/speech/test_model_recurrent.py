@@ -215,3 +215,18 @@ def test_depthwise_convolution_equals_a_grouped_one(num_before):
     np.testing.assert_allclose(
         depthwise_conv(X, kernel, num_before), expected, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("cell", CELL)
+def test_under_autocast_all_but_the_states_is_saved_in_half(cell):
+    layer = Recurrence(H, cell)
+    params = random_params(layer, X, LENGTHS)
+    loss = lambda params: jnp.sum(layer.apply({"params": params}, X, LENGTHS))
+    report = mpjax.autocast_report(jax.value_and_grad(loss), "mixed_bfloat16")(params)
+    counts = {"float32": 0, "bfloat16": 0}
+    for x in report.saved:
+        if x.shape == (T, 2, B, H):
+            counts[x.dtype] += x.count
+    # Each gate's projection, and what it had of the last output.
+    assert counts["bfloat16"] == 2 * len(GATES[cell])
+    assert counts["float32"] == {"gru": 1, "lstm": 2}[cell]
