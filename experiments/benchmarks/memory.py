@@ -213,7 +213,8 @@ def measure(
 def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
     """Draws peak memory over batch size, and its ratio to float32, per model."""
     workloads = list(dict.fromkeys(run["workload"] for run in runs))
-    figure = Figure(figsize=(3.4 * len(workloads) + 1, 6), layout="constrained")
+    width = max(8, 3.4 * len(workloads) + 1)  # room for the title and the legend
+    figure = Figure(figsize=(width, 6), layout="constrained")
     figure.suptitle(f"Memory of a training step, compiled for {device}")
     axes = figure.subplots(2, len(workloads), squeeze=False)
     for column, workload in enumerate(workloads):
