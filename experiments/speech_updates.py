@@ -16,8 +16,8 @@ below 2^-24. Every run counts, for each parameter, what share of its updates is 
 would be if its weights were float16. Where that share is small, float16 updates can do
 little harm. `--setting small_updates` is for the opposite case: a 16th of the learning
 rates, and 4 times the epochs. A weight of 0.1 has neighbours in float16 2^-14 away, and
-moves only for an update above 2^-15, or 3e-5. With Nesterov momentum 89 % of the updates
-were lost there, with 48 % of their magnitude.
+moves only for an update above 2^-15, or 3e-5. With Nesterov momentum 89 % of the
+updates were lost there, with 48 % of their magnitude.
 """
 
 import dataclasses
