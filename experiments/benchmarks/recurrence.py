@@ -70,7 +70,8 @@ class Config:
         require_positive(self, "length", "batch_size", "num_rounds")
         if not self.num_units or min(self.num_units) < 1:
             raise ConfigError(
-                f"--num-units must be 1 or more, and given, got {self.num_units}."
+                "--num-units must be 1 or more, for one size or several, got "
+                f"{self.num_units}."
             )
 
 
