@@ -92,9 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = config.address
         address = validate(current_address() if given is None else given)
-        outdated = {
-            path: text for path, text in render(address) if text != _read(path)
-        }
+        outdated = {path: text for path, text in render(address) if text != _read(path)}
     except RepositoryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -228,8 +226,8 @@ def _fill(
     started = len(BLOCK_START.findall(text))
     if count != started:
         raise RepositoryError(
-            f"{path} has {started} blocks `repository: NAME`, but {count} that end; add "
-            "the missing `end`."
+            f"{path} has {started} blocks `repository: NAME`, but {count} that end; "
+            "add the missing `end`."
         )
     if missing:
         raise RepositoryError(
@@ -319,7 +317,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except (OSError, ValueError) as error:
-        raise RepositoryError(f"{path} cannot be read ({error}); restore it.") from error
+        raise RepositoryError(
+            f"{path} cannot be read ({error}); restore it."
+        ) from error
 
 
 if __name__ == "__main__":
