@@ -138,6 +138,8 @@ def run(tree, *arguments):
     """Runs the copy of the script in `tree`, without a process of its own."""
     path = tree / "docs/repository.py"
     spec = importlib.util.spec_from_file_location("repository", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     out, err = io.StringIO(), io.StringIO()
