@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "Times of a bidirectional GRU: this project's, Flax's and PyTorch's.",
         ),
         Command(
+            "experiments.benchmarks.speech_profile",
+            "Where the time of the speech recognizer's training step goes.",
+        ),
+        Command(
             "experiments.benchmarks.parity",
             "Test accuracy of `mnist_mlp` over policies, loss scales and seeds.",
         ),
@@ -70,7 +74,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     "Maintain": (
         Command(
             "experiments.tables",
-            "Writes the tables of README.md from the files in experiments/results.",
+            "Writes the tables of README.md and docs/ from the result files.",
         ),
     ),
 }

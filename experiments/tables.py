@@ -1,10 +1,11 @@
-"""Writes the tables of README.md from the files in experiments/results.
+"""Writes the tables of README.md and docs/ from the files in experiments/results.
 
-    python -m experiments.tables            # writes README.md
+    python -m experiments.tables            # writes the pages
     python -m experiments.tables --check    # changes nothing
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is the name
-of a result file without its ending. Everything else in README.md stays as it is.
+of a result file without its ending, or `summary`: the main results of several. All else
+in a page stays as it is.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from experiments import (
     speech_ctc,
     speech_updates,
     speech_updates_table,
+    summary,
 )
 from experiments.benchmarks import (
     _accuracy_real,
@@ -28,6 +30,7 @@ from experiments.benchmarks import (
     memory,
     parity,
     recurrence,
+    speech_profile,
     speed,
 )
 from experiments.harness import cli, precisions
@@ -35,7 +38,7 @@ from experiments.harness.errors import ExperimentError
 from experiments.harness.files import write_text
 from experiments.harness.results import Column, markdown_table
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
     accuracy.NAME: accuracy.COLUMNS,
@@ -49,6 +52,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     mnist_convnet.PRECISIONS_NAME: precisions.COLUMNS,
     parity.NAME: parity.COLUMNS,
     recurrence.NAME: recurrence.COLUMNS,
+    speech_profile.NAME: speech_profile.COLUMNS,
     speech_ctc.NAME: speech_ctc.make_experiment().columns(),
     speech_updates.NAME: speech_updates_table.COLUMNS,
 }
@@ -57,14 +61,14 @@ TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to do with README.md."""
+    """What to do with the pages."""
 
     check: bool = False
     """Change nothing; exit with 1 and name the tables that are out of date."""
 
 
 def main(config: Config) -> list[str]:
-    """Writes the tables of README.md, or checks them.
+    """Writes the tables of all pages, or checks them.
 
     Returns:
       The names of the tables that were out of date.
@@ -73,21 +77,33 @@ def main(config: Config) -> list[str]:
       ExperimentError: if a result file is missing or damaged; with `check`, also if
         a table is out of date.
     """
-    old = README.read_text()
-    new = render(old)
-    pairs = zip(TABLE.finditer(old), TABLE.finditer(new), strict=True)
-    outdated = [before[1] for before, after in pairs if before[0] != after[0]]
+    rendered = {}
+    outdated = []
+    for page in pages():
+        old = page.read_text()
+        new = render(old)
+        pairs = zip(TABLE.finditer(old), TABLE.finditer(new), strict=True)
+        names = [before[1] for before, after in pairs if before[0] != after[0]]
+        if names:
+            rendered[page] = new
+            outdated += names
     if outdated and config.check:
         raise ExperimentError(
-            f"tables of {README.name} are out of date: {', '.join(outdated)}. "
+            f"tables are out of date: {', '.join(outdated)}. "
             "`python -m experiments.tables` writes them."
         )
-    if outdated:
-        write_text(README, new)
-        print(f"written to {README}: {', '.join(outdated)}")
-    else:
-        print(f"the tables of {README} are up to date")
+    for page, new in rendered.items():
+        write_text(page, new)
+        print(f"written: {page}")
+    if not outdated:
+        print("all tables are up to date")
     return outdated
+
+
+def pages() -> list[Path]:
+    """Returns the pages that may have tables: README.md and those of docs/."""
+    paths = sorted((ROOT / "docs").rglob("*.md"))
+    return [ROOT / "README.md", *(p for p in paths if "_build" not in p.parts)]
 
 
 def render(text: str) -> str:
@@ -101,7 +117,11 @@ def render(text: str) -> str:
         name = match[1]
         path = RESULTS / f"{name}.json"
         try:
-            table = render_result(json.loads(path.read_text()))
+            table = (
+                summary.render(RESULTS)
+                if name == "summary"
+                else render_result(json.loads(path.read_text()))
+            )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ExperimentError(
                 f"cannot make a table of {path} ({type(error).__name__}: {error}); "

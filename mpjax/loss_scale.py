@@ -149,13 +149,15 @@ class DynamicLossScale:
 
     Where other libraries differ:
 
-    | library              | initial | grows after       | minimum  | maximum  |
-    |----------------------|---------|-------------------|----------|----------|
-    | mpjax                | 2**15   | interval          | 1        | 2**24    |
-    | torch GradScaler     | 2**16   | interval          | none     | none (a) |
-    | Keras                | 2**15   | interval          | none     | none     |
-    | flax DynamicScale    | 2**16   | interval + 1      | 1.2e-38  | 3.4e38   |
-    | jmp DynamicLossScale | given   | interval          | 1 (b)    | none (a) |
+    ====================  =======  ============  =======  ========
+    library               initial  grows after   minimum  maximum
+    ====================  =======  ============  =======  ========
+    mpjax                 2**15    interval      1        2**24
+    torch GradScaler      2**16    interval      none     none (a)
+    Keras                 2**15    interval      none     none
+    flax DynamicScale     2**16    interval + 1  1.2e-38  3.4e38
+    jmp DynamicLossScale  given    interval      1 (b)    none (a)
+    ====================  =======  ============  =======  ========
 
     All start from an interval of 2000 and the factors 2 and 1/2; none but mpjax has
     hysteresis. (a) It stops growing where float32 ends. (b) Lost in any tree.map or

@@ -148,7 +148,7 @@ class TestLabels:
 
 
 class TestNoFloor:
-    """6. With NaN data the scale of Keras and jaxamp sinks to 0, flax's to 1e-38."""
+    """6. NaN data drives Keras', jaxamp's and torch's scale to 0, flax's to 1e-38."""
 
     def test_flax(self):
         dynamic_scale = pytest.importorskip("flax.training.dynamic_scale")
@@ -185,6 +185,19 @@ class TestNoFloor:
         weights, variables = step(variables, [jnp.zeros(1)], weights)
         assert bool(jnp.isnan(weights[0][0]))
 
+    def test_torch(self):
+        torch = pytest.importorskip("torch")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-140)
+        weight = torch.nn.Parameter(torch.ones(()))
+        optimizer = torch.optim.SGD([weight], 1.0)
+        for _ in range(12):
+            optimizer.zero_grad()
+            scaler.scale(weight * torch.nan).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 0
+        assert float(weight.detach()) == 1
+
     def test_mpjax(self):
         loss_fn = lambda p, b, k: (p["w"] * b, None)
         batches = [jnp.float32(jnp.nan)] * 40 + [jnp.float32(2)]
@@ -199,7 +212,7 @@ class TestNoFloor:
 
 
 class TestModelState:
-    """7. Keras and flax's example give BatchNorm the statistics of a skipped step."""
+    """7. In Keras, torch and flax's example a skipped step moves BatchNorm."""
 
     @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
     def test_keras(self):
@@ -216,6 +229,18 @@ class TestModelState:
         x = np.array([[np.inf, 1.0], [1.0, 2.0]], np.float32)
         model.train_on_batch(x, np.ones((2, 1), np.float32))
         assert not np.isfinite(model.layers[0].moving_mean.numpy()).all()
+
+    def test_torch(self):
+        torch = pytest.importorskip("torch")
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu")
+        x = torch.tensor([[torch.inf, 1.0], [1.0, 2.0]])
+        scaler.scale(model(x).mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**15  # the step was skipped
+        assert not torch.isfinite(model[0].running_mean).all()
 
     def test_mpjax(self):
         def loss_fn(params, model_state, batch, key):

@@ -1,0 +1,147 @@
+"""The table of main results in README.md, computed from the result files."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.harness.results import Column, markdown_table
+
+COLUMNS = (
+    Column("question", "question"),
+    Column("result", "result"),
+    Column("details", "page"),
+)
+Run = dict[str, Any]
+Runs = Callable[[str], list[Run]]  # of a result file, by name
+
+
+def render(results: Path) -> str:
+    """Returns the table, in Markdown.
+
+    Args:
+      results: the directory of the result files.
+
+    Raises:
+      OSError, LookupError, ValueError: if a result file is missing or damaged.
+    """
+
+    def runs(name: str) -> list[Run]:
+        return json.loads((results / f"{name}.json").read_text())["runs"]
+
+    rows = [
+        {
+            "question": question,
+            "result": tell(runs),
+            "page": f"[{page}](docs/results/{page}.md)",
+        }
+        for question, page, tell in _ROWS
+    ]
+    return f"\n{markdown_table(COLUMNS, rows)}\n"
+
+
+def _parity(runs: Runs) -> str:
+    found = {
+        (r["policy"], r["loss_scale"]): r["test_accuracy"]
+        for r in runs("parity_4096x8192x5-cast")
+    }
+    return (
+        f"test accuracy {found['float32', 'none']} in float32, "
+        f"{found['mixed_float16', 'dynamic']} in mixed_float16, "
+        f"{found['mixed_bfloat16', 'none']} in mixed_bfloat16"
+    )
+
+
+def _training(runs: Runs) -> str:
+    return "test accuracy " + ", ".join(
+        f"{r['test_accuracy']:.2%} in {r['policy']}" for r in runs("mnist_convnet")
+    )
+
+
+def _inference(runs: Runs) -> str:
+    found = [
+        r["num_changed"]
+        for r in runs("mnist_convnet_precisions")
+        if r["precision"] == "float16"
+    ]
+    return f"float16 changes {sum(found)} of {len(found)} x 10,000 float64 predictions"
+
+
+def _speech(runs: Runs) -> str:
+    return "test CER " + ", ".join(
+        f"{r['test_cer']:.2%} in {r['policy']}" for r in runs("speech_ctc")
+    )
+
+
+def _updates(runs: Runs) -> str:
+    found = {
+        (r["optimizer"], r["variant"]): r["difference"]
+        for r in runs("speech_updates_cpu_avx2_jax0.12.0.1")
+    }
+    return (
+        f"points of CER to float32: {found['nesterov', 'float16_updates']} with "
+        f"Nesterov momentum, {found['adam', 'float16_updates']} with Adam"
+    )
+
+
+def _gradients(runs: Runs) -> str:
+    ratios = [
+        r["error_autocast"] / r["error_hand_cast"]
+        for r in runs("accuracy_cpu_avx2_jax0.12.0.1")
+        if r["policy"] == "mixed_bfloat16"
+    ]
+    return (
+        f"errors in bfloat16 are {min(ratios):.2f} to {max(ratios):.2f} times those of "
+        f"half by hand, median {statistics.median(ratios):.2f}, {len(ratios)} models"
+    )
+
+
+def _memory(runs: Runs) -> str:
+    found = {
+        r["workload"]: r
+        for r in runs("memory_real_h100_jax0.12.0.1")
+        if r["name"] == "mixed_bfloat16"
+    }
+    return ", ".join(
+        f"{title} {found[name]['temporaries_ratio']:.2f}"
+        for name, title in (
+            ("gpt2", "GPT-2"),
+            ("llama", "Llama blocks"),
+            ("vit_b16", "ViT-B/16"),
+            ("deep_speech2", "Deep Speech 2"),
+        )
+    )
+
+
+def _by_hand(runs: Runs) -> str:
+    ratios = [
+        r["temporaries_to_by_hand"]
+        for r in runs("memory_real_h100_jax0.12.0.1")
+        if r["name"] == "mixed_bfloat16"
+    ]
+    return f"{min(ratios):.2f} to {max(ratios):.2f} times, over {len(ratios)} models"
+
+
+def _speed(runs: Runs) -> str:
+    found = {
+        r["name"]: r["speedup"] for r in runs("speed_mlp_cpu_avx512_bf16_jax0.12.0.1")
+    }
+    return (
+        f"{found['mpjax, bfloat16, dynamic']:.2f} times as fast in bfloat16 as in "
+        f"float32; jmp {found['jmp, bfloat16, dynamic']:.2f}, "
+        f"Keras {found['Keras, mixed_bfloat16']:.2f}"
+    )
+
+
+_ROWS: tuple[tuple[str, str, Callable[[Runs], str]], ...] = (
+    ("Keras guide, 30 steps, mean ± deviation over seeds", "parity", _parity),
+    ("DeepConvNet, 10 epochs", "precisions", _training),
+    ("The same three networks, evaluated in float16", "precisions", _inference),
+    ("Mandarin speech, 3 epochs", "speech", _speech),
+    ("float16 weights updated in float16 (paper: +80 %)", "speech", _updates),
+    ("Gradients against float64", "accuracy", _gradients),
+    ("Temporaries of a step to float32's, H100, compiled", "memory", _memory),
+    ("The same to half written by hand", "memory", _by_hand),
+    ("A step of the MLP, CPU with bfloat16", "speed", _speed),
+)
