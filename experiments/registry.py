@@ -72,5 +72,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "experiments.tables",
             "Writes the tables of README.md from the files in experiments/results.",
         ),
+        Command(
+            "experiments.plots",
+            "Draws the pictures of the results, and of README.md, from the files.",
+        ),
     ),
 }
