@@ -29,6 +29,7 @@ from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.experiment import Experiment, Metric, Task
 from experiments.harness.files import atomic_write, translate_os_errors, write_json
+from experiments.harness.plot_style import write_png
 from experiments.harness.report import report
 from experiments.harness.results import Column, Result
 from experiments.harness.training import train_policy
@@ -173,9 +174,10 @@ def report_precisions(result: Result, title: str) -> None:
     """Writes and prints the tables and plots of the training and of the precisions."""
     rows = [row for run in result.runs for row in run["precisions"]]
     with translate_os_errors(result.workdir):
-        precisions.draw(result.workdir / "precisions.png", title, rows)
-        table = {"experiment": PRECISIONS_NAME, "environment": result.environment}
-        write_json(result.workdir / "precisions.json", {**table, "runs": rows})
+        table = {"experiment": PRECISIONS_NAME, "title": title}
+        table |= {"environment": result.environment, "runs": rows}
+        write_json(result.workdir / "precisions.json", table)
+        write_png(result.workdir / "precisions.png", precisions.draw(table))
     of_precisions = ("the same weights, evaluated", precisions.COLUMNS, rows)
     report(EXPERIMENT, result, title, of_precisions)
 

@@ -23,6 +23,7 @@ from experiments.models.mlp import MLP
 from experiments.models.optimizers import rmsprop
 
 NAME = "mnist_mlp"
+NUMERICS_NAME = f"{NAME}_numerics"  # what --numerics leaves; see `report`
 EXPERIMENT = Experiment(
     NAME,
     metrics=(
@@ -55,7 +56,7 @@ class Config(MnistConfig):
 
     numerics: bool = False
     """Count the exponents of every matmul's results, forward and backward, and draw
-    them in numerics.png."""
+    them in numerics.png, from numerics.json."""
 
     numerics_interval: int = 5
     """With --numerics: steps from one count to the next."""

@@ -76,5 +76,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "experiments.tables",
             "Writes the tables of README.md and docs/ from the result files.",
         ),
+        Command(
+            "experiments.plots",
+            "Draws the pictures of the results, and of README.md, from the files.",
+        ),
     ),
 }

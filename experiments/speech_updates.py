@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
+from matplotlib.figure import Figure
 
 import mpjax
 from experiments import speech_ctc
@@ -248,13 +249,35 @@ def main(config: Config, corpus: Corpus | None = None) -> dict[str, Any]:
     rows = summarize(result.runs, config.variants())
     table = {
         "experiment": NAME,
+        "title": f"{corpus.name}, {config.encoder}, setting {config.setting}",
         "config": result.config,
         "environment": result.environment,
         "runs": rows,
     }
-    title = f"{corpus.name}, {config.encoder}, setting {config.setting}"
-    _save(config, result.workdir, table, title)
+    _save(config, result.workdir, table)
     return table
+
+
+def draw(table: dict[str, Any]) -> Figure:
+    """Draws error rates, gradient exponents and lost updates.
+
+    Args:
+      table: what the result file holds.
+    """
+    return updates_figure(
+        table["runs"],
+        title=_title(table),
+        error_title="validation CER",
+        shown="float16_updates",
+        paper=PAPER_SMALL_GRADIENTS,
+    )
+
+
+def _title(table: dict[str, Any]) -> str:
+    """Returns the title, which older files leave to their settings."""
+    config = table["config"]
+    title = f"{config['dataset']}, {config['encoder']}, setting {config['setting']}"
+    return table.get("title", title)
 
 
 def _train(
@@ -316,22 +339,15 @@ def _with_updates(task: Task, variant: Variant, seed: int, weight_scale: float) 
     )
 
 
-def _save(config: Config, workdir: Path, table: dict[str, Any], title: str) -> None:
-    environment, suffix = table["environment"], ""
+def _save(config: Config, workdir: Path, table: dict[str, Any]) -> None:
+    environment, suffix, title = table["environment"], "", _title(table)
     if config.setting != "default":
         suffix = f"_{config.setting}"
     machine, version = environment["machine"], environment["versions"]["jax"]
     file = f"{NAME}{suffix}_{machine}_jax{version}.json"
     output = config.output or RESULTS / file
     save_table(output, table, title, COLUMNS)
-    figure = updates_figure(
-        table["runs"],
-        title=title,
-        error_title="validation CER",
-        shown="float16_updates",
-        paper=PAPER_SMALL_GRADIENTS,
-    )
-    save_figure(output.with_suffix(".png"), figure)
+    save_figure(output.with_suffix(".png"), draw(table))
     with translate_os_errors(workdir):
         text = f"{title}\n\n{markdown_table(COLUMNS, table['runs'])}"
         write_text(workdir / "result.md", text)

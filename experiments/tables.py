@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments import (
     mnist_convnet,
+    mnist_mlp,
     speech_ctc,
     speech_updates,
     speech_updates_table,
@@ -33,7 +34,7 @@ from experiments.benchmarks import (
     speech_profile,
     speed,
 )
-from experiments.harness import cli, precisions
+from experiments.harness import cli, numerics_summary, precisions
 from experiments.harness.errors import ExperimentError
 from experiments.harness.files import write_text
 from experiments.harness.results import Column, markdown_table
@@ -50,6 +51,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     _memory_by_hand.NAME: _memory_by_hand.COLUMNS,
     mnist_convnet.NAME: mnist_convnet.COLUMNS,
     mnist_convnet.PRECISIONS_NAME: precisions.COLUMNS,
+    mnist_mlp.NUMERICS_NAME: numerics_summary.COLUMNS,
     parity.NAME: parity.COLUMNS,
     recurrence.NAME: recurrence.COLUMNS,
     speech_profile.NAME: speech_profile.COLUMNS,

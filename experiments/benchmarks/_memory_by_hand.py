@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from experiments.benchmarks._train_steps import make_step, measure_cost
 from experiments.benchmarks.workloads import Workload
-from experiments.harness.plots import decorate
+from experiments.harness import plot_style
+from experiments.harness.plot_style import decorate
 from experiments.harness.results import Column
 
 NAME = "memory_real"
@@ -75,30 +76,55 @@ def measure(
     return list(runs.values())
 
 
-def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
-    """Draws temporaries and traffic per model, as multiples of those by hand."""
+def draw(table: dict[str, Any]) -> Figure:
+    """Draws temporaries and traffic per model, as multiples of those by hand.
+
+    Args:
+      table: what the result file holds.
+    """
+    runs = table["runs"]
     workloads = list(dict.fromkeys(run["workload"] for run in runs))
-    figure = Figure(figsize=(0.9 * len(workloads) + 3, 6), layout="constrained")
-    figure.suptitle(f"Autocast relative to half by hand, compiled for {device}")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for axes, key in ((top, "temporaries"), (bottom, "moved")):
+    title = "Memory of autocast's step beside that of half written by hand, compiled "
+    figure = plot_style.new_figure(
+        0.42 * len(workloads) + 1.6, title + f"for {table['compiled_for']}"
+    )
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    pairs = zip(
+        panels, (("temporaries", "temporaries"), ("moved", "bytes moved")), strict=True
+    )
+    for axes, (key, text) in pairs:
+        axes.axvline(1, color=plot_style.BLACK, lw=1)
         for index, dtype in enumerate(DTYPES):
             own = [run for run in runs if run["name"] == f"mixed_{dtype}"]
             ratios = {run["workload"]: run[f"{key}_to_by_hand"] for run in own}
-            _bars(axes, [ratios.get(name) for name in workloads], index, dtype)
-        axes.axhline(1, color="0.5", lw=1, ls=":")
-        axes.set_xticks(range(len(workloads)), workloads, rotation=30, ha="right")
-    decorate(top, "temporaries", None)
-    decorate(bottom, "bytes moved", None)
-    handles, labels = top.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+            _lollipops(axes, [ratios.get(name) for name in workloads], index, dtype)
+        decorate(axes, text, "times those by hand (less is better)", None)
+        axes.grid(visible=False, axis="y")
+    panels[0].set_yticks(range(len(workloads)), workloads)
+    panels[0].set_ylim(len(workloads) - 0.5, -0.5)
+    panels[0].margins(x=0.25)  # room for the numbers
+    plot_style.key_below(figure, *panels[0].get_legend_handles_labels())
     return figure
 
 
-def _bars(axes: Axes, ratios: list[float | None], index: int, label: str) -> None:
-    places = [place + 0.4 * (index - 0.5) for place in range(len(ratios))]
-    heights = [ratio or 0.0 for ratio in ratios]
-    axes.bar(places, heights, 0.38, color=f"C{index}", label=label)
+def _lollipops(axes: Axes, ratios: list[float | None], index: int, dtype: str) -> None:
+    """Draws a format's ratios, which are None where one has no value."""
+    color = plot_style.COLORS[f"mixed_{dtype}"]
+    known = [(r, i + 0.36 * (index - 0.5)) for i, r in enumerate(ratios) if r]
+    axes.hlines([y for _, y in known], 1, [x for x, _ in known], color=color, lw=2)
+    axes.plot(*zip(*known, strict=True), "o", ms=5, color=color, label=dtype)
+    for x, y in known:
+        is_left = round(x, 2) < 1
+        axes.annotate(
+            f"{x:.2f}",
+            (x, y),
+            (-5 if is_left else 5, 0),
+            textcoords="offset points",
+            ha="right" if is_left else "left",
+            va="center",
+            fontsize=plot_style.SMALL,
+            color=plot_style.text_color(color),
+        )
 
 
 def make_step_by_name(workload: Workload, name: str) -> tuple[Any, Any]:

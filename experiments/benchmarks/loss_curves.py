@@ -23,12 +23,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import mpjax
 from experiments.benchmarks import _loss_curve_tasks as tasks
-from experiments.harness import cli, results
+from experiments.harness import cli, plot_style, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import WorkdirError
 from experiments.harness.files import read_json, translate_os_errors, write_json
@@ -40,7 +41,7 @@ from experiments.harness.output import (
     save_figure,
     save_table,
 )
-from experiments.harness.plots import decorate
+from experiments.harness.plot_style import decorate
 from experiments.harness.results import Column
 
 NAME = "loss_curves"
@@ -167,40 +168,55 @@ def main(config: Config) -> dict[str, Any]:
         "runs": rows,
     }
     save_table(output, table, f"loss curves, {tasks.POLICY}, {machine}", COLUMNS)
-    save_figure(output.with_suffix(".png"), draw(rows))
+    save_figure(output.with_suffix(".png"), draw(table))
     kept.remove()
     return table
 
 
-def draw(rows: list[dict[str, Any]]) -> Figure:
-    """Draws losses over steps, and their differences to float32; a row per task.
+def draw(table: dict[str, Any]) -> Figure:
+    """Draws losses over steps, and their differences to float32 beneath, by task.
 
     Args:
-      rows: `runs` of the result file.
+      table: what the result file holds.
     """
+    rows = table["runs"]
     titles = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(11, 4 * len(titles)), layout="constrained")
-    panels = figure.subplots(len(titles), 2, squeeze=False)
-    for title, (losses, differences) in zip(titles, panels, strict=True):
-        of_task = [row for row in rows if row["task"] == title]
+    num_seeds = len(rows[0]["test_losses"])
+    title = f"Training in {tasks.POLICY}: mean of {num_seeds} seeds"
+    figure = plot_style.new_figure(5.6, title, 1.5 + 3.6 * len(titles))
+    panels = figure.subplots(
+        2, len(titles), sharex="col", squeeze=False, height_ratios=(3, 2)
+    )
+    for text, (losses, differences) in zip(titles, panels.T, strict=True):
+        of_task = [row for row in rows if row["task"] == text]
         reference = np.array(of_task[0]["test_losses"])
-        for index, row in enumerate(of_task):
-            style = {"color": f"C{index}", "lw": 2.5 - 0.5 * index}
-            steps, curve = row["train_steps"], np.mean(row["train_losses"], axis=0)
-            losses.plot(steps, curve, alpha=0.4, **style)
-            test = np.array(row["test_losses"])
-            dots = {"marker": "o", "ms": 4, "label": row["precision"], **style}
+        styles = plot_style.line_styles([row["precision"] for row in of_task])
+        for row in of_task:
+            style, test = styles[row["precision"]], np.array(row["test_losses"])
+            faint = style | {
+                "alpha": 0.35,
+                "lw": 0.8,
+                "ls": "-",
+                "label": "_",
+                "zorder": 1,
+            }
+            losses.plot(
+                row["train_steps"], np.mean(row["train_losses"], axis=0), **faint
+            )
+            dots = plot_style.dots(style)
             losses.plot(row["test_steps"], test.mean(axis=0), **dots)
-            if index:
-                _draw_intervals(differences, row["test_steps"], test - reference, dots)
-        differences.axhline(0, color="C0", lw=1)
-        decorate(losses, f"{title}: loss (faint: training)", "step")
-        decorate(differences, "test loss minus float32's, 95 % intervals", "step")
-        losses.legend(frameon=False)
+            _draw_intervals(differences, row["test_steps"], test - reference, dots)
+        decorate(losses, f"{text}:\ntest loss (faint: training)", None, "loss")
+        text = "test loss minus float32's, 95 % intervals"
+        decorate(differences, text, "step", "difference")
+        plot_style.count_axis(differences.xaxis)
+        plot_style.number_axis(losses.yaxis)
+        plot_style.number_axis(differences.yaxis, signed=True)
+    plot_style.label_ends(*panels.flat)
     return figure
 
 
-def _draw_intervals(axes: Any, steps: Any, differences: Any, style: Any) -> None:
+def _draw_intervals(axes: Axes, steps: Any, differences: Any, style: Any) -> None:
     means, lows, highs = np.transpose([mean_interval(list(d)) for d in differences.T])
     axes.plot(steps, means, **style)
     axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.15, lw=0)

@@ -31,7 +31,7 @@ import mpjax
 from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.data import mnist
 from experiments.data.on_device import DeviceDataset
-from experiments.harness import cli, results
+from experiments.harness import cli, plot_style, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.flags import parse_names
@@ -42,6 +42,7 @@ from experiments.harness.output import (
     save_figure,
     save_table,
 )
+from experiments.harness.plot_style import decorate
 from experiments.harness.results import Column
 from experiments.models.classification import make_loss_fn
 from experiments.models.gru import GRU
@@ -133,13 +134,12 @@ def main(config: Config) -> dict[str, Any]:
     """
     dataset = mnist.load(config.dataset)
     scales = split_loss_scales(config.loss_scales)
-    rows, first_runs = [], {}
+    rows = []
     for network in parse_names("--networks", config.networks, TASKS):
         study = _Study(TASKS[network](), config, dataset)
         for text in tqdm(scales, desc=network, disable=None):
             runs = [study.train(text, seed) for seed in range(config.num_seeds)]
             rows.append(_aggregate(network, text, runs))
-            first_runs[network, text] = runs[0]
             if text == "histogram":
                 rows[-1] |= study.time_ratio(text)
     table = {
@@ -152,7 +152,7 @@ def main(config: Config) -> dict[str, Any]:
     file = f"{NAME}_{platform}_jax{jax.__version__}.json"
     output = config.output or RESULTS / file
     save_table(output, table, f"loss scales, {POLICY}, {platform}", COLUMNS)
-    save_figure(output.with_suffix(".png"), draw(first_runs))
+    save_figure(output.with_suffix(".png"), draw(table))
     return table
 
 
@@ -188,32 +188,55 @@ def gru() -> Task:
 TASKS = {"mlp": mlp, "gru": gru}
 
 
-def draw(runs: dict[tuple[str, str], dict[str, Any]]) -> Figure:
-    """Draws the loss scale over steps, a panel per network.
+def draw(table: dict[str, Any]) -> Figure:
+    """Draws the loss scale over steps, with the seeds' range; a panel per network.
 
     Args:
-      runs: what `_Study.train` returns for one seed, by network and loss scale.
+      table: what the result file holds.
     """
-    networks = list(dict.fromkeys(network for network, _ in runs))
-    scales = list(dict.fromkeys(text for _, text in runs))
-    figure = Figure(figsize=(5.5 * len(networks), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(networks), squeeze=False, sharey=True)[0]
-    for (network, text), run in runs.items():
-        axes, values = panels[networks.index(network)], np.array(run["loss_scales"])
-        color = f"C{scales.index(text)}"
-        axes.step(np.arange(len(values)), values, where="post", color=color, label=text)
-        skipped = np.flatnonzero(~np.array(run["grads_finite"]))
-        axes.plot(skipped, values[skipped], "x", color=color, ms=5)
-        axes.set_title(f"{network}: loss scale (crosses: skipped steps)", fontsize=10)
-    for axes in panels:
-        axes.set_yscale("log", base=2)
-        axes.set_xscale("symlog", linthresh=10)
-        axes.set_xlim(left=-0.5)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-    handles, labels = panels[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    rows, num_steps = table["runs"], table["num_steps"]
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    title = f"Loss scales in {POLICY}: median and range of {table['num_seeds']} seeds"
+    figure = plot_style.new_figure(3.0 * len(networks) + 0.5, title)
+    panels = figure.subplots(len(networks), 1, sharex=True, squeeze=False)[:, 0]
+    styles = _line_styles(list(dict.fromkeys(row["loss_scale"] for row in rows)))
+    steps = np.arange(1, num_steps + 1)
+    for axes, network in zip(panels, networks, strict=True):
+        for row in (row for row in rows if row["network"] == network):
+            paths = [_every_step(path, num_steps) for path in row["paths"]]
+            style, skipped = styles[row["loss_scale"]], row["num_skipped"]
+            more = f", {skipped:.2g} skipped" if skipped else ""
+            style = style | {"label": row["loss_scale"] + more}
+            axes.step(steps, np.median(paths, axis=0), where="post", **style)
+            ends = np.min(paths, axis=0), np.max(paths, axis=0)
+            band = {"color": style["color"], "alpha": 0.2, "lw": 0, "step": "post"}
+            axes.fill_between(steps, *ends, **band)
+        xlabel = "step, the first is 1" if axes is panels[-1] else None
+        decorate(axes, network, xlabel, "loss scale")
+        plot_style.log2_axis(axes.yaxis)
+    plot_style.log_axis(panels[-1].xaxis)
+    plot_style.label_ends(*panels)
     return figure
+
+
+def _line_styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Returns a colour per kind of loss scale, and dashes per value it starts from."""
+    colors = {"none": plot_style.BLACK, "static": plot_style.GREEN}
+    colors |= {"dynamic": plot_style.VERMILLION, "histogram": plot_style.BLUE}
+    styles = plot_style.line_styles(names)
+    seen: list[str] = []
+    for name, style in styles.items():
+        kind = name.partition(":")[0]
+        dashes = plot_style.DASHES[seen.count(kind) % len(plot_style.DASHES)]
+        seen.append(kind)
+        style |= {"color": colors[kind], "ls": dashes}
+    return styles
+
+
+def _every_step(path: list[tuple[int, float]], num_steps: int) -> np.ndarray:
+    """Returns the scale at every step, the inverse of `_changes`."""
+    starts, scales = zip(*path, strict=True)
+    return np.repeat(scales, np.diff([*starts, num_steps]))
 
 
 class _Study:

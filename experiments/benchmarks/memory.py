@@ -32,7 +32,6 @@ from typing import Any
 
 import jax
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from tqdm.auto import tqdm
 
 from experiments.benchmarks import _memory_by_hand as by_hand
@@ -44,12 +43,12 @@ from experiments.benchmarks._attention import (
 from experiments.benchmarks._train_steps import make_step, measure_cost
 from experiments.benchmarks.real_models import REAL_MODELS
 from experiments.benchmarks.workloads import WORKLOADS, Workload
-from experiments.harness import cli, results
+from experiments.harness import cli, plot_style, results
 from experiments.harness.errors import ConfigError
 from experiments.harness.files import read_json
 from experiments.harness.flags import parse_names
 from experiments.harness.output import RESULTS, save_figure, save_table
-from experiments.harness.plots import decorate
+from experiments.harness.plot_style import decorate
 from experiments.harness.results import Column
 from mpjax import cost
 
@@ -142,7 +141,7 @@ def main(config: Config) -> dict[str, Any]:
 def _save(
     name: str,
     columns: tuple[Column, ...],
-    draw: Callable[[str, list[dict[str, Any]]], Figure],
+    draw: Callable[[dict[str, Any]], Figure],
     device: str | None,
     runs: list[dict[str, Any]],
     config: Config,
@@ -157,7 +156,7 @@ def _save(
     }
     output = _output_file(name, config)
     save_table(output, table, f"compiled for {compiled_for}", columns)
-    save_figure(output.with_suffix(".png"), draw(compiled_for, runs))
+    save_figure(output.with_suffix(".png"), draw(table))
     return table
 
 
@@ -210,36 +209,38 @@ def measure(
     return runs
 
 
-def draw(device: str, runs: list[dict[str, Any]]) -> Figure:
-    """Draws peak memory over batch size, and its ratio to float32, per model."""
+def draw(table: dict[str, Any]) -> Figure:
+    """Draws peak memory over batch size, and its ratio to float32, per model.
+
+    Args:
+      table: what the result file holds.
+    """
+    runs = table["runs"]
     workloads = list(dict.fromkeys(run["workload"] for run in runs))
-    width = max(8, 3.4 * len(workloads) + 1)  # room for the title and the legend
-    figure = Figure(figsize=(width, 6), layout="constrained")
-    figure.suptitle(f"Memory of a training step, compiled for {device}")
-    axes = figure.subplots(2, len(workloads), squeeze=False)
+    title = f"Memory of a training step, compiled for {table['compiled_for']}"
+    figure = plot_style.new_figure(4.6, title)
+    panels = figure.subplots(
+        2, len(workloads), sharex="col", sharey="row", squeeze=False
+    )
+    styles = plot_style.line_styles(list(STEPS))
     for column, workload in enumerate(workloads):
-        top, bottom = axes[:, column]
-        of_workload = [run for run in runs if run["workload"] == workload]
-        for index, name in enumerate(STEPS):
-            own = [run for run in of_workload if run["name"] == name]
+        peak, ratio = panels[:, column]
+        for name, style in styles.items():
+            own = [r for r in runs if (r["workload"], r["name"]) == (workload, name)]
             sizes = [run["batch_size"] for run in own]
-            style = {"color": f"C{index}", "marker": "o", "ms": 4, "label": name}
-            # bfloat16 hides float16, which lies beneath it.
-            style |= {"lw": 4, "alpha": 0.5} if name == "mixed_float16" else {}
-            top.loglog(sizes, [run["peak_mb"] for run in own], **style)
-            bottom.semilogx(sizes, [run["peak_ratio"] for run in own], **style)
-        decorate(top, workload, None)
-        decorate(bottom, "", "batch size")
-        bottom.axhline(0.5, color="0.5", lw=1, ls=":")
-        bottom.set_ylim(0, 1.3)
-        sizes = sorted({run["batch_size"] for run in of_workload})
-        for plot in (top, bottom):
-            plot.set_xticks(sizes, [f"{n:,}" for n in sizes])
-            plot.xaxis.set_minor_locator(NullLocator())
-    axes[0, 0].set_ylabel("peak, MB")
-    axes[1, 0].set_ylabel("to float32")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+            dots = plot_style.dots(style)
+            peak.plot(sizes, [run["peak_mb"] for run in own], **dots)
+            ratio.plot(sizes, [run["peak_ratio"] for run in own], **dots)
+        decorate(peak, workload, None, None if column else "peak, MB")
+        decorate(ratio, "", "batch size", None if column else "peak, times float32's")
+        plot_style.log2_axis(ratio.xaxis, max_ticks=5)
+        ratio.axhline(0.5, color="0.4", lw=1, ls=":")
+    plot_style.log_axis(panels[0, 0].yaxis)
+    panels[1, 0].set_ylim(0, 1.2)
+    if len(workloads) > 2:  # no room for labels beside the curves
+        plot_style.key_below(figure, *panels[0, 0].get_legend_handles_labels())
+    else:
+        plot_style.label_ends(*panels[:, -1])
     return figure
 
 

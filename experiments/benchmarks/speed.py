@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.benchmarks._attention import (
@@ -57,10 +59,11 @@ from experiments.benchmarks.baselines.warmup import (
     warm_up_all,
 )
 from experiments.benchmarks.workloads import WORKLOADS, mlp, parse_workloads
-from experiments.harness import cli, results
+from experiments.harness import cli, plot_style, results
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.output import RESULTS, save_figure, save_table
+from experiments.harness.plot_style import decorate
 from experiments.harness.results import Column
 
 NAME = "speed"
@@ -310,44 +313,72 @@ def _save(directory: Path, table: dict[str, Any]) -> None:
     environment, runs = table["environment"], table["runs"]
     machine = environment["machine"]
     path = directory / f"{NAME}_{table['workload']}_{machine}_jax{jax.__version__}.json"
-    title = f"{table['title']}, batch {table['batch_size']}, {environment['device']}, "
-    title += f"jax {jax.__version__}"
     precision = environment["float32_matmul_precision"]
-    save_table(path, table, f"{title}, float32 matmul {precision}", COLUMNS)
-    save_figure(path.with_suffix(".png"), draw(title, runs))
+    title = f"{_title(table)}, float32 matmul {precision}"
+    save_table(path, table, title, COLUMNS)
+    save_figure(path.with_suffix(".png"), draw(table))
     for run in runs:
         if not run["matches_reference"]:
             losses = f"{run['loss_before']:.4f} to {run['loss_after']:.4f}"
             print(f"wrong: the loss of {run['name']} went from {losses}")
 
 
-def draw(title: str, runs: list[dict[str, Any]]) -> Figure:
-    """Draws the median step time of each baseline, with quartiles, fastest on top."""
-    runs = sorted(runs, key=lambda run: run["median_ms"], reverse=True)
-    figure = Figure(figsize=(9, 0.32 * len(runs) + 1.4), layout="constrained")
+def _title(table: dict[str, Any]) -> str:
+    environment = table["environment"]
+    title = f"{table['title']}, batch {table['batch_size']}, {environment['device']}, "
+    return title + f"jax {environment['versions']['jax']}"
+
+
+def draw(table: dict[str, Any]) -> Figure:
+    """Draws the median step time of each baseline, with quartiles, fastest on top.
+
+    Args:
+      table: what the result file holds.
+    """
+    runs = sorted(table["runs"], key=lambda run: run["median_ms"])
+    figure = plot_style.new_figure(0.22 * len(runs) + 1.3, _title(table))
     axes = figure.subplots()
-    colours = {"float16": "C1", "bfloat16": "C2"}
-    for index, run in enumerate(runs):
-        half = next((h for h in ("bfloat16", "float16") if h in run["name"]), None)
-        times, median = run["times_ms"], run["median_ms"]
-        low, _, high = statistics.quantiles(times * 2, n=4)
-        axes.barh(
-            index,
-            median,
-            color=colours.get(half or "", "C0"),
-            alpha=1.0 if run["name"].startswith("mpjax") else 0.5,
-            xerr=[[max(median - low, 0)], [max(high - median, 0)]],
-            error_kw={"lw": 1, "ecolor": "0.3"},
-        )
-        axes.annotate(
-            f" {format_ms(median)}", (max(high, median), index), va="center", fontsize=8
-        )
-    axes.set_yticks(range(len(runs)), [run["name"] for run in runs], fontsize=8)
-    axes.set_xlabel("median ms per step, whiskers: quartiles")
-    figure.suptitle(f"{title}\n(full colour: mpjax)", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12, y=0.01)
+    own_by_format: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for place, run in enumerate(runs):
+        formats = (f for f in ("bfloat16", "float16") if f in run["name"])
+        own_by_format.setdefault(next(formats, "float32"), []).append((place, run))
+    for name in filter(own_by_format.get, ("float32", "float16", "bfloat16")):
+        color = plot_style.COLORS[name if name == "float32" else f"mixed_{name}"]
+        _draw_times(axes, own_by_format[name], color, name)
+    axes.set_yticks(range(len(runs)), [run["name"] for run in runs])
+    axes.set_ylim(len(runs) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    text = "median time of a training step, with quartiles (bold: mpjax)"
+    decorate(axes, text, "ms per step", None)
+    axes.grid(visible=False, axis="y")
+    for label, run in zip(axes.get_yticklabels(), runs, strict=True):
+        label.set_fontweight("bold" if run["name"].startswith("mpjax") else "normal")
+    plot_style.key_below(figure, *axes.get_legend_handles_labels())
     return figure
+
+
+def _draw_times(
+    axes: Axes, runs: list[tuple[int, dict[str, Any]]], color: str, label: str
+) -> None:
+    """Draws the bars of one format, each at its place, with the medians beside them."""
+    medians = np.array([run["median_ms"] for _, run in runs])
+    low, high = np.transpose([run["quartiles_ms"] for _, run in runs])
+    axes.barh(
+        [place for place, _ in runs],
+        medians,
+        color=color,
+        label=label,
+        height=0.7,
+        xerr=np.maximum([medians - low, high - medians], 0),
+        error_kw={"lw": 1, "ecolor": plot_style.BLACK},
+    )
+    for (place, run), end in zip(runs, np.maximum(medians, high), strict=True):
+        axes.annotate(
+            f" {format_ms(run['median_ms'])}",
+            (end, place),
+            va="center",
+            fontsize=plot_style.SMALL,
+        )
 
 
 if __name__ == "__main__":

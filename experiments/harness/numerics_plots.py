@@ -4,167 +4,165 @@ The plots show the numbers of the unscaled loss: what loss scaling multiplied by
 divided by S, and S appears as a shift of the format's range.
 """
 
-import math
-from collections.abc import Iterator
-from pathlib import Path
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.harness.files import atomic_write
-from experiments.harness.numerics import HI, LO
-from experiments.harness.plots import DPI, decorate
+from experiments.harness import plot_style
+from experiments.harness.numerics_summary import BACKWARD, SMALLEST
+from experiments.harness.plot_style import decorate, percent_text
 
-BACKWARD = " (backward)"
-# Exponents of float16's smallest subnormal, smallest normal and largest number.
-SMALLEST, NORMAL, LARGEST = -24, -14, 15
-EXPONENTS = np.arange(LO, HI + 1)
+# Exponents of float16's smallest normal and largest number.
+NORMAL, LARGEST = -14, 15
+REGIONS = (
+    (-np.inf, SMALLEST - 0.5, plot_style.VERMILLION, "zero"),
+    (SMALLEST - 0.5, NORMAL - 0.5, plot_style.ORANGE, "subnormal"),
+    (LARGEST + 0.5, np.inf, plot_style.PURPLE, "overflow"),
+)
+Rows = Sequence[dict[str, Any]]
 
 
-def numerics_figure(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+def numerics_figure(title: str, rows: Rows) -> Figure:
     """Draws the histograms of one run, and the share that float16 loses at each step.
 
     Args:
-      path: the PNG to write.
       title: title of the figure.
-      rows: the run's rows of metrics; rows of kind "numerics" hold the histograms.
+      rows: what `numerics_summary.summarize` returns for the run.
     """
-    scales = {r["step"]: r["loss_scale"] for r in rows if r["kind"] == "train"}
-    counted = [row for row in rows if row["kind"] == "numerics"]
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    figure.suptitle(title)
-    (values, cotangents), (weights, lost) = figure.subplots(2, 2)
-    _histograms(values, counted, "values", is_backward=False)
-    _histograms(cotangents, counted, "cotangents", scales=scales, is_backward=False)
-    _histograms(weights, counted, "values", scales=scales, is_backward=True)
-    for name, slot in _names(counted):
-        if slot == "cotangents":
-            steps, shares = zip(*shares_lost(counted, name, scales), strict=True)
-            lost.plot(
-                steps, shares, "o-", ms=3, label=name, color=_color(counted, name)
-            )
-    decorate(values, "outputs of matmuls and convolutions", "exponent")
-    decorate(cotangents, "gradients with respect to them", "exponent")
-    decorate(weights, "results of backward matmuls (#2: second of a layer)", "exponent")
-    decorate(
-        lost, "share of the gradients below float16's smallest number, unscaled", "step"
-    )
-    lost.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
-    for axes in (values, cotangents, weights, lost):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, framealpha=0.6)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
+    figure = plot_style.new_figure(9.0, title)
+    *histograms, lost = figure.subplots(4, 1)
+    values, cotangents, backward = histograms
+    for axes in (cotangents, backward):
+        axes.sharex(values)
+    styles = _styles(rows)
+    kinds = {
+        values: [r for r in rows if r["kind"] == "values" and not _is_backward(r)],
+        cotangents: [row for row in rows if row["kind"] == "cotangents"],
+        backward: [r for r in rows if r["kind"] == "values" and _is_backward(r)],
+    }
+    limits = _limits(rows)
+    for axes, own in kinds.items():
+        _draw_histograms(axes, own, styles, limits, is_scaled=axes is not values)
+    decorate(values, "outputs of matmuls and convolutions", None, "share of numbers")
+    text = "gradients with respect to them, unscaled"
+    decorate(cotangents, text, None, "share of numbers")
+    text = "results of backward matmuls, unscaled (#2: the second of a layer)"
+    decorate(backward, text, "exponent", "share of numbers")
+    plot_style.exponent_axis(backward.xaxis)
+    for axes in (values, cotangents):
+        axes.tick_params(labelbottom=False)
+    for row in kinds[cotangents]:
+        style = styles[row["operation"]] | {"label": styles["", row["operation"]]}
+        lost.plot(*zip(*row["lost"], strict=True), marker="o", ms=3, **style)
+    text = "gradients that are zero in float16 without loss scaling"
+    decorate(lost, text, "step", "share of the nonzero ones")
+    plot_style.count_axis(lost.xaxis)
+    lost.set_ylim(0, max(lost.get_ylim()[1], 0.01))
+    plot_style.percent_axis(lost.yaxis)
+    plot_style.label_ends(lost)
+    return figure
 
 
-def shares_lost(
-    rows: list[dict[str, Any]], name: str, scales: dict[int, float]
-) -> Iterator[tuple[int, float]]:
-    """Yields the share of an operation's cotangents that float16 loses when unscaled.
-
-    Args:
-      rows: rows of kind "numerics".
-      name: name of the operation.
-      scales: step → the loss scale that multiplied the cotangents.
-
-    Yields:
-      `(step, share)`: the share of the nonzero numbers that are smaller than float16's
-      smallest subnormal.
-    """
-    for row in rows:
-        found = row["operations"].get(name, {}).get("cotangents")
-        if found:
-            counts = _shifted(found["counts"], -_shift(row, scales))
-            nonzero = counts.sum() + found["below"] + found["above"]
-            below = counts[EXPONENTS < SMALLEST].sum() + found["below"]
-            yield row["step"], below / max(nonzero, 1)
-
-
-def _histograms(
+def _draw_histograms(
     axes: Axes,
-    rows: list[dict[str, Any]],
-    slot: str,
+    rows: Rows,
+    styles: dict[Any, Any],
+    limits: tuple[float, float],
     *,
-    is_backward: bool,
-    scales: dict[int, float] | None = None,
+    is_scaled: bool,
 ) -> None:
     """Draws the share of each exponent, a line per operation, over float16's range."""
-    shown = []
-    for name, found_slot in _names(rows):
-        if found_slot != slot or (BACKWARD in name) != is_backward:
-            continue
-        counts, num_values, num_zeros = np.zeros(EXPONENTS.size), 0, 0
-        for row in rows:
-            found = row["operations"].get(name, {}).get(slot)
-            if found:
-                shift = _shift(row, scales)
-                counts += _shifted(found["counts"], -shift)
-                num_values += _num_values(found)
-                num_zeros += found["zeros"]
-        shown += [EXPONENTS[counts > 0]]
-        share = np.where(counts > 0, counts, np.nan) / max(num_values, 1)
-        axes.plot(
-            EXPONENTS,
-            share,
-            drawstyle="steps-mid",
-            ls="--" if name.endswith("#2") else "-",
-            lw=1.2,
-            color=_color(rows, name),
-            label=f"{name}: {num_zeros / max(num_values, 1):.0%} zero",
-        )
-    found = np.concatenate([np.array([SMALLEST - 4, LARGEST + 4]), *shown])
-    low, high = found.min() - 1, found.max() + 1
-    regions = (
-        (low, SMALLEST - 0.5, "C3", "zero in float16"),
-        (SMALLEST - 0.5, NORMAL - 0.5, "C1", "subnormal in float16"),
-        (LARGEST + 0.5, high, "C4", "overflow in float16"),
-    )
-    for start, stop, color, label in regions:
-        axes.axvspan(start, stop, color=color, alpha=0.12, lw=0, label=label)
-    used = [_shift(row, scales) for row in rows]
-    if any(used):
-        edge = SMALLEST - 0.5 - float(np.median(used))
-        axes.axvline(edge, color="C3", ls="--", lw=1, label="zero at the loss scale")
-    axes.set_xlim(low, high)
-    axes.set_yscale("log")
-    axes.set_ylabel("share of all numbers")
-
-
-def _names(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Returns every operation and slot, in the order of the operations."""
-    found: dict[tuple[str, str], None] = {}
     for row in rows:
-        for name, slots in row["operations"].items():
-            found |= dict.fromkeys((name, slot) for slot in slots)
-    return list(found)
+        name = row["operation"]
+        exponents = np.arange(np.ceil(limits[0]), limits[1])
+        found = {int(key): share for key, share in row["exponents"].items()}
+        shares = [found.get(int(exponent), np.nan) for exponent in exponents]
+        label = f"{styles['', name]}: {percent_text(row['zero'])} zero"
+        style = styles[name] | {"label": label}
+        axes.plot(exponents, shares, drawstyle="steps-mid", **style)
+    for start, stop, color, text in REGIONS:
+        start, stop = max(start, limits[0]), min(stop, limits[1])
+        axes.axvspan(start, stop, color=color, alpha=0.12, lw=0)
+        axes.annotate(
+            text,
+            ((start + stop) / 2, 1),
+            (0, -3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=plot_style.SMALL,
+            color=plot_style.text_color(color),
+        )
+    scale = max((row["scale"] for row in rows), default=0) if is_scaled else 0
+    if scale:
+        label = f"zero with a scale of {plot_style.power(scale)}"
+        edge = SMALLEST - 0.5 - scale
+        axes.axvline(edge, color=plot_style.VERMILLION, ls="--", lw=1, label=label)
+    axes.set_xlim(*limits)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 10)  # room for the names of the regions
+    plot_style.key_beside(axes)
 
 
-def _color(rows: list[dict[str, Any]], name: str) -> str:
-    """Returns the colour of an operation, the same forward and backward."""
-    forward = dict.fromkeys(name.split(BACKWARD)[0] for name, _ in _names(rows))
-    return f"C{list(forward).index(name.split(BACKWARD)[0]) % 10}"
+def _limits(rows: Rows) -> tuple[float, float]:
+    """Returns the ends of the exponents' axis: float16's range, and what was found."""
+    found = [int(exponent) for row in rows for exponent in row["exponents"]]
+    edges = [SMALLEST - row["scale"] for row in rows]
+    ends = [SMALLEST - 6, LARGEST + 6, *found, *edges]
+    return min(ends) - 1.5, max(ends) + 1.5
 
 
-def _shift(row: dict[str, Any], scales: dict[int, float] | None) -> int:
-    if scales is None:
-        return 0
-    return round(math.log2(scales.get(row["step"], 1.0) or 1.0))
+def _styles(rows: Rows) -> dict[Any, Any]:
+    """Returns keywords of `Axes.plot` by operation, and at ("", name) its short name.
+
+    An operation has the same colour forward and backward; a second one has dashes.
+    Where there are more operations than colours, dashes tell them apart as well.
+    """
+    names = list(dict.fromkeys(row["operation"] for row in rows))
+    forward = list(dict.fromkeys(_forward(name) for name in names))
+    short = _short_names(forward)
+    cycle, styles = plot_style.CYCLE, {}
+    for name in names:
+        place = forward.index(_forward(name))
+        number = name.partition(BACKWARD)[2]
+        dashes = place // len(cycle) + bool(number)
+        styles[name] = {
+            "color": cycle[place % len(cycle)],
+            "ls": plot_style.DASHES[dashes % len(plot_style.DASHES)],
+            "lw": 1.2 + 1.6 * (len(forward) - 1 - place) / max(len(forward) - 1, 1),
+        }
+        styles["", name] = f"{short[_forward(name)]} {number}".strip()
+    return styles
 
 
-def _shifted(counts: list[int], shift: int) -> np.ndarray:
-    """Shifts counts to other exponents; drops those that leave the range."""
-    moved = np.zeros(len(counts))
-    source = np.asarray(counts)
-    if shift >= 0:
-        moved[shift:] = source[: source.size - shift]
-    else:
-        moved[:shift] = source[-shift:]
-    return moved
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """Returns the names without the parts at either end that all have.
+
+    >>> _short_names(["MLP/Dense_0/dot_general", "MLP/Dense_1/dot_general"])
+    {'MLP/Dense_0/dot_general': 'Dense_0', 'MLP/Dense_1/dot_general': 'Dense_1'}
+    """
+    parts = [name.split("/") for name in names]
+    start = _num_equal(parts)
+    end = _num_equal([part[start:][::-1] for part in parts])
+    middle = ["/".join(part[start : len(part) - end]) for part in parts]
+    return {name: text or name for name, text in zip(names, middle, strict=True)}
 
 
-def _num_values(found: dict[str, Any]) -> int:
-    return sum(found["counts"]) + sum(
-        found[name] for name in ("zeros", "below", "above", "infs", "nans")
-    )
+def _num_equal(parts: list[list[str]]) -> int:
+    """Returns how many parts all begin with."""
+    columns = zip(*parts, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda c: len(set(c)) == 1, columns))
+
+
+def _forward(name: str) -> str:
+    return name.partition(BACKWARD)[0]
+
+
+def _is_backward(row: dict[str, Any]) -> bool:
+    return BACKWARD in row["operation"]

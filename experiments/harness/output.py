@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.harness import results
-from experiments.harness.files import atomic_write, translate_os_errors, write_json
-from experiments.harness.plots import DPI
+from experiments.harness.files import translate_os_errors, write_json
+from experiments.harness.plot_style import write_png
 from experiments.harness.results import Column
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -42,8 +42,8 @@ def save_figure(path: Path, figure: Figure) -> None:
     Raises:
       WorkdirError: if the file cannot be written.
     """
-    with translate_os_errors(path.parent), atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
+    with translate_os_errors(path.parent):
+        write_png(path, figure)
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:

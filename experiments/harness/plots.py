@@ -1,98 +1,148 @@
-"""Plots of training runs: one figure, a colour per run."""
+"""Plots of training runs: one figure, a colour per run, the differences beneath."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from experiments.harness import plot_style
 from experiments.harness.experiment import Metric
-from experiments.harness.files import atomic_write
+from experiments.harness.plot_style import decorate
 
-DPI = 130
 MAX_MARKERS = 25
+REFERENCE = "float32"
+Rows = list[dict[str, Any]]
 
 
 def training_figure(
-    path: Path, title: str, runs: dict[str, list[dict[str, Any]]], headline: Metric
-) -> None:
+    title: str, runs: dict[str, list[dict[str, Any]]], headline: Metric
+) -> Figure:
     """Draws loss, headline metric, loss scale and step time of several runs.
 
-    It leaves pyplot and its backend alone, so that a notebook keeps its own.
+    Beneath loss and metric stand their differences to the run in float32, or else to
+    the first, as precisions that agree lie on each other above.
 
     Args:
-      path: the PNG to write.
       title: title of the figure.
       runs: name of a run → its rows of metrics (see `Recorder`).
       headline: the metric to draw beside the loss.
     """
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(title)
-    (loss, metric), (scale, step_time) = figure.subplots(2, 2)
-    for index, (name, rows) in enumerate(runs.items()):
-        style = {"color": f"C{index}", "lw": 2.5 - 0.5 * min(index, 3)}
-        train = [row for row in rows if row["kind"] == "train"]
-        epochs = [row for row in rows if row["kind"] == "epoch"]
-        every = max(1, len(epochs) // MAX_MARKERS)
-        dots = {"marker": "o", "ms": 5, "markevery": every, "label": name}
-        _line(loss, train, "loss", **style | {"alpha": 0.4, "lw": 1})
-        _line(loss, epochs, "val_loss", **style, **dots)
-        _line(metric, epochs, f"val_{headline.name}", **style, **dots)
-        _line(scale, train, "loss_scale", drawstyle="steps-post", **style)
-        _skips(scale, train, style["color"])
-    _bars(step_time, runs)
-    loss.set_yscale("log")
-    loss.yaxis.set_major_formatter("{x:g}")
-    loss.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(2, 0.6)))
-    scale.set_yscale("log", base=2)
-    decorate(loss, "loss (faint: training steps, dots: validation)", "step")
+    names = sorted(runs, key=lambda name: name != REFERENCE)
+    runs = {name: runs[name] for name in names}
+    has_differences = len(runs) > 1
+    figure = plot_style.new_figure(7.6 if has_differences else 5.4, title)
+    mosaic: list[Any] = [["loss", "metric"], ["loss-", "metric-"], ["scale", "time"]]
+    heights = [3.0, 2.0, 2.4]
+    if not has_differences:
+        del mosaic[1], heights[1]
+    panels = figure.subplot_mosaic(mosaic, height_ratios=heights)
+    steps = [panels[name] for row in mosaic for name in row if name != "time"]
+    for axes in steps[1:]:
+        axes.sharex(steps[0])
+    styles = plot_style.line_styles(names)
+    _draw_curves(panels, runs, styles, headline)
+    if has_differences:
+        _draw_differences(panels, runs, styles, headline)
+    _bars(panels["time"], runs, styles)
+    plot_style.count_axis(panels["scale"].xaxis)
+    labelled = [panels["loss"], panels["metric"], panels["scale"]]
+    plot_style.label_ends(*labelled)
+    return figure
+
+
+def _draw_curves(
+    panels: dict[str, Axes],
+    runs: dict[str, Rows],
+    styles: dict[str, dict[str, Any]],
+    headline: Metric,
+) -> None:
+    loss, metric, scale = panels["loss"], panels["metric"], panels["scale"]
+    for name, rows in runs.items():
+        style = styles[name]
+        train, epochs = _of_kind(rows, "train"), _of_kind(rows, "epoch")
+        faint = style | {"alpha": 0.35, "lw": 0.8, "ls": "-", "label": "_", "zorder": 1}
+        dots = _dots(epochs, style)
+        loss.plot(*_points(train, "loss"), **faint)
+        loss.plot(*_points(epochs, "val_loss"), **dots)
+        metric.plot(*_points(epochs, f"val_{headline.name}"), **dots)
+        scale.plot(*_points(train, "loss_scale"), drawstyle="steps-post", **style)
+        skips = [row for row in train if not row["grads_finite"]]
+        crosses = {"color": style["color"], "ms": 7, "zorder": 9, "label": "_"}
+        scale.plot(*_points(skips, "loss_scale"), "x", **crosses)
+    plot_style.log_axis(loss.yaxis)
+    plot_style.log2_axis(scale.yaxis)
+    if "%" in headline.format:
+        plot_style.percent_axis(metric.yaxis)
+    else:
+        plot_style.number_axis(metric.yaxis)
     direction = "" if headline.is_larger_better else " (smaller is better)"
-    decorate(metric, f"validation {headline.title}{direction}", "step")
-    decorate(scale, "loss scale (crosses: skipped steps)", "step")
-    decorate(step_time, "median ms per step, without compilation", None)
-    if metric.get_legend_handles_labels()[0]:
-        corner = "lower right" if headline.is_larger_better else "upper right"
-        metric.legend(loc=corner, frameon=False)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
+    xlabel = None if "loss-" in panels else "step"
+    text = "validation loss (faint: training)"
+    decorate(loss, text, xlabel, "loss")
+    text = f"validation {headline.title}{direction}"
+    decorate(metric, text, xlabel, headline.title)
+    decorate(scale, "loss scale (crosses: skipped steps)", "step", "loss scale")
+    for axes in (loss, metric):
+        axes.tick_params(labelbottom=xlabel is not None)
 
 
-class _PlainLogFormatter(LogFormatter):
-    """Writes minor labels, where there is room for them, as 0.2, not as 2 x 10^-1."""
+def _draw_differences(
+    panels: dict[str, Axes],
+    runs: dict[str, Rows],
+    styles: dict[str, dict[str, Any]],
+    headline: Metric,
+) -> None:
+    reference = next(iter(runs))
+    is_percent = "%" in headline.format
+    for panel, key in (("loss-", "val_loss"), ("metric-", f"val_{headline.name}")):
+        axes, in_points = panels[panel], is_percent and panel == "metric-"
+        subtract = _subtractor(runs[reference], key)
+        for name, rows in runs.items():
+            epochs = _of_kind(rows, "epoch")
+            style = _dots(epochs, styles[name])
+            axes.plot(*subtract(epochs), **style)
+        unit = "points" if in_points else "difference"
+        decorate(axes, f"minus {reference}'s", "step", unit)
+        plot_style.number_axis(axes.yaxis, 100 if in_points else 1, signed=True)
 
-    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
-        return f"{x:g}"
+
+def _subtractor(reference: Rows, key: str) -> Callable[[Rows], tuple[list, list]]:
+    """Returns a function from rows to steps and differences to the reference."""
+    expected = dict(zip(*_points(_of_kind(reference, "epoch"), key), strict=True))
+
+    def subtract(rows: Rows) -> tuple[list, list]:
+        steps, values = _points(rows, key)
+        pairs = zip(steps, values, strict=True)
+        found = [(step, y - expected[step]) for step, y in pairs if step in expected]
+        return [step for step, _ in found], [difference for _, difference in found]
+
+    return subtract
 
 
-def _line(axes: Axes, rows: list[dict[str, Any]], name: str, **style: Any) -> None:
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)
+def _dots(rows: Rows, style: dict[str, Any]) -> dict[str, Any]:
+    every = max(1, len(rows) // MAX_MARKERS)
+    return plot_style.dots(style) | {"markevery": every}
 
 
-def _skips(axes: Axes, rows: list[dict[str, Any]], color: str) -> None:
-    skips = [(r["step"], r["loss_scale"]) for r in rows if not r["grads_finite"]]
-    if skips:
-        axes.plot(*zip(*skips, strict=True), "x", color=color, markersize=8)
+def _of_kind(rows: Rows, kind: str) -> Rows:
+    return [row for row in rows if row["kind"] == kind]
 
 
-def _bars(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
-    for index, (name, rows) in enumerate(runs.items()):
-        times = sorted(row["ms_per_step"] for row in rows if row["kind"] == "epoch")
+def _points(rows: Rows, name: str) -> tuple[list, list]:
+    """Returns steps and values of the rows that have a value."""
+    found = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in found], [row[name] for row in found]
+
+
+def _bars(axes: Axes, runs: dict[str, Rows], styles: dict[str, dict[str, Any]]) -> None:
+    for name, rows in runs.items():
+        times = sorted(row["ms_per_step"] for row in _of_kind(rows, "epoch"))
         if times:
-            bars = axes.bar(name, times[len(times) // 2], color=f"C{index}", width=0.6)
-            axes.bar_label(bars, fmt="%.3g", padding=2)
-    axes.set_xlim(-0.8, len(runs) - 0.2)
-    axes.margins(y=0.1)
-
-
-def decorate(axes: Axes, title: str, xlabel: str | None) -> None:
-    """Gives axes a title and the house look."""
-    axes.set_title(title, fontsize=10)
-    if xlabel:
-        axes.set_xlabel(xlabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_axisbelow(True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+            median = times[len(times) // 2]
+            bars = axes.barh(name, median, color=styles[name]["color"], height=0.6)
+            axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=plot_style.SMALL)
+    axes.set_visible(axes.has_data())
+    axes.set_ylim(max(len(runs), 1) - 0.4, -0.6)
+    axes.margins(x=0.2)
+    decorate(axes, "median time of a step, without compilation", "ms", None)

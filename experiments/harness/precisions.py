@@ -1,7 +1,6 @@
 """One set of trained weights, evaluated in several precisions beside float64."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,11 +9,10 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 import mpjax
-from experiments.harness.files import atomic_write
-from experiments.harness.plots import DPI, decorate
+from experiments.harness import plot_style
+from experiments.harness.plot_style import decorate
 from experiments.harness.results import Column
 
 BATCH_SIZE = 2000
@@ -133,38 +131,49 @@ def activation_bytes(
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+def draw(table: dict[str, Any]) -> Figure:
     """Draws accuracy and disagreement per precision, a colour per trained policy.
 
     Args:
-      path: the PNG to write.
-      title: title of the figure.
-      rows: rows of `evaluate`, each with the `policy` that trained the weights.
+      table: its `runs` are rows of `evaluate`, each with the `policy` that trained the
+        weights; it may have a `title`.
     """
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    figure.suptitle(title)
+    rows = table["runs"]
+    figure = plot_style.new_figure(3.7, table.get("title", "DeepConvNet on MNIST"))
     accuracy, changed = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["precision"] for row in rows))
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    width = 0.8 / len(policies)
-    for index, policy in enumerate(policies):
+    colors = plot_style.colors(row["policy"] for row in rows)
+    width = 0.84 / len(colors)
+    for index, (policy, color) in enumerate(colors.items()):
         own = [row for row in rows if row["policy"] == policy]
-        offset = (index - (len(policies) - 1) / 2) * width
+        offset = (index - (len(colors) - 1) / 2) * width
         places = [names.index(row["precision"]) + offset for row in own]
-        percent = [100 * row["test_accuracy"] for row in own]
-        accuracy.plot(places, percent, "o", color=f"C{index}", label=policy)
-        heights = [row["num_changed"] or 0 for row in own]
-        bars = changed.bar(places, heights, width, color=f"C{index}")
-        changed.bar_label(bars, padding=2, fontsize=8)
+        shares = [row["test_accuracy"] for row in own]
+        accuracy.plot(places, shares, "o", color=color, label=f"trained in {policy}")
+        pairs = zip(places, own, strict=True)
+        known = [
+            (x, r["num_changed"]) for x, r in pairs if r["num_changed"] is not None
+        ]
+        bars = changed.bar(
+            [x for x, _ in known], [y for _, y in known], width, color=color
+        )
+        changed.bar_label(bars, padding=1, fontsize=plot_style.SMALL)
+    num_images = round(rows[0]["num_correct"] / max(rows[0]["test_accuracy"], 1e-9))
+    text = "accuracy on the test images"
+    decorate(accuracy, text, "evaluated in", "test accuracy")
+    text = "predictions that are not float64's"
+    decorate(changed, text, "evaluated in", f"images, of {num_images:,}")
+    labels = [name.replace("_", "\n") for name in names]
     for axes in (accuracy, changed):
-        axes.set_xticks(range(len(names)), names, rotation=20)
+        axes.set_xticks(range(len(names)), labels, fontsize=plot_style.SMALL - 1)
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.grid(visible=False, axis="x")
     accuracy.margins(y=0.15)
-    changed.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(title="trained in", frameon=False, loc="outside right center")
-    decorate(accuracy, "test accuracy, %", None)
-    decorate(changed, "images whose prediction is not float64's", None)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
+    plot_style.percent_axis(accuracy.yaxis)
+    changed.margins(y=0.1)
+    plot_style.count_axis(changed.yaxis)
+    plot_style.key_below(figure, *accuracy.get_legend_handles_labels())
+    return figure
 
 
 def _cast(params: Any, policy: jmp.Policy) -> Any:

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.harness import plots
 from experiments.harness.experiment import Experiment
-from experiments.harness.files import translate_os_errors, write_text
+from experiments.harness.files import translate_os_errors, write_json, write_text
 from experiments.harness.numerics_plots import numerics_figure
+from experiments.harness.numerics_summary import summarize
+from experiments.harness.plot_style import write_png
+from experiments.harness.plots import training_figure
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Column, Result, markdown_table, print_table
 
@@ -37,12 +39,27 @@ def report(
     }
     headline = experiment.headline_metric()
     with translate_os_errors(workdir):
-        plots.training_figure(workdir / "training.png", title, metrics, headline)
+        figure = training_figure(title, metrics, headline)
+        write_png(workdir / "training.png", figure)
         for policy, rows in metrics.items():
             if any(row["kind"] == "numerics" for row in rows):
-                path = workdir / policy / "numerics.png"
-                numerics_figure(path, f"{title}, {policy}", rows)
+                _report_numerics(result, policy, f"{title}, {policy}", rows)
         write_text(workdir / "result.md", "\n".join((title + "\n", *texts)))
     for table in tables:
         print_table(*table)
     print(f"metrics, plots and checkpoints: {workdir}")
+
+
+def _report_numerics(
+    result: Result, policy: str, title: str, rows: list[dict[str, Any]]
+) -> None:
+    """Writes what was counted in one policy, as a table and as a plot."""
+    table = {
+        "experiment": f"{result.experiment}_numerics",
+        "title": title,
+        "environment": result.environment,
+        "runs": summarize(rows),
+    }
+    path = result.workdir / policy / "numerics.json"
+    write_json(path, table)
+    write_png(path.with_suffix(".png"), numerics_figure(title, table["runs"]))

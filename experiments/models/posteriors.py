@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from experiments.data.speech.corpus import SAMPLE_RATE_HZ, Utterances
 from experiments.data.speech.features import (
@@ -20,8 +19,8 @@ from experiments.data.speech.features import (
     mel_filters,
 )
 from experiments.data.speech.vocabulary import BLANK, Vocabulary
-from experiments.harness.files import atomic_write
-from experiments.harness.plots import DPI, decorate
+from experiments.harness import plot_style
+from experiments.harness.plot_style import decorate
 from experiments.models.recognizer import Recognizer
 
 NUM_MELS = 80
@@ -94,19 +93,18 @@ def draw_posteriors(
     """
     heard, vocabulary = hear(recognizer, utterances), recognizer.vocabulary
     longest_s = max(len(h.samples) for h in heard) / SAMPLE_RATE_HZ
-    width = min(16.0, max(9.0, 4.5 * longest_s))
+    width = min(14.0, max(plot_style.WIDTH, 3.6 * longest_s))
     families = ["DejaVu Sans", *_installed(_CHINESE_FONTS)]
     with matplotlib.rc_context({"font.family": families}):
-        figure = Figure(figsize=(width, 0.4 + 3.3 * len(heard)), layout="constrained")
-        figure.suptitle(title, parse_math=False)
+        figure = plot_style.new_figure(0.4 + 3.0 * len(heard), title, width)
         parts = figure.subfigures(len(heard), 1, squeeze=False)[:, 0]
         for part, utterance in zip(parts, heard, strict=True):
             _draw_utterance(part, utterance, vocabulary)
-        parts[0].axes[1].legend(loc="upper right", fontsize=8, frameon=False)
-        with atomic_write(path) as temporary, warnings.catch_warnings():
+        with warnings.catch_warnings():
             # Without a font for Chinese, boxes stand for its characters.
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            figure.savefig(temporary, dpi=DPI, format="png")
+            plot_style.label_ends(*(part.axes[1] for part in parts))
+            plot_style.write_png(path, figure)
 
 
 def _draw_utterance(part, utterance: Heard, vocabulary: Vocabulary) -> None:
@@ -114,7 +112,7 @@ def _draw_utterance(part, utterance: Heard, vocabulary: Vocabulary) -> None:
     verdict = "heard as said" if said == heard else f"heard: {heard or '(nothing)'}"
     mels, posteriors = part.subplots(2, 1, sharex=True, height_ratios=(4, 3))
     text = f"{said}   ·   {verdict}"
-    mels.set_title(text, fontsize=11, loc="left", parse_math=False)
+    mels.set_title(text, fontsize=plot_style.NORMAL, loc="left", parse_math=False)
     features = log_mel(utterance.samples, num_mels=NUM_MELS)
     duration_s = len(utterance.samples) / SAMPLE_RATE_HZ
     # A frame is drawn about its middle.
@@ -142,21 +140,23 @@ def _draw_spectrogram(axes: Axes, features: np.ndarray, first_s: float) -> None:
     bands_khz = mel_filters(NUM_MELS).argmax(axis=0) * SAMPLE_RATE_HZ / FFT_SIZE / 1000
     places = np.interp(_TICKS_KHZ, bands_khz, np.arange(NUM_MELS) + 0.5)
     axes.set_yticks(places.tolist(), [f"{khz:g}" for khz in _TICKS_KHZ])
-    axes.set_ylabel("kHz", fontsize=9)
+    axes.set_ylabel("frequency, kHz", fontsize=plot_style.SMALL)
+    axes.tick_params(labelsize=plot_style.SMALL, labelbottom=False)
 
 
 def _draw_posteriors(
     axes: Axes, times_s: np.ndarray, probabilities: np.ndarray, vocabulary: Vocabulary
 ) -> None:
     blank = probabilities[:, BLANK]
-    axes.plot(times_s, blank, "--", color="0.6", lw=1, label="blank", zorder=1)
+    color = plot_style.GREY
+    axes.plot(times_s, blank, "--", color=color, lw=1, label="blank", zorder=1)
     for number, symbol in enumerate(vocabulary.symbols, 1):
         values = probabilities[:, number]
         if values.max(initial=0) < _MIN_PROBABILITY:
             continue
-        color = f"C{(number - 1) % 10}"
+        color = plot_style.CYCLE[(number - 1) % len(plot_style.CYCLE)]
         visible = np.where(values > _MIN_VISIBLE, values, np.nan)
-        axes.plot(times_s, visible, color=color, lw=1.4, zorder=2)
+        axes.plot(times_s, visible, color=color, lw=1.4, zorder=2, label="_")
         axes.fill_between(times_s, values, color=color, alpha=0.25, lw=0, zorder=2)
         for place in _peaks(values):
             axes.annotate(
@@ -166,16 +166,14 @@ def _draw_posteriors(
                 textcoords="offset points",
                 ha="center",
                 va="bottom",
-                color=color,
+                color=plot_style.text_color(color),
                 weight="bold",
                 fontsize=10,
                 parse_math=False,
             )
-    decorate(axes, "", None)
+    decorate(axes, "", "time, s", "probability")
     axes.set_ylim(0, 1.22)
     axes.set_yticks([0, 0.5, 1])
-    axes.set_xlabel("seconds", fontsize=9)
-    axes.set_ylabel("probability", fontsize=9)
 
 
 def _peaks(values: np.ndarray) -> list[int]:

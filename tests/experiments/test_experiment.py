@@ -19,7 +19,7 @@ from helpers import cli_runs
 from helpers.tools import thinned
 
 from experiments.data.dataset import Dataset, check_shard
-from experiments.harness import loop, plots, results
+from experiments.harness import loop, results
 from experiments.harness.config import BaseConfig
 from experiments.harness.errors import ConfigError, DataError
 from experiments.harness.experiment import Experiment, Metric, Task, evaluate
@@ -168,17 +168,6 @@ def test_its_table_and_its_lines_are_in_its_own_format(uninterrupted, capsys):
     line = loop.epoch_line(EXPERIMENT, row, num_epochs=10)
     expected = "epoch  2/10      1.5 ms/step  loss 2.0000  val_cer 12.5%  "
     assert line == expected + "scale 8  skipped 1"
-
-
-def test_the_plot_says_that_smaller_is_better(monkeypatch, tmp_path):
-    titles = []
-    decorate = plots.decorate
-    monkeypatch.setattr(
-        plots, "decorate", lambda *args: (titles.append(args[1]), decorate(*args))
-    )
-    metric = EXPERIMENT.headline_metric()
-    plots.training_figure(tmp_path / "a.png", "nothing", {}, metric)
-    assert "validation CER (smaller is better)" in titles
 
 
 @pytest.mark.parametrize("steps", thinned([4, 1, 6], 3))

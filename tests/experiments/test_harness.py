@@ -16,14 +16,13 @@ from helpers import cli_runs
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments import mnist_mlp
-from experiments.harness import loop, plots, results
+from experiments.harness import loop, results
 from experiments.harness.config import BaseConfig, split_policies
 from experiments.harness.recorder import Recorder, read_rows, weighted_mean
 
 NUM_EPOCHS = 3
 STEPS_PER_EPOCH = 4
 POLICIES = ("float32", "p=f32,c=f16,o=f32")
-ACCURACY = mnist_mlp.EXPERIMENT.headline_metric()
 
 
 @pytest.fixture(scope="module")
@@ -210,17 +209,6 @@ def test_policies_are_split_outside_jmp_strings():
     ]
     config = BaseConfig(policies="float32,float32,,mixed_float16")
     assert config.policy_names() == ("float32", "mixed_float16")
-
-
-def test_plots_take_skips_nan_and_nothing(tmp_path):
-    nan = float("nan")
-    row = {"kind": "train", "loss": nan, "loss_scale": 8.0, "grads_finite": 0}
-    rows = [row | {"step": step} for step in range(1, 4)]
-    plots.training_figure(
-        tmp_path / "a.png", "skips", {"half": rows, "none": []}, ACCURACY
-    )
-    assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def read_all(descriptor):

@@ -1,12 +1,14 @@
 """`--numerics`: what is counted, drawn, and left as it was."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import cli_runs
 
-from experiments import mnist_mlp
-from experiments.harness import numerics, numerics_plots
+from experiments import mnist_mlp, tables
+from experiments.harness import numerics, numerics_summary
 from experiments.harness.errors import ConfigError
 from experiments.harness.recorder import read_rows
 from mpjax.numerics import OpHistograms, exponent_histogram, representable_fraction
@@ -37,6 +39,10 @@ def test_it_counts_draws_and_changes_nothing(tmp_path):
     for policy in ("float32", "mixed_float16"):
         directory = tmp_path / "counted" / policy
         assert (directory / "numerics.png").read_bytes().startswith(b"\x89PNG")
+        table = json.loads((directory / "numerics.json").read_text())
+        assert table["experiment"] == mnist_mlp.NUMERICS_NAME
+        assert set(DENSE) <= {row["operation"] for row in table["runs"]}
+        assert "| MLP/Dense_0/dot_general | cotangents |" in tables.render_result(table)
         rows = read_rows(directory / "metrics.jsonl")
         found = [row for row in rows if row["kind"] == "numerics"]
         assert [row["step"] for row in found] == [1, 5, 9]
@@ -50,7 +56,7 @@ def test_it_counts_draws_and_changes_nothing(tmp_path):
                 )
                 assert total == 24 * width
         cotangents = operations[DENSE[2]]["cotangents"]
-        mean = np.average(numerics_plots.EXPONENTS, weights=cotangents["counts"])
+        mean = np.average(numerics_summary.EXPONENTS, weights=cotangents["counts"])
         assert (mean > 0) == (policy == "mixed_float16")  # Times the loss scale.
     assert not (tmp_path / "plain" / "mixed_float16" / "numerics.png").exists()
 
@@ -66,9 +72,30 @@ def test_the_share_that_float16_loses_is_that_of_the_unscaled_numbers(scale):
     histogram = exponent_histogram(scale * x, lo=numerics.LO, hi=numerics.HI)
     row = numerics.to_row({"dot": OpHistograms(None, histogram)})
     rows = [{"step": 3, "operations": row}]
-    (found,) = numerics_plots.shares_lost(rows, "dot", {3: scale})
+    (found,) = numerics_summary.shares_lost(rows, "dot", {3: scale})
     expected = representable_fraction(exponent_histogram(x), "float16").zero
     assert found == (3, pytest.approx(float(expected)))
+
+
+def test_a_summary_is_of_the_unscaled_numbers_and_of_all_counts():
+    x, zeros = 2.0 ** -jnp.arange(1.0, 31.0), jnp.zeros(10)
+    rows, scales = [], {1: 2.0**7, 6: 2.0**9}
+    for step, scale in scales.items():
+        numbers = jnp.concatenate([scale * x, zeros])
+        histogram = exponent_histogram(numbers, lo=numerics.LO, hi=numerics.HI)
+        operations = numerics.to_row({"dot": OpHistograms(histogram, histogram)})
+        rows.append({"kind": "numerics", "step": step, "operations": operations})
+        rows.append({"kind": "train", "step": step, "loss_scale": scale})
+    values, cotangents = numerics_summary.summarize(rows)
+    assert (values["kind"], cotangents["kind"]) == ("values", "cotangents")
+    assert values["zero"] == cotangents["zero"] == 0.25
+    expected = {str(-e): pytest.approx(1 / 40) for e in range(1, 31)}
+    assert cotangents["exponents"] == expected
+    assert max(map(int, values["exponents"])) == 8  # Values are not scaled.
+    share = pytest.approx(6 / 30)  # 2**-25 to 2**-30 are below float16's 2**-24.
+    assert cotangents["lost"] == [(1, share), (6, share)]
+    assert cotangents["first_lost"] == cotangents["last_lost"] == share
+    assert (cotangents["scale"], json.loads(json.dumps(cotangents))["scale"]) == (8, 8)
 
 
 def test_nothing_counted_is_no_row():

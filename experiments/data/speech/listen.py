@@ -5,13 +5,13 @@ import wave
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments.data import cache
 from experiments.data.speech.corpus import SAMPLE_RATE_HZ, Corpus, Utterance
 from experiments.data.speech.features import STEP_SAMPLES, log_mel
+from experiments.harness import plot_style
 from experiments.harness.files import atomic_write
-from experiments.harness.plots import DPI, decorate
+from experiments.harness.plot_style import decorate
 
 NUM_MELS = 80
 _FRAMES_PER_S = SAMPLE_RATE_HZ / STEP_SAMPLES
@@ -62,19 +62,33 @@ def _write_wav(path: Path, samples: np.ndarray) -> None:
 
 
 def _draw(path: Path, utterance: Utterance, samples: np.ndarray) -> None:
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
     by = f", {utterance.speaker}" if utterance.speaker else ""
     title = f"{utterance.text}   ({utterance.id}{by}, {utterance.duration_s:.2f} s)"
-    figure.suptitle(title, parse_math=False)
+    figure = plot_style.new_figure(4.0, title)
     waveform, mels = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-    waveform.plot(np.arange(len(samples)) / SAMPLE_RATE_HZ, samples, lw=0.5)
-    decorate(waveform, "waveform", None)
+    times_s = np.arange(len(samples)) / SAMPLE_RATE_HZ
+    waveform.plot(times_s, samples, lw=0.5, color=plot_style.BLUE)
+    decorate(waveform, "waveform", None, "amplitude")
     features = log_mel(samples, num_mels=NUM_MELS)
-    extent = (0, len(features) / _FRAMES_PER_S, 0, NUM_MELS)
-    image = mels.imshow(features.T, origin="lower", aspect="auto", extent=extent)
-    figure.colorbar(image, ax=mels, label="log power")
-    mels.set(title="log-mel spectrogram", xlabel="seconds", ylabel="mel band")
-    with atomic_write(path) as temporary, warnings.catch_warnings():
+    length_s = len(features) / _FRAMES_PER_S
+    # A frame is drawn about its middle.
+    first_s = (len(samples) / SAMPLE_RATE_HZ - length_s) / 2
+    image = mels.imshow(
+        features.T,
+        origin="lower",
+        aspect="auto",
+        extent=(first_s, first_s + length_s, 0, NUM_MELS),
+        cmap="magma",
+        interpolation="nearest",
+    )
+    decorate(mels, "log-mel spectrogram", "time, s", "mel band")
+    mels.grid(visible=False)
+    waveform.tick_params(labelbottom=False)
+    waveform.set_xlim(0, len(samples) / SAMPLE_RATE_HZ)
+    bar = figure.colorbar(image, ax=mels)
+    bar.set_label("log power", fontsize=plot_style.SMALL)
+    bar.ax.tick_params(labelsize=plot_style.SMALL)
+    with warnings.catch_warnings():
         # Fonts without Chinese characters draw boxes in the title.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(temporary, dpi=DPI, format="png")
+        plot_style.write_png(path, figure)
