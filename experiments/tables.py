@@ -7,6 +7,12 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is 
 of a result file without its ending. Everything else in README.md stays as it is.
 """
 
+from experiments.configs.tables import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.tables", Config, doc=__doc__)
+
 import dataclasses
 import json
 import re
@@ -30,7 +36,7 @@ from experiments.benchmarks import (
     recurrence,
     speed,
 )
-from experiments.harness import cli, precisions
+from experiments.harness import precisions
 from experiments.harness.errors import ExperimentError
 from experiments.harness.files import write_text
 from experiments.harness.results import Column, markdown_table
@@ -53,14 +59,6 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     speech_updates.NAME: speech_updates_table.COLUMNS,
 }
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to do with README.md."""
-
-    check: bool = False
-    """Change nothing; exit with 1 and name the tables that are out of date."""
 
 
 def main(config: Config) -> list[str]:
@@ -160,7 +158,3 @@ def in_todays_names(result: dict[str, Any]) -> dict[str, Any]:
         "runs": [rename(run) for run in result["runs"]],
         "left_out": {name: reword(why) for name, why in left_out.items()},
     }
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -192,15 +192,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 }
 
 
-def parse_workloads(text: str) -> list[str]:
-    """Returns the names that --workloads lists.
-
-    Raises:
-      ConfigError: if one of them is unknown.
-    """
-    return parse_names("--workloads", text, WORKLOADS)
-
-
 def _images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
     image_key, label_key = jax.random.split(key)
     return {

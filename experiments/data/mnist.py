@@ -29,7 +29,6 @@ SHAPES = {
     "x_test": (10000, 28, 28),
     "y_test": (10000,),
 }
-DATASETS = ("mnist", "digits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ def load(name: str = "mnist", data_dir: Path | None = None) -> ImageDataset:
     if name == "digits":
         return ImageDataset(name, "scikit-learn", **digits.load())
     if name != "mnist":
-        raise ConfigError(f"unknown dataset {name!r}; expected one of {DATASETS}.")
+        raise ConfigError(f"unknown dataset {name!r}; expected mnist or digits.")
     if data_dir is not None:
         arrays = _from_directory(Path(os.path.expanduser(data_dir)))
         return ImageDataset(name, f"TFDS directory {data_dir}", **arrays)

@@ -2,10 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments.data import mnist
 from experiments.harness.config import BaseConfig
 from experiments.harness.errors import ConfigError
+from experiments.harness.flags import did_you_mean
+
+if TYPE_CHECKING:
+    from experiments.data.mnist import ImageDataset
+
+DATASETS = ("mnist", "digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +32,23 @@ class MnistConfig(BaseConfig):
           ConfigError: for the first that cannot work.
         """
         super().__post_init__()
-        if self.dataset not in mnist.DATASETS:
-            raise ConfigError(
-                f"--dataset must be one of {', '.join(mnist.DATASETS)}, "
-                f"got {self.dataset!r}."
-            )
+        check_dataset(self.dataset)
 
-    def load_dataset(self) -> mnist.ImageDataset:
+    def load_dataset(self) -> "ImageDataset":
         """Returns the data set that the flags name; see `mnist.load`."""
+        from experiments.data import mnist
+
         return mnist.load(self.dataset, self.data_dir)
+
+
+def check_dataset(name: str) -> None:
+    """Checks the value of --dataset.
+
+    Raises:
+      ConfigError: if there is no such data set.
+    """
+    if name not in DATASETS:
+        raise ConfigError(
+            f"--dataset must be one of {', '.join(DATASETS)}, got {name!r}."
+            f"{did_you_mean(name, DATASETS)}"
+        )

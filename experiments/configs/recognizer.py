@@ -3,16 +3,18 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.data.speech.config import SpeechConfig
-from experiments.data.speech.vocabulary import Vocabulary
 from experiments.harness.config import require, require_positive
 from experiments.harness.errors import ConfigError
-from experiments.models.recognition import Decoder
-from experiments.models.speech.decoding import beam_search
-from experiments.models.speech.model import Encoder, SpeechModel
 
+if TYPE_CHECKING:
+    from experiments.data.speech.vocabulary import Vocabulary
+    from experiments.models.recognition import Decoder
+    from experiments.models.speech.model import SpeechModel
+
+Encoder = Literal["bigru", "bilstm", "gru_lookahead", "conformer"]
 # The settings that the weights of a network belong to.
 NETWORK = (
     "encoder",
@@ -84,8 +86,10 @@ class RecognizerConfig(SpeechConfig):
         values = super().comparable()
         return {k: v for k, v in values.items() if k not in ("listen", "transcribe")}
 
-    def make_network(self, vocabulary: Vocabulary) -> SpeechModel:
+    def make_network(self, vocabulary: "Vocabulary") -> "SpeechModel":
         """Returns the network for a vocabulary."""
+        from experiments.models.speech.model import SpeechModel
+
         return SpeechModel(
             num_classes=vocabulary.size,
             encoder=self.encoder,
@@ -99,10 +103,12 @@ class RecognizerConfig(SpeechConfig):
         """Returns how many outputs the network has for a number of frames."""
         return -(-num_frames // self.subsampling)
 
-    def make_decoder(self) -> Decoder | None:
+    def make_decoder(self) -> "Decoder | None":
         """Returns the beam search, or None for the most probable path."""
         if not self.beam_width:
             return None
+        from experiments.models.speech.decoding import beam_search
+
         return lambda log_probabilities, vocabulary: vocabulary.decode(
             beam_search(log_probabilities, self.beam_width)
         )
