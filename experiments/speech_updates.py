@@ -53,7 +53,7 @@ NAME = "speech_updates"
 PAPER_SMALL_GRADIENTS = 0.05  # Figure 2b: weight gradients below 2^-24
 
 Wrapper = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
-# `(tx, seed) -> tx`: how a variant updates weights; the others take the optimizer as is.
+# `(tx, seed) -> tx`: how variants update weights; the others leave it to the optimizer.
 WRAPPERS: dict[str, Wrapper] = {
     "float16_updates": lambda tx, seed: with_float16_updates(tx),
     "float16_stochastic": lambda tx, seed: mpjax.with_stochastic_rounding(

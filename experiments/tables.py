@@ -13,7 +13,6 @@ from experiments.harness import cli
 if __name__ == "__main__":  # before what is slow to import
     cli.run_module("experiments.tables", Config, doc=__doc__)
 
-import dataclasses
 import json
 import re
 from pathlib import Path

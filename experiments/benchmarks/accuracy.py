@@ -21,10 +21,8 @@ from experiments.harness import cli
 if __name__ == "__main__":  # before what is slow to import
     cli.run_module("experiments.benchmarks.accuracy", Config, doc=__doc__)
 
-import dataclasses
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax

@@ -23,7 +23,6 @@ if __name__ == "__main__":  # before what is slow to import
 import dataclasses
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax

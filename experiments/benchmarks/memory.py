@@ -31,7 +31,6 @@ from experiments.harness import cli
 if __name__ == "__main__":  # before what is slow to import
     cli.run_module("experiments.benchmarks.memory", Config, doc=__doc__)
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -17,8 +17,6 @@ from experiments.harness import cli
 if __name__ == "__main__":  # before what is slow to import
     cli.run_module("experiments.benchmarks.parity", Config, doc=__doc__)
 
-import dataclasses
-import itertools
 import statistics
 from pathlib import Path
 from typing import Any

@@ -16,13 +16,11 @@ from experiments.harness import cli
 if __name__ == "__main__":  # before what is slow to import
     cli.run_module("experiments.benchmarks.recurrence", Config, doc=__doc__)
 
-import dataclasses
 import functools
 import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness.flags import parse_names
 from experiments.models import small
 from experiments.models.attention import cudnn_attention, kernel_in_half
 from experiments.models.deep_convnet import DeepConvNet

@@ -53,7 +53,7 @@ class Config:
                 "--policies and --loss-scales must each name at least one."
             )
         for policy in split_policies(self.policies):
-            check_policy(policy)
+            check_policy("--policies", policy)
         check_dataset(self.dataset)
         for policy, loss_scale in self.cells():
             self.run_config(policy, loss_scale, seed=0)

@@ -90,7 +90,7 @@ class BaseConfig:
         if not self.policy_names():
             raise ConfigError("--policies names no policy; try float32,mixed_float16.")
         for name in self.policy_names():
-            check_policy(name)
+            check_policy("--policies" if self.policy is None else "--policy", name)
         check_loss_scales("--loss-scale", [self.loss_scale], ("auto", *LOSS_SCALES))
         if self.resume and self.workdir is None:
             raise ConfigError(
@@ -125,8 +125,12 @@ class BaseConfig:
         return {k: _plain(v) for k, v in fields.items() if k not in NOT_COMPARED}
 
 
-def check_policy(name: str) -> None:
-    """Checks the name of a policy; only what is no preset makes it import JAX.
+def check_policy(flag: str, name: str) -> None:
+    """Checks the name of a policy; only a jmp string or float64 makes it import JAX.
+
+    Args:
+      flag: as it is typed, for the error.
+      name: as `mpjax.get_policy` takes it.
 
     Raises:
       ConfigError: if there is no such policy, or if it needs 64-bit numbers that JAX
@@ -135,11 +139,14 @@ def check_policy(name: str) -> None:
     is_string = "=" in name or name in DTYPES
     if not is_string and name not in PRESETS:
         raise ConfigError(
-            f"unknown policy {name!r}.{did_you_mean(name, PRESETS)} Expected one of "
-            f"{', '.join(PRESETS)}, or a jmp string such as p=f32,c=f16,o=f32."
+            f"{flag}: unknown policy {name!r}.{did_you_mean(name, PRESETS)} Expected "
+            f"one of {', '.join(PRESETS)}, or a jmp string such as p=f32,c=f16,o=f32."
         )
     if is_string or name == "float64":
-        make_policy(name)
+        try:
+            make_policy(name)
+        except ConfigError as error:
+            raise ConfigError(f"{flag}: {error}") from error
 
 
 def make_policy(name: str) -> "jmp.Policy":

@@ -165,7 +165,7 @@ def _extend(
     write_json(path / "config.json", wanted)
     for name in grown:
         print(
-            f"{name} grows from {existing[name]} to {wanted[name]}: the run goes on past "
-            "its old end",
+            f"{name} grows from {existing[name]} to {wanted[name]}: the run goes on "
+            "past its old end",
             flush=True,
         )

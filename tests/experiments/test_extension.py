@@ -83,7 +83,10 @@ def test_with_a_constant_learning_rate_there_is_nothing_to_say(run):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_epochs": 1, "resume": True}, r"num_epochs is 2 there and 1 here \(--res"),
+        (
+            {"num_epochs": 1, "resume": True},
+            r"is 2 there and 1 here \(--resume",
+        ),
         ({"num_epochs": 4}, r"\(num_epochs was 2\); pass --resume"),
         ({"num_epochs": 4, "num_units": 9, "resume": True}, "num_units is 8 there"),
     ],

@@ -1,10 +1,10 @@
 """What a beginner mistypes is answered before JAX is imported."""
 
+import importlib
 import json
 import subprocess
 import sys
 
-import jmp
 import pytest
 from helpers import cli_runs
 
@@ -146,7 +146,7 @@ def test_misspelt_names_are_corrected(answers):
 
 def test_the_names_that_are_checked_early_are_all_that_there_are():
     assert tuple(mpjax.PRESETS) == config.PRESETS
-    names = {"half", *jmp._src.policy.name_to_dtype}
+    names = {"half", *importlib.import_module("jmp._src.policy").name_to_dtype}
     assert names <= {*config.PRESETS, *config.DTYPES}
     assert tuple(workloads.WORKLOADS) == speed.WORKLOADS
     assert set(memory.BATCH_SIZES) <= set(workloads.WORKLOADS)
@@ -163,5 +163,5 @@ def test_the_names_that_are_checked_early_are_all_that_there_are():
 @pytest.mark.parametrize("name", [*config.DTYPES, "c=f16", " p=f32, c=bf16"])
 def test_what_jmp_reads_is_accepted(name):
     if name != "f64":
-        config.check_policy(name)
+        config.check_policy("--policy", name)
     mpjax.get_policy(name)

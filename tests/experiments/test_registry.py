@@ -23,7 +23,7 @@ def test_every_command_is_registered_once():
     programs = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in PACKAGE.rglob("*.py")
-        if "cli.run(" in path.read_text()
+        if "cli.run_module(" in path.read_text()
     }
     assert programs == set(MODULES)
     assert len(MODULES) == len(programs)
