@@ -1,6 +1,7 @@
 """The flags of a recognizer: its network, where its weights are from, its decoder."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from experiments.data.speech.config import SpeechConfig
 from experiments.harness.config import require, require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.flags import require_file
+from experiments.harness.workdir import check_is_run
 
 if TYPE_CHECKING:
     from experiments.data.speech.vocabulary import Vocabulary
@@ -80,6 +83,24 @@ class RecognizerConfig(SpeechConfig):
             self._check_transcribe()
         if self.trainable is not None:
             self._check_trainable(self.trainable)
+
+    def check_paths(self, experiment: str) -> None:
+        """Checks --transcribe and --init-from too; see `BaseConfig.check_paths`.
+
+        The settings of a run that starts from another one's weights are compared later,
+        when its network is known.
+        """
+        if self.transcribe and self.workdir is not None:
+            check_is_run(self.workdir)
+            for recording in self.transcribe:
+                require_file("--transcribe", recording)
+        elif self.init_from is not None:
+            is_policy = os.path.isfile(
+                self.init_from.expanduser().parent / "config.json"
+            )
+            check_is_run(self.init_from.parent if is_policy else self.init_from)
+        elif self.listen is None:
+            super().check_paths(experiment)
 
     def comparable(self) -> dict[str, Any]:
         """Returns the settings to compare, without what changes no number."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from experiments.harness import command
+from experiments.harness.config import BaseConfig
 from experiments.harness.errors import ExperimentError
 from experiments.harness.stop import Interrupted
 
@@ -58,15 +59,21 @@ def run(main: Callable[[Any], Any], config_type: type, *, doc: str | None) -> No
 def run_module(name: str, config_type: type, *, doc: str | None) -> NoReturn:
     """Reads the flags, then imports a command, runs it and exits; see `run`.
 
-    A command calls it before its own imports, which take seconds: what is wrong with
-    the flags, and --help, is said without them.
+    A command calls it before its own imports, which take seconds: --help, and what is
+    wrong with the flags and the paths that they name, is said without them.
 
     Args:
-      name: full name of a module whose `main` takes the config.
+      name: full name of a module whose `main` takes the config; its last part names the
+        experiment.
       config_type: a dataclass whose fields are the flags.
       doc: the module's docstring, shown by --help.
     """
-    main = lambda config: importlib.import_module(name).main(config)
+
+    def main(config):
+        if isinstance(config, BaseConfig):
+            config.check_paths(name.rpartition(".")[2])
+        importlib.import_module(name).main(config)
+
     run(main, config_type, doc=doc)
     sys.exit()
 

@@ -97,6 +97,19 @@ class BaseConfig:
                 "--resume needs --workdir: name the directory of the run to continue."
             )
 
+    def check_paths(self, experiment: str) -> None:
+        """Checks what the flags name on the disk, before anything slow is imported.
+
+        Args:
+          experiment: the name of the experiment that is to run.
+
+        Raises:
+          ExperimentError: if a path is missing, or is not what it is named as.
+        """
+        from experiments.harness.workdir import check_workdir
+
+        check_workdir(self, experiment)
+
     def policy_names(self) -> tuple[str, ...]:
         """Returns the policies to run, in order, each once."""
         if self.policy is not None:

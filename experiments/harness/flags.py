@@ -1,10 +1,12 @@
-"""Flags that list names."""
+"""Flags that list names, or name files."""
 
 import difflib
+import os
 import re
 from collections.abc import Collection
+from pathlib import Path
 
-from experiments.harness.errors import ConfigError
+from experiments.harness.errors import ConfigError, DataError
 
 
 def parse_names(flag: str, text: str, known: Collection[str]) -> list[str]:
@@ -40,6 +42,22 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     """
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_file(flag: str, path: Path) -> None:
+    """Raises DataError unless a flag's path is that of a file."""
+    name = os.path.expanduser(path)
+    if not os.path.isfile(name):
+        found = "a directory" if os.path.isdir(name) else "nothing that can be read"
+        raise DataError(f"{flag} must name a file, and {path} is {found}.")
+
+
+def require_directory(flag: str, path: Path) -> None:
+    """Raises DataError unless a flag's path is that of a directory."""
+    name = os.path.expanduser(path)
+    if not os.path.isdir(name):
+        found = "a file" if os.path.isfile(name) else "nothing that can be read"
+        raise DataError(f"{flag} must name a directory, and {path} is {found}.")
 
 
 def split_loss_scales(text: str) -> list[str]:

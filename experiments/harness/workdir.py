@@ -1,6 +1,7 @@
 """The directory of a run: one configuration, one process at a time."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,7 @@ def open_workdir(config: BaseConfig, experiment: str) -> Iterator[Path]:
     path = (config.workdir or default_workdir(experiment)).expanduser()
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
-        if config.resume and not (path / "config.json").is_file():
-            raise WorkdirError(
-                f"--resume: {path} holds no run; leave --resume out to start one there."
-            )
+        check_workdir(config, experiment)
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
@@ -51,7 +49,7 @@ def open_workdir(config: BaseConfig, experiment: str) -> Iterator[Path]:
         ) from error
     try:
         with translate_os_errors(path):
-            _check_config(path, config, experiment)
+            _update_settings(path, config, experiment)
         yield path
     finally:
         lock.release()
@@ -77,13 +75,66 @@ def extension_note(path: Path) -> str | None:
     )
 
 
-def _check_config(path: Path, config: BaseConfig, experiment: str) -> None:
-    """Writes config.json into a new directory, or compares the one that is there."""
-    wanted = {"experiment": experiment, **config.comparable()}
-    file = path / "config.json"
-    if not file.exists():
-        write_json(file, wanted)
+def check_workdir(config: BaseConfig, experiment: str) -> None:
+    """Checks that a run can start, or be resumed, in its directory; changes nothing.
+
+    Args:
+      config: names the directory and says whether to resume.
+      experiment: its name, which a resumed run must share.
+
+    Raises:
+      WorkdirError: if the directory holds another configuration, holds a run without
+        --resume, or holds no run with --resume.
+    """
+    if config.workdir is None:
         return
+    path = config.workdir.expanduser()
+    if os.path.isfile(path / "config.json"):
+        _compare(path, config, experiment)
+    elif config.resume:
+        raise WorkdirError(
+            f"--resume: {path} holds no run; leave --resume out to start one there."
+        )
+
+
+def check_is_run(path: Path) -> Path:
+    """Returns the settings file of a run's directory.
+
+    Raises:
+      WorkdirError: if it holds no run.
+    """
+    file = path.expanduser() / "config.json"
+    if not os.path.isfile(file):
+        raise WorkdirError(
+            f"{path} holds no run: there is no {file.name} in it. Name the --workdir "
+            "of a run."
+        )
+    return file
+
+
+def _update_settings(path: Path, config: BaseConfig, experiment: str) -> None:
+    """Writes config.json into a new directory, and where a run grows."""
+    if not (path / "config.json").is_file():
+        write_json(path / "config.json", _settings(config, experiment))
+    elif grown := _compare(path, config, experiment):
+        _extend(path, config, experiment, grown)
+
+
+def _settings(config: BaseConfig, experiment: str) -> dict[str, Any]:
+    return {"experiment": experiment, **config.comparable()}
+
+
+def _compare(path: Path, config: BaseConfig, experiment: str) -> list[str]:
+    """Compares the settings with those of the run that a directory holds.
+
+    Returns:
+      The settings in which a resumed run is longer than it was.
+
+    Raises:
+      WorkdirError: if others differ, or if it is not to be resumed.
+    """
+    wanted = _settings(config, experiment)
+    file = path / "config.json"
     existing = read_json(file)
     if not isinstance(existing, dict):
         raise WorkdirError(
@@ -105,8 +156,7 @@ def _check_config(path: Path, config: BaseConfig, experiment: str) -> None:
             f"{path} already holds this run{more}; pass --resume to continue it, or "
             "use another --workdir."
         )
-    if grown:
-        _extend(path, config, existing, wanted, grown)
+    return grown
 
 
 def _is_larger(value: Any, than: Any) -> bool:
@@ -132,13 +182,7 @@ def _differences(
     )
 
 
-def _extend(
-    path: Path,
-    config: BaseConfig,
-    existing: dict[str, Any],
-    wanted: dict[str, Any],
-    grown: list[str],
-) -> None:
+def _extend(path: Path, config: BaseConfig, experiment: str, grown: list[str]) -> None:
     """Makes a run longer: its results go, its checkpoints are continued.
 
     The settings are written last: an interruption before leaves the shorter run, whose
@@ -147,6 +191,8 @@ def _extend(
     Raises:
       WorkdirError: if a finished policy has no checkpoint to continue.
     """
+    existing = read_json(path / "config.json")
+    wanted = _settings(config, experiment)
     finished = sorted(path.glob("*/result.json"))
     for file in finished:
         steps = (file.parent / "checkpoints").glob("[0-9]*")

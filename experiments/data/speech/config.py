@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from experiments.data.speech.mandarin_config import MandarinConfig
 from experiments.harness.config import BaseConfig, require, require_positive
 from experiments.harness.errors import ConfigError
-from experiments.harness.flags import did_you_mean
+from experiments.harness.flags import did_you_mean, require_directory, require_file
 
 if TYPE_CHECKING:
     from experiments.data.speech.corpus import Corpus
@@ -89,6 +89,14 @@ class SpeechConfig(BaseConfig):
             raise ConfigError(
                 f"--dataset {self.dataset} needs --data-dir, the folder that holds it."
             )
+
+    def check_paths(self, experiment: str) -> None:
+        """Checks --manifest and --data-dir too; see `BaseConfig.check_paths`."""
+        super().check_paths(experiment)
+        if self.manifest is not None:
+            require_file("--manifest", self.manifest)
+        if self.needs_data_dir() and self.data_dir is not None:
+            require_directory("--data-dir", self.data_dir)
 
     def needs_data_dir(self) -> bool:
         """Whether the corpus is read from --data-dir."""

@@ -60,7 +60,9 @@ class MandarinConfig:
         """
         most = len(pinyin.SYLLABLES)
         longest = max(MIN_HELD_OUT_SYLLABLES, self.min_syllables)
-        rates = f"from {_MIN_RATE_WPM} to {_MAX_RATE_WPM}, min <= max"
+        rates = (
+            f"--mandarin.min-rate-wpm or more, from {_MIN_RATE_WPM} to {_MAX_RATE_WPM}"
+        )
         slow, fast = self.min_rate_wpm, self.max_rate_wpm
         checks = {
             "seed": (self.seed >= 0, "0 or more"),
@@ -72,11 +74,12 @@ class MandarinConfig:
             "max_syllables": (self.max_syllables >= longest, f"{longest} or more"),
             "max_snr_db": (
                 -30 <= self.min_snr_db <= self.max_snr_db <= 100,
-                "min_snr_db or more, both from -30 to 100",
+                "--mandarin.min-snr-db or more, both from -30 to 100",
             ),
             "max_rate_wpm": (_MIN_RATE_WPM <= slow <= fast <= _MAX_RATE_WPM, rates),
         }
         for name, (is_valid, expected) in checks.items():
             if not is_valid:
                 value = getattr(self, name)
-                raise ConfigError(f"{name} must be {expected}, got {value!r}.")
+                flag = f"--mandarin.{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} must be {expected}, got {value!r}.")
