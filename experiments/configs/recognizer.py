@@ -10,7 +10,6 @@ from experiments.data.speech.config import SpeechConfig
 from experiments.harness.config import require, require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.flags import require_file
-from experiments.harness.workdir import check_is_run
 
 if TYPE_CHECKING:
     from experiments.data.speech.vocabulary import Vocabulary
@@ -90,6 +89,8 @@ class RecognizerConfig(SpeechConfig):
         The settings of a run that starts from another one's weights are compared later,
         when its network is known.
         """
+        from experiments.harness.workdir import check_is_run
+
         if self.transcribe and self.workdir is not None:
             check_is_run(self.workdir)
             for recording in self.transcribe:
