@@ -28,7 +28,8 @@ def parse_names(flag: str, text: str, known: Collection[str]) -> list[str]:
     if unknown or not names:
         hint = did_you_mean(unknown[0], known) if unknown else ""
         raise ConfigError(
-            f"{flag} must be some of {', '.join(known)}, got {', '.join(unknown)!r}."
+            f"{flag} must be some of {', '.join(known)}, got "
+            f"{(', '.join(unknown) or text)!r}."
             f"{hint}"
         )
     return names
