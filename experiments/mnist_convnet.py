@@ -10,8 +10,12 @@ predicts what float64 does, in a quarter of the bytes. Every run leaves its weig
 --load evaluates them again, in 15 s.
 """
 
-import dataclasses
-import os
+from experiments.configs.mnist_convnet import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.mnist_convnet", Config, doc=__doc__)
+
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,9 @@ import numpy as np
 import optax
 
 from experiments.data.mnist import ImageDataset
-from experiments.data.mnist_config import MnistConfig
 from experiments.data.on_device import DeviceDataset
 from experiments.data.splits import EVAL_BATCH_SIZE, Splits, split
-from experiments.harness import cli, precisions, results
-from experiments.harness.config import require_positive
-from experiments.harness.errors import ConfigError
+from experiments.harness import precisions, results
 from experiments.harness.experiment import Experiment, Metric, Task
 from experiments.harness.files import atomic_write, translate_os_errors, write_json
 from experiments.harness.plot_style import write_png
@@ -51,70 +52,6 @@ EXPERIMENT = Experiment(
     more_columns=(Column("epochs", "num_epochs"),),
 )
 COLUMNS = EXPERIMENT.columns()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(MnistConfig):
-    """Settings of the experiment."""
-
-    policies: str = "float32,mixed_float16,mixed_bfloat16"
-    """Precision policies to train in, separated by commas; the same seed in each."""
-
-    precisions: str = ",".join(precisions.PRECISIONS)
-    """Precisions to evaluate the trained weights in, separated by commas. If float64 is
-    among them, the others are compared with it."""
-
-    num_epochs: int = 10
-    """Passes over the training set."""
-
-    batch_size: int = 128
-    """Examples per step; the last batch of an epoch may be smaller."""
-
-    learning_rate: float = 2e-3
-    """Largest learning rate of Adam, reached after the warm-up."""
-
-    num_val: int = 1000
-    """Number of training images, the last ones, held out for validation."""
-
-    export: Path | None = None
-    """File to which the weights trained in the first policy are also written, as
-    safetensors."""
-
-    load: Path | None = None
-    """Safetensors file whose weights are evaluated; nothing is trained or written."""
-
-    def __post_init__(self):
-        """Checks the settings.
-
-        Raises:
-          ConfigError: for the first that cannot work.
-        """
-        super().__post_init__()
-        require_positive(self, "num_epochs", "batch_size", "learning_rate", "num_val")
-        unknown = [n for n in self.precision_names() if n not in precisions.PRECISIONS]
-        if unknown or not self.precision_names():
-            raise ConfigError(
-                f"--precisions must name some of {', '.join(precisions.PRECISIONS)}, "
-                f"got {self.precisions!r}."
-            )
-        if self.load is not None:
-            for flag in ("export", "workdir"):
-                if getattr(self, flag) is not None:
-                    raise ConfigError(
-                        f"--load evaluates and writes nothing; leave --{flag} out."
-                    )
-        if self.export is not None:
-            _check_target(self.export)
-
-    def precision_names(self) -> tuple[str, ...]:
-        """Returns the precisions to evaluate in, in order, each once."""
-        names = filter(None, map(str.strip, self.precisions.split(",")))
-        return tuple(dict.fromkeys(names))
-
-    def comparable(self) -> dict[str, Any]:
-        """Returns the settings to compare, without the files of weights."""
-        values = super().comparable()
-        return {k: v for k, v in values.items() if k not in ("export", "load")}
 
 
 def main(config: Config, dataset: ImageDataset | None = None) -> Result:
@@ -240,16 +177,3 @@ def evaluate(
     params = jax.device_get(params)
     rows = precisions.evaluate(DeepConvNet(), params, images, labels, names)
     return [{"policy": policy, **row} for row in rows]
-
-
-def _check_target(path: Path) -> None:
-    """Raises ConfigError, before the training, where --export cannot be written."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(
-            f"--export: cannot write {path}; expected a file in a directory "
-            "that exists and can be written."
-        )
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -7,13 +7,14 @@
 8192, 5 epochs, the last 20 % of the training set for validation.
 """
 
-import dataclasses
+from experiments.configs.mnist_mlp import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.mnist_mlp", Config, doc=__doc__)
 
 from experiments.data.mnist import ImageDataset
-from experiments.data.mnist_config import MnistConfig
 from experiments.data.splits import Splits, split
-from experiments.harness import cli
-from experiments.harness.config import require, require_positive
 from experiments.harness.experiment import Experiment, Metric, Task
 from experiments.harness.report import report
 from experiments.harness.results import Result, run_policies
@@ -33,45 +34,6 @@ EXPERIMENT = Experiment(
     headline="accuracy",
 )
 COLUMNS = EXPERIMENT.columns()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(MnistConfig):
-    """Settings of the experiment; the defaults are the guide's."""
-
-    num_units: int = 4096
-    """Units in each of the two hidden layers."""
-
-    num_epochs: int = 5
-    """Passes over the training set."""
-
-    batch_size: int = 8192
-    """Examples per step; the last batch of an epoch is smaller."""
-
-    learning_rate: float = 1e-3
-    """RMSprop learning rate."""
-
-    validation_split: float = 0.2
-    """Share of the training set, at its end, that is held out for validation."""
-
-    numerics: bool = False
-    """Count the exponents of every matmul's results, forward and backward, and draw
-    them in numerics.png, from numerics.json."""
-
-    numerics_interval: int = 5
-    """With --numerics: steps from one count to the next."""
-
-    def __post_init__(self):
-        """Checks the settings.
-
-        Raises:
-          ConfigError: for the first that cannot work.
-        """
-        super().__post_init__()
-        require_positive(self, "num_units", "num_epochs", "batch_size", "learning_rate")
-        require_positive(self, "numerics_interval")
-        share = self.validation_split
-        require(0 < share < 1, "--validation-split", "between 0 and 1", self)
 
 
 def main(config: Config, dataset: ImageDataset | None = None) -> Result:
@@ -127,7 +89,3 @@ def make_task(config: Config, policy: str, splits: Splits) -> Task:
         num_epochs=config.num_epochs,
         numerics_interval=config.numerics_interval if config.numerics else None,
     )
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -14,8 +14,13 @@ minutes on 2 CPU cores, synthesis included, and gives a character error rate of 
 from a trained network.
 """
 
+from experiments.configs.speech_ctc import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.speech_ctc", Config, doc=__doc__)
+
 import dataclasses
-from typing import Literal
 
 import optax
 
@@ -23,9 +28,7 @@ from experiments.data.speech.corpus import Corpus
 from experiments.data.speech.listen import write_examples
 from experiments.data.speech.prepared import PreparedCorpus, prepare, texts
 from experiments.data.speech.vocabulary import Vocabulary
-from experiments.harness import cli, results
-from experiments.harness.config import require, require_positive
-from experiments.harness.errors import ConfigError
+from experiments.harness import results
 from experiments.harness.experiment import Experiment, Metric, Task
 from experiments.harness.files import translate_os_errors
 from experiments.harness.report import report
@@ -36,57 +39,10 @@ from experiments.models.fine_tuning import make_init_from, make_trainable, take_
 from experiments.models.optimizers import one_cycle
 from experiments.models.posteriors import draw_posteriors
 from experiments.models.recognizer import keep_vocabulary, make_recognizer
-from experiments.models.speech.config import RecognizerConfig
 from experiments.models.speech.model import SpeechModel
 from experiments.models.transcription import transcribe
 
 NAME = "speech_ctc"
-Optimizer = Literal["adam", "nesterov"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RecognizerConfig):
-    """Settings of the experiment."""
-
-    policies: str = "float32,mixed_float16,mixed_bfloat16"
-    """Precision policies to train in, separated by commas; the same seed in each."""
-
-    num_epochs: int = 3
-    """Passes over the training set."""
-
-    batch_size: int = 32
-    """Utterances per step."""
-
-    num_microbatches: int = 1
-    """Parts of a batch whose gradients are added up; an utterance weighs the same."""
-
-    optimizer: Optimizer = "adam"
-    """adam, or nesterov: SGD with Nesterov momentum, the paper's."""
-
-    momentum: float = 0.9
-    """Momentum of nesterov."""
-
-    learning_rate: float = 2e-3
-    """Largest learning rate; it rises for a tenth of the steps, then falls to 0."""
-
-    max_grad_norm: float = 5.0
-    """Gradients of a larger norm are scaled down to it."""
-
-    def __post_init__(self):
-        """Checks the settings.
-
-        Raises:
-          ConfigError: for the first that cannot work.
-        """
-        super().__post_init__()
-        require_positive(self, "num_epochs", "batch_size", "num_microbatches")
-        require_positive(self, "learning_rate", "max_grad_norm")
-        require(0 <= self.momentum < 1, "--momentum", "from 0 to less than 1", self)
-        if self.batch_size % self.num_microbatches:
-            raise ConfigError(
-                f"--num-microbatches {self.num_microbatches} must divide --batch-size "
-                f"{self.batch_size}."
-            )
 
 
 def main(config: Config, corpus: Corpus | None = None) -> Result | None:
@@ -227,7 +183,3 @@ def make_tx(config: Config, num_steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm), optimizers[config.optimizer]
     )
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -20,11 +20,16 @@ moves only for an update above 2^-15, or 3e-5. With Nesterov momentum 89 % of th
 updates were lost there, with 48 % of their magnitude.
 """
 
+from experiments.configs.speech_updates import VARIANTS, Cell, Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.speech_updates", Config, doc=__doc__)
+
 import dataclasses
-import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -33,13 +38,9 @@ from matplotlib.figure import Figure
 import mpjax
 from experiments import speech_ctc
 from experiments.data.speech.corpus import Corpus
-from experiments.data.speech.mandarin import MandarinConfig
-from experiments.harness import cli, results
-from experiments.harness.config import require_positive
-from experiments.harness.errors import ConfigError
+from experiments.harness import results
 from experiments.harness.experiment import Experiment, Task
 from experiments.harness.files import translate_os_errors, write_text
-from experiments.harness.flags import parse_names
 from experiments.harness.float16_updates import with_float16_updates
 from experiments.harness.output import RESULTS, save_figure, save_table
 from experiments.harness.recorder import read_rows
@@ -52,175 +53,15 @@ from experiments.speech_updates_table import COLUMNS, summarize
 NAME = "speech_updates"
 PAPER_SMALL_GRADIENTS = 0.05  # Figure 2b: weight gradients below 2^-24
 
-Setting = Literal["default", "small_updates"]
-Optimizer = speech_ctc.Optimizer
 Wrapper = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
-
-
-class Variant(NamedTuple):
-    """A way to train.
-
-    Attributes:
-      policy: precision policy.
-      loss_scale: as in --loss-scale.
-      wrap: `(tx, seed) -> tx`, how an optimizer updates weights.
-    """
-
-    policy: str
-    loss_scale: str
-    wrap: Wrapper = lambda tx, seed: tx
-
-
-VARIANTS = {
-    "float32": Variant("float32", "none"),
-    "mixed_float16": Variant("mixed_float16", "dynamic"),
-    "mixed_float16_unscaled": Variant("mixed_float16", "none"),
-    "mixed_bfloat16": Variant("mixed_bfloat16", "none"),
-    "float16_updates": Variant(
-        "float16", "dynamic", lambda tx, seed: with_float16_updates(tx)
+# `(tx, seed) -> tx`: how variants update weights; the others leave it to the optimizer.
+WRAPPERS: dict[str, Wrapper] = {
+    "float16_updates": lambda tx, seed: with_float16_updates(tx),
+    "float16_stochastic": lambda tx, seed: mpjax.with_stochastic_rounding(
+        tx, seed=seed
     ),
-    "float16_stochastic": Variant(
-        "float16",
-        "dynamic",
-        lambda tx, seed: mpjax.with_stochastic_rounding(tx, seed=seed),
-    ),
-    "float16_master": Variant(
-        "float16", "dynamic", lambda tx, seed: mpjax.with_master_weights(tx)
-    ),
+    "float16_master": lambda tx, seed: mpjax.with_master_weights(tx),
 }
-# Factors of the learning rates and of the number of epochs.
-SETTINGS: dict[Setting, tuple[float, int]] = {
-    "default": (1.0, 1),
-    "small_updates": (1 / 16, 4),
-}
-# Flags of `speech_ctc` that a variant decides.
-DECIDED = ("policies", "policy", "loss_scale", "optimizer", "listen")
-
-
-class Cell(NamedTuple):
-    """One run: an optimizer, a variant, and a seed."""
-
-    optimizer: Optimizer
-    variant: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Returns the name of its directory."""
-        return f"{self.optimizer}-{self.variant}-{self.seed}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(speech_ctc.Config):
-    """Settings of the ablation; --policies and the like are decided by the variants."""
-
-    nesterov_variants: str = ",".join(VARIANTS)
-    """Ways to train by SGD with Nesterov momentum, separated by commas; "" for none."""
-
-    adam_variants: str = "float32,mixed_float16,mixed_bfloat16,float16_updates"
-    """Ways to train by Adam, separated by commas; "" for none."""
-
-    num_seeds: int = 3
-    """Runs per way; their seeds begin with --seed, and are the same for all ways."""
-
-    setting: Setting = "default"
-    """default; or small_updates, in which float16 must lose updates that matter: a 16th
-    of the learning rates, and 4 times the epochs."""
-
-    learning_rate: float = 2e-3
-    """Largest learning rate of Adam; it rises for a tenth of the steps, then falls."""
-
-    nesterov_learning_rate: float = 1e-2
-    """Largest learning rate of Nesterov momentum."""
-
-    weight_scale: float = 1.0
-    """What the initial kernels are multiplied by: larger weights lose more updates."""
-
-    mandarin: MandarinConfig = dataclasses.field(
-        default_factory=lambda: MandarinConfig(num_train=3200)
-    )
-    """What is synthesised."""
-
-    num_epochs: int = 4
-    """Passes over the training set, in the default setting."""
-
-    num_buckets: int = 2
-    """Groups of utterances of similar length; each compiles a train step of its own."""
-
-    num_checkpoints: int = 1
-    """Number of checkpoints to keep of a run. 0 writes none; a run that is stopped then
-    begins anew."""
-
-    output: Path | None = None
-    """Result file; a plot goes beside it. A name in experiments/results by default."""
-
-    def __post_init__(self):
-        """Checks the settings.
-
-        Raises:
-          ConfigError: for the first that cannot work, or has no effect here.
-        """
-        super().__post_init__()
-        require_positive(self, "num_seeds", "nesterov_learning_rate", "weight_scale")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in DECIDED:
-            if getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is decided by the variants here; "
-                    "choose them by --nesterov-variants and --adam-variants, or use "
-                    "python -m experiments.speech_ctc."
-                )
-        if not self.cells():
-            raise ConfigError(
-                "--nesterov-variants and --adam-variants name nothing to train."
-            )
-
-    def comparable(self) -> dict[str, Any]:
-        """Returns the settings that a resumed ablation shares: all but which runs."""
-        more = ("nesterov_variants", "adam_variants", "num_seeds", "output")
-        return {k: v for k, v in super().comparable().items() if k not in more}
-
-    def variants(self) -> list[tuple[Optimizer, str]]:
-        """Returns every optimizer with its variants.
-
-        Raises:
-          ConfigError: for a variant that does not exist.
-        """
-        flags: tuple[tuple[Optimizer, str], ...] = (
-            ("nesterov", self.nesterov_variants),
-            ("adam", self.adam_variants),
-        )
-        return [
-            (optimizer, name)
-            for optimizer, text in flags
-            if text.strip()
-            for name in dict.fromkeys(
-                parse_names(f"--{optimizer}-variants", text, VARIANTS)
-            )
-        ]
-
-    def cells(self) -> list[Cell]:
-        """Returns the runs, all variants of the first seed first."""
-        seeds = range(self.seed, self.seed + self.num_seeds)
-        pairs = itertools.product(seeds, self.variants())
-        return [Cell(optimizer, name, seed) for seed, (optimizer, name) in pairs]
-
-    def run_config(self, cell: Cell) -> speech_ctc.Config:
-        """Returns the settings of one run."""
-        fields = dataclasses.fields(speech_ctc.Config)
-        values = {field.name: getattr(self, field.name) for field in fields}
-        rates = {"adam": self.learning_rate, "nesterov": self.nesterov_learning_rate}
-        rate_factor, epochs_factor = SETTINGS[self.setting]
-        variant = VARIANTS[cell.variant]
-        changes = {
-            "policy": variant.policy,
-            "loss_scale": variant.loss_scale,
-            "optimizer": cell.optimizer,
-            "learning_rate": rates[cell.optimizer] * rate_factor,
-            "num_epochs": self.num_epochs * epochs_factor,
-            "seed": cell.seed,
-        }
-        return speech_ctc.Config(**values | changes)
 
 
 def main(config: Config, corpus: Corpus | None = None) -> dict[str, Any]:
@@ -294,7 +135,7 @@ def _train(
         prepared,
         has_words=corpus.has_words,
     )
-    task = _with_updates(task, variant, cell.seed, config.weight_scale)
+    task = _with_updates(task, cell, config.weight_scale)
     diverged = None
     try:
         policy = variant.policy
@@ -323,8 +164,11 @@ def _without_early_histograms(observed: list[dict[str, Any]]) -> list[dict[str, 
     return early + observed[-1:]
 
 
-def _with_updates(task: Task, variant: Variant, seed: int, weight_scale: float) -> Task:
+def _with_updates(task: Task, cell: Cell, weight_scale: float) -> Task:
     """Returns the task with tracked updates, applied as the variant says."""
+    tx = track_updates(task.tx)
+    if wrap := WRAPPERS.get(cell.variant):
+        tx = wrap(tx, cell.seed)
 
     def init(key):
         params, model_state = task.init(key)
@@ -333,7 +177,7 @@ def _with_updates(task: Task, variant: Variant, seed: int, weight_scale: float) 
 
     return dataclasses.replace(
         task,
-        tx=variant.wrap(track_updates(task.tx), seed),
+        tx=tx,
         init=init,
         observe=lambda state: read_tracked(state.opt_state, state.params),
     )
@@ -351,7 +195,3 @@ def _save(config: Config, workdir: Path, table: dict[str, Any]) -> None:
     with translate_os_errors(workdir):
         text = f"{title}\n\n{markdown_table(COLUMNS, table['runs'])}"
         write_text(workdir / "result.md", text)
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -8,7 +8,12 @@ of a result file without its ending, or `summary`: the main results of several. 
 in a page stays as it is.
 """
 
-import dataclasses
+from experiments.configs.tables import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.tables", Config, doc=__doc__)
+
 import json
 import re
 from pathlib import Path
@@ -34,7 +39,7 @@ from experiments.benchmarks import (
     speech_profile,
     speed,
 )
-from experiments.harness import cli, numerics_summary, precisions
+from experiments.harness import numerics_summary, precisions
 from experiments.harness.errors import ExperimentError
 from experiments.harness.files import write_text
 from experiments.harness.results import Column, markdown_table
@@ -59,14 +64,6 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     speech_updates.NAME: speech_updates_table.COLUMNS,
 }
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to do with the pages."""
-
-    check: bool = False
-    """Change nothing; exit with 1 and name the tables that are out of date."""
 
 
 def main(config: Config) -> list[str]:
@@ -182,7 +179,3 @@ def in_todays_names(result: dict[str, Any]) -> dict[str, Any]:
         "runs": [rename(run) for run in result["runs"]],
         "left_out": {name: reword(why) for name, why in left_out.items()},
     }
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

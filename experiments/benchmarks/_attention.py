@@ -5,25 +5,13 @@ from collections.abc import Callable
 import jax
 
 from experiments.benchmarks.workloads import Workload
+from experiments.configs.attention import AUTO, CUDNN, XLA
 from experiments.harness.errors import ConfigError
 from mpjax import cost
 
-AUTO, XLA, CUDNN = CHOICES = ("auto", "xla", "cudnn")
 MIN_COMPUTE_CAPABILITY = 8
 # Names of cuDNN's attention in a jaxpr, and in compiled code.
 _KERNELS = ("dot_product_attention_fwd_wrapper", "__cudnn$fmha")
-
-
-def check_attention(value: str) -> None:
-    """Checks the value of --attention.
-
-    Raises:
-      ConfigError: if it is none of CHOICES.
-    """
-    if value not in CHOICES:
-        raise ConfigError(
-            f"--attention must be one of {', '.join(CHOICES)}, got {value!r}."
-        )
 
 
 def choose_attention(value: str, device: str | None = None) -> str:

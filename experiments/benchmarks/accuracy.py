@@ -15,10 +15,14 @@ XLA:CPU rounds operands and results of half matmuls where the CPU has none, so t
 errors are those of half hardware, the order of sums aside.
 """
 
-import dataclasses
+from experiments.configs.accuracy import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.benchmarks.accuracy", Config, doc=__doc__)
+
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,10 +32,8 @@ from tqdm.auto import tqdm
 import mpjax
 from experiments.benchmarks import _accuracy_real
 from experiments.benchmarks._timing import median_ratio, time_rounds
-from experiments.harness import cli, results
-from experiments.harness.config import require_positive
+from experiments.harness import results
 from experiments.harness.files import read_json
-from experiments.harness.flags import parse_names
 from experiments.harness.output import RESULTS, save_table
 from experiments.harness.results import Column
 from experiments.models import small
@@ -51,37 +53,6 @@ COLUMNS = (
     Column("grad(autocast)", "error_inner_autocast", "{:.1e}"),
     Column("time, autocast(grad) to by hand", "time_ratio", "{:.2f}"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to measure, and how often."""
-
-    workloads: str = "small"
-    """Models: small, real, or comma-separated names of real ones. Rows of the result
-    file that belong to other real models stay in it."""
-
-    num_seeds: int = 3
-    """Errors are averaged over this many seeds for parameters and inputs: 0, 1, …"""
-
-    num_rounds: int = 21
-    """How often each gradient is timed."""
-
-    output: Path | None = None
-    """Result file; a name in experiments/results by default."""
-
-    def __post_init__(self):
-        require_positive(self, "num_seeds", "num_rounds")
-        self.real_names()
-
-    def real_names(self) -> list[str]:
-        """Returns the names of the real models to measure; none for small ones."""
-        if self.workloads == "small":
-            return []
-        models = _accuracy_real.MODELS
-        if self.workloads == "real":
-            return list(models)
-        return parse_names("--workloads", self.workloads, models)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -191,7 +162,3 @@ def _time_ratio(case: Any, policy: str, dtype: Any, num_rounds: int) -> dict[str
         **{form: statistics.median(times) for form, times in times_ms.items()},
         "time_ratio": median_ratio(times_ms["autocast_ms"], times_ms["hand_cast_ms"]),
     }
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

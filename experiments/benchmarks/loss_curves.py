@@ -15,6 +15,12 @@ Each run is kept as soon as it ends, in a file beside the result; the same comma
 continues after an interruption with the runs that are missing, and then removes it.
 """
 
+from experiments.configs.loss_curves import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.benchmarks.loss_curves", Config, doc=__doc__)
+
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -29,11 +35,9 @@ from tqdm.auto import tqdm
 
 import mpjax
 from experiments.benchmarks import _loss_curve_tasks as tasks
-from experiments.harness import cli, plot_style, results
-from experiments.harness.config import require_positive
+from experiments.harness import plot_style, results
 from experiments.harness.errors import WorkdirError
 from experiments.harness.files import read_json, translate_os_errors, write_json
-from experiments.harness.flags import parse_names
 from experiments.harness.intervals import interval_text, mean_interval
 from experiments.harness.output import (
     RESULTS,
@@ -63,52 +67,6 @@ COLUMNS = (
     ),
     Column("skipped steps", "num_skipped"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to train."""
-
-    tasks: str = "transformer,convnet"
-    """Comma-separated tasks: transformer, convnet."""
-
-    num_seeds: int = 3
-    """Runs per task and precision; their seeds, for parameters and data, are 0, 1, …"""
-
-    num_steps: int = 600
-    """Steps of a transformer run."""
-
-    width: int = 128
-    """Units of a token in the transformer; a multiple of 32, which a head has."""
-
-    num_layers: int = 6
-    """Layers of the transformer."""
-
-    length: int = 128
-    """Bytes that the transformer sees."""
-
-    batch_size: int = 16
-    """Windows of so many bytes per step of the transformer."""
-
-    num_epochs: int = 3
-    """Passes of the convnet over its images."""
-
-    num_images: int = 59_000
-    """Training images of the convnet, the first ones; not all of them."""
-
-    num_evals: int = 6
-    """How often a run is tested, the last time at its end."""
-
-    dataset: str = "mnist"
-    """Images of the convnet: mnist, or digits (scikit-learn's, offline)."""
-
-    output: Path | None = None
-    """Result file; a plot goes beside it. A name in experiments/results by default."""
-
-    def __post_init__(self):
-        numbers = [f.name for f in dataclasses.fields(self) if f.type is int]
-        require_positive(self, *numbers)
-        parse_names("--tasks", self.tasks, TASKS)
 
 
 def transformer(config: Config) -> tasks.Task:
@@ -155,7 +113,7 @@ def main(config: Config) -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
     kept = KeptRuns(output.with_suffix(".runs"), settings, environment["commit"])
     rows, facts = [], {}
-    for name in parse_names("--tasks", config.tasks, TASKS):
+    for name in config.task_names():
         task = TASKS[name](config)
         facts[name] = {"num_steps": task.num_steps, **task.facts}
         rows += _train_task(task, config, kept)
@@ -375,7 +333,3 @@ def _aggregate(
             differences = (curves - expected)[:, -1].tolist()
             row[f"{metric}_difference"] = mean_interval(differences)
     return row
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

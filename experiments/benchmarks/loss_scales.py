@@ -14,10 +14,15 @@ is the gradient that the step computes. Both are means over samples of the run. 
 times are interleaved.
 """
 
+from experiments.configs.loss_scales import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.benchmarks.loss_scales", Config, doc=__doc__)
+
 import dataclasses
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +36,9 @@ import mpjax
 from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.data import mnist
 from experiments.data.on_device import DeviceDataset
-from experiments.harness import cli, plot_style, results
-from experiments.harness.config import require_positive
-from experiments.harness.errors import ConfigError
-from experiments.harness.flags import parse_names
-from experiments.harness.loss_scales import parse_loss_scale, split_loss_scales
+from experiments.harness import plot_style, results
+from experiments.harness.flags import split_loss_scales
+from experiments.harness.loss_scales import parse_loss_scale
 from experiments.harness.output import (
     RESULTS,
     mean_and_deviation,
@@ -70,48 +73,6 @@ COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to train."""
-
-    networks: str = "mlp,gru"
-    """Comma-separated networks: mlp, gru."""
-
-    loss_scales: str = (
-        "none,static:2**10,dynamic,histogram,"
-        "dynamic:1,histogram:1,dynamic:2**24,histogram:2**24"
-    )
-    """Comma-separated loss scales."""
-
-    num_steps: int = 150
-    """Steps per run, skipped ones included."""
-
-    num_seeds: int = 3
-    """Runs per loss scale; their seeds, for parameters and shuffling, are 0, 1, …"""
-
-    sample_every: int = 20
-    """Steps from one comparison with the float32 gradient to the next."""
-
-    num_rounds: int = 31
-    """How often each step is timed."""
-
-    dataset: str = "mnist"
-    """Images to train on: mnist, or digits (scikit-learn's, offline)."""
-
-    output: Path | None = None
-    """Result file; a plot goes beside it. A name in experiments/results by default."""
-
-    def __post_init__(self):
-        names = ("num_steps", "num_seeds", "sample_every", "num_rounds")
-        require_positive(self, *names)
-        parse_names("--networks", self.networks, TASKS)
-        for text in split_loss_scales(self.loss_scales):
-            try:
-                parse_loss_scale(text)
-            except ValueError as error:
-                raise ConfigError(f"--loss-scales: {error}") from error
-
-
 class Task(NamedTuple):
     """A network, its loss and optimizer, and how many examples a step takes."""
 
@@ -135,7 +96,7 @@ def main(config: Config) -> dict[str, Any]:
     dataset = mnist.load(config.dataset)
     scales = split_loss_scales(config.loss_scales)
     rows = []
-    for network in parse_names("--networks", config.networks, TASKS):
+    for network in config.network_names():
         study = _Study(TASKS[network](), config, dataset)
         for text in tqdm(scales, desc=network, disable=None):
             runs = [study.train(text, seed) for seed in range(config.num_seeds)]
@@ -378,7 +339,3 @@ def _mean(values: list[float]) -> float:
     """Returns the mean of the finite values: an overflow has no error to average."""
     finite = [float(x) for x in values if np.isfinite(x)]
     return statistics.mean(finite) if finite else float("nan")
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -25,7 +25,12 @@ kernel saves; --attention xla compares like with like. Each row of the result fi
 records its `attention`.
 """
 
-import dataclasses
+from experiments.configs.memory import BATCH_SIZES, Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.benchmarks.memory", Config, doc=__doc__)
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,32 +41,20 @@ from tqdm.auto import tqdm
 
 from experiments.benchmarks import _memory_by_hand as by_hand
 from experiments.benchmarks._attention import (
-    check_attention,
     choose_attention,
     with_attention,
 )
 from experiments.benchmarks._train_steps import make_step, measure_cost
 from experiments.benchmarks.real_models import REAL_MODELS
 from experiments.benchmarks.workloads import WORKLOADS, Workload
-from experiments.harness import cli, plot_style, results
-from experiments.harness.errors import ConfigError
+from experiments.harness import plot_style, results
 from experiments.harness.files import read_json
-from experiments.harness.flags import parse_names
 from experiments.harness.output import RESULTS, save_figure, save_table
 from experiments.harness.plot_style import decorate
 from experiments.harness.results import Column
 from mpjax import cost
 
 NAME = "memory"
-ALL_REAL_MODELS = "real"
-BATCH_SIZES = {
-    "mlp": (512, 2048, 8192, 32768),
-    "convnet": (256, 1024, 4096, 16384),
-    "transformer_block": (1, 4, 16, 64),
-    "transformer": (1, 4, 16, 64),
-    "bigru": (16, 64, 256, 1024),
-    "speech_large": (4, 16, 64, 256),
-}
 # By name: the precision policy, and which values `jax.checkpoint` saves.
 STEPS: dict[str, tuple[str, str | None]] = {
     "float32": ("float32", None),
@@ -86,38 +79,6 @@ COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """The models to compile, and the device."""
-
-    device: str = "h100"
-    """GPU, which need not be in this machine: a100, b200, h100, h200, v100; or
-    "present" for the device of this machine."""
-
-    workloads: str = ",".join(BATCH_SIZES)
-    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru,
-    speech_large; or real models: resnet50, unet, vit_b16, gpt2, gpt2_tanh, gpt2_scan,
-    gpt2_scan_remat, llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged; "real" for
-    all of these."""
-
-    attention: str = "auto"
-    """Attention of transformers in half: "xla" for XLA's operations, "cudnn" for
-    cuDNN's kernel, "auto" for "cudnn" on an NVIDIA GPU that supports it and "xla"
-    elsewhere. In float32, which the kernel refuses, it is XLA's operations."""
-
-    output: Path | None = None
-    """Result file; a plot goes beside it. A name in experiments/results by default."""
-
-    def __post_init__(self):
-        parse_workloads(self.workloads)
-        check_attention(self.attention)
-        if self.device not in ("present", *cost.device_names()):
-            raise ConfigError(
-                f"--device must be one of present, {', '.join(cost.device_names())}, "
-                f"got {self.device!r}."
-            )
-
-
 def main(config: Config) -> dict[str, Any]:
     """Compiles every step; writes the table and the plot.
 
@@ -130,7 +91,7 @@ def main(config: Config) -> dict[str, Any]:
       WorkdirError: if the file cannot be written.
     """
     device = None if config.device == "present" else config.device
-    names = parse_workloads(config.workloads)
+    names = config.workload_names()
     attention = choose_attention(config.attention, device)
     if names[0] in REAL_MODELS:
         return _measure_real_models(names, device, attention, config)
@@ -163,24 +124,6 @@ def _save(
 def _output_file(name: str, config: Config) -> Path:
     file = f"{name}_{config.device}_jax{jax.__version__}.json"
     return config.output or RESULTS / file
-
-
-def parse_workloads(text: str) -> list[str]:
-    """Returns the names that --workloads lists: of one table's models.
-
-    Raises:
-      ConfigError: if one of them is unknown, or if real models are among others.
-    """
-    if text.strip() == ALL_REAL_MODELS:
-        return list(REAL_MODELS)
-    names = parse_names("--workloads", text, [*BATCH_SIZES, *REAL_MODELS])
-    real = [name for name in names if name in REAL_MODELS]
-    if real and len(real) < len(names):
-        raise ConfigError(
-            f"--workloads must be real models, such as {real[0]}, or others, since "
-            f"these go to different tables; got {text!r}."
-        )
-    return names
 
 
 def measure(
@@ -276,7 +219,3 @@ def _measure_real_models(
         table = _save(by_hand.NAME, by_hand.COLUMNS, by_hand.draw, device, runs, config)
         jax.clear_caches()
     return table
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -10,13 +10,17 @@ out where it is not installed, is `nn.GRU`. No sequence is padded; the first two
 mask padding all the same.
 """
 
-import dataclasses
+from experiments.configs.recurrence import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.benchmarks.recurrence", Config, doc=__doc__)
+
 import functools
 import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -25,9 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks._timing import median_ratio, time_rounds
-from experiments.harness import cli, results
-from experiments.harness.config import require_positive
-from experiments.harness.errors import ConfigError
+from experiments.harness import results
 from experiments.harness.output import RESULTS, save_table
 from experiments.harness.results import Column
 from experiments.models.speech.recurrent import Recurrence
@@ -42,37 +44,6 @@ COLUMNS = (
     Column("with gradients, ms", "gradient_ms", "{:.1f}"),
     Column("times ours ", "gradient_ratio", "{:.2f}"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to time."""
-
-    num_units: tuple[int, ...] = (96, 256)
-    """Units of each direction."""
-
-    length: int = 136
-    """Steps of a sequence."""
-
-    batch_size: int = 32
-    """Sequences in a batch."""
-
-    num_rounds: int = 21
-    """How often everything is timed."""
-
-    seed: int = 0
-    """Seed of values and orders."""
-
-    output: Path | None = None
-    """Result file; a name in experiments/results by default."""
-
-    def __post_init__(self):
-        require_positive(self, "length", "batch_size", "num_rounds")
-        if not self.num_units or min(self.num_units) < 1:
-            raise ConfigError(
-                "--num-units must be 1 or more, for one size or several, got "
-                f"{self.num_units}."
-            )
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -179,7 +150,3 @@ def _torch(x: np.ndarray, num_units: int) -> tuple[Callable[[], Any], ...]:
 
 
 IMPLEMENTATIONS = {OURS: _ours, FLAX: _flax, TORCH: _torch}
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

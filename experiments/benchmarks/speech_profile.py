@@ -8,10 +8,14 @@ difference between two cuts is what a part costs, forward and backward. Interlea
 round times every cut once, in a shuffled order; differences are taken within a round.
 """
 
-import dataclasses
+from experiments.configs.speech_profile import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.benchmarks.speech_profile", Config, doc=__doc__)
+
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +24,7 @@ import jax.numpy as jnp
 import mpjax
 from experiments.benchmarks._timing import time_rounds
 from experiments.benchmarks.workloads import speech
-from experiments.harness import cli, results
-from experiments.harness.config import require, require_positive
+from experiments.harness import results
 from experiments.harness.output import RESULTS, save_table
 from experiments.harness.results import Column
 from experiments.models.speech.model import SpeechModel
@@ -41,30 +44,6 @@ PARTS = {
     "second recurrent layer": "recurrent_2",
 }
 LOSS, UPDATE, STEP = "output layer and CTC", "optimizer", "whole step"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to time."""
-
-    num_seconds: float = 2.72
-    """Length of the longest utterance."""
-
-    batch_size: int = 32
-    """Utterances in a batch."""
-
-    num_rounds: int = 21
-    """How often everything is timed."""
-
-    seed: int = 0
-    """Seed of values and orders."""
-
-    output: Path | None = None
-    """Result file; a name in experiments/results by default."""
-
-    def __post_init__(self):
-        require_positive(self, "num_seconds", "batch_size")
-        require(self.num_rounds >= 2, "--num-rounds", "2 or more", self)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -149,7 +128,3 @@ def _rows(times_ms: dict[str, list[float]]) -> list[dict[str, Any]]:
         }
         for name, times in (parts | {STEP: whole}).items()
     ]
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

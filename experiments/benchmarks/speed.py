@@ -23,7 +23,12 @@ speedups over float32 include what the kernel saves; --attention xla compares li
 like. Each row of the result file records its `attention`.
 """
 
-import dataclasses
+from experiments.configs.speed import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.benchmarks.speed", Config, doc=__doc__)
+
 import functools
 import math
 import re
@@ -38,7 +43,6 @@ from matplotlib.figure import Figure
 
 from experiments.benchmarks._attention import (
     attention_in,
-    check_attention,
     choose_attention,
     with_attention,
 )
@@ -58,9 +62,8 @@ from experiments.benchmarks.baselines.warmup import (
     matches_reference,
     warm_up_all,
 )
-from experiments.benchmarks.workloads import WORKLOADS, mlp, parse_workloads
-from experiments.harness import cli, plot_style, results
-from experiments.harness.config import require_positive
+from experiments.benchmarks.workloads import WORKLOADS, mlp
+from experiments.harness import plot_style, results
 from experiments.harness.errors import ConfigError
 from experiments.harness.output import RESULTS, save_figure, save_table
 from experiments.harness.plot_style import decorate
@@ -93,56 +96,6 @@ COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What to time."""
-
-    workloads: str = "mlp"
-    """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru,
-    speech, speech_large."""
-
-    baselines: str = ""
-    """Regular expression; times the baselines whose name it matches and the baselines
-    that they are compared with. Empty for all."""
-
-    attention: str = "auto"
-    """Attention of transformers in half: "xla" for XLA's operations, "cudnn" for
-    cuDNN's kernel, "auto" for "cudnn" on an NVIDIA GPU that supports it and "xla"
-    elsewhere. In float32, which the kernel refuses, it is XLA's operations."""
-
-    batch_size: int | None = None
-    """Examples per step; by default each model has its own for a CPU and for a GPU."""
-
-    num_units: int = 4096
-    """Units in each of the two hidden layers of the MLP."""
-
-    num_rounds: int = 11
-    """How often each baseline is timed."""
-
-    seed: int = 0
-    """Seed for parameters, data and the order within rounds."""
-
-    max_minutes: float | None = None
-    """Stop starting new baselines after this many minutes of compiling per model."""
-
-    output_dir: Path | None = None
-    """Directory of the result files; experiments/results by default."""
-
-    def __post_init__(self):
-        require_positive(self, "num_units", "num_rounds")
-        for name in ("batch_size", "max_minutes"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
-        parse_workloads(self.workloads)
-        check_attention(self.attention)
-        try:
-            re.compile(self.baselines)
-        except re.error as error:
-            raise ConfigError(
-                f"--baselines is not a regular expression: {error}."
-            ) from error
-
-
 def main(config: Config) -> list[dict[str, Any]]:
     """Times every baseline of every model; returns what the result files hold.
 
@@ -154,7 +107,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     # Taken first: the result files change the state of the checkout.
     environment = results.environment((*results.PACKAGES, *PEERS))
     tables = []
-    for name in parse_workloads(config.workloads):
+    for name in config.workload_names():
         tables.append(measure(config, name, environment))
         _save(config.output_dir or RESULTS, tables[-1])
     return tables
@@ -379,7 +332,3 @@ def _draw_times(
             va="center",
             fontsize=plot_style.SMALL,
         )
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness.flags import parse_names
 from experiments.models import small
 from experiments.models.attention import cudnn_attention, kernel_in_half
 from experiments.models.deep_convnet import DeepConvNet
@@ -190,15 +189,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "speech": speech,
     "speech_large": speech_large,
 }
-
-
-def parse_workloads(text: str) -> list[str]:
-    """Returns the names that --workloads lists.
-
-    Raises:
-      ConfigError: if one of them is unknown.
-    """
-    return parse_names("--workloads", text, WORKLOADS)
 
 
 def _images(key: jax.Array, batch_size: int) -> dict[str, jax.Array]:

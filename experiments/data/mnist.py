@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data import cache, digits, mnist_tfds, mnist_wheel
+from experiments.data.mnist_config import check_data_dir
 from experiments.harness.errors import ConfigError, DataError
 
 # md5 of the original IDX files, decompressed.
@@ -29,7 +30,6 @@ SHAPES = {
     "x_test": (10000, 28, 28),
     "y_test": (10000,),
 }
-DATASETS = ("mnist", "digits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def load(name: str = "mnist", data_dir: Path | None = None) -> ImageDataset:
     if name == "digits":
         return ImageDataset(name, "scikit-learn", **digits.load())
     if name != "mnist":
-        raise ConfigError(f"unknown dataset {name!r}; expected one of {DATASETS}.")
+        raise ConfigError(f"unknown dataset {name!r}; expected mnist or digits.")
     if data_dir is not None:
         arrays = _from_directory(Path(os.path.expanduser(data_dir)))
         return ImageDataset(name, f"TFDS directory {data_dir}", **arrays)
@@ -129,11 +129,7 @@ def _from_cache(path: Path, *, report: bool = True) -> dict[str, np.ndarray] | N
 
 
 def _from_directory(data_dir: Path) -> dict[str, np.ndarray]:
-    if not os.path.isdir(data_dir) or not os.access(data_dir, os.R_OK | os.X_OK):
-        raise DataError(
-            f"--data-dir {data_dir} is not a directory that can be read; give a TFDS "
-            "directory (it holds mnist/3.0.1), or leave the flag out."
-        )
+    check_data_dir(data_dir)
     try:
         return check(mnist_tfds.prepare_and_read(data_dir))
     except DataError as error:

@@ -1,27 +1,49 @@
-"""Settings common to all experiments."""
+"""Settings common to all experiments; imports nothing that is slow to import."""
 
 import dataclasses
 import datetime
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-import jmp
-
-import mpjax
 from experiments.harness.errors import ConfigError
-from experiments.harness.loss_scales import parse_loss_scale
+from experiments.harness.flags import did_you_mean
 
+if TYPE_CHECKING:
+    import jmp
+
+# What `mpjax.PRESETS` and jmp name, so that a name is checked before JAX is imported.
+PRESETS = (
+    "float32",
+    "float64",
+    "mixed_float16",
+    "mixed_bfloat16",
+    "float16",
+    "bfloat16",
+)
+DTYPES = ("full", "half", "f16", "bf16", "f32", "f64")
+# Loss scales without numbers; `static` has one.
+LOSS_SCALES = ("none", "dynamic", "histogram")
 # Fields that do not affect the numbers: two runs may differ in them.
 NOT_COMPARED = ("workdir", "resume", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """Settings common to all experiments; the docstrings are the flags' help."""
+    """Settings common to all experiments; the docstrings are the flags' help.
+
+    Attributes:
+      EXTENSIBLE: settings, such as `num_epochs`, that a resumed run may have larger
+        than the run that it continues; it then trains past its old end.
+      SCHEDULE_SPANS_RUN: whether the learning rate of a step depends on these settings;
+        then an extended run is not the run that would have been so long from the start,
+        and its result says so.
+    """
+
+    EXTENSIBLE: ClassVar[tuple[str, ...]] = ()
+    SCHEDULE_SPANS_RUN: ClassVar[bool] = True
 
     policies: str = "float32,mixed_float16"
     """Precision policies, separated by commas. The same seed runs once per policy, and
@@ -46,7 +68,8 @@ class BaseConfig:
     """Directory for results; runs/NAME-DATE-TIME by default."""
 
     resume: bool = False
-    """Continue the run in --workdir from its newest checkpoint."""
+    """Continue the run in --workdir from its newest checkpoint; with the same flags it
+    ends as if it had not been stopped."""
 
     num_checkpoints: int = 2
     """Number of checkpoints to keep. 0 writes none; the run cannot be resumed."""
@@ -67,12 +90,25 @@ class BaseConfig:
         if not self.policy_names():
             raise ConfigError("--policies names no policy; try float32,mixed_float16.")
         for name in self.policy_names():
-            self.make_policy(name)
-            self.make_loss_scale(name)
+            check_policy("--policies" if self.policy is None else "--policy", name)
+        check_loss_scales("--loss-scale", [self.loss_scale], ("auto", *LOSS_SCALES))
         if self.resume and self.workdir is None:
             raise ConfigError(
                 "--resume needs --workdir: name the directory of the run to continue."
             )
+
+    def check_paths(self, experiment: str) -> None:
+        """Checks what the flags name on the disk, before anything slow is imported.
+
+        Args:
+          experiment: the name of the experiment that is to run.
+
+        Raises:
+          ExperimentError: if a path is missing, or is not what it is named as.
+        """
+        from experiments.harness.workdir import check_workdir
+
+        check_workdir(self, experiment)
 
     def policy_names(self) -> tuple[str, ...]:
         """Returns the policies to run, in order, each once."""
@@ -80,42 +116,17 @@ class BaseConfig:
             return (self.policy,)
         return tuple(dict.fromkeys(split_policies(self.policies)))
 
-    def make_policy(self, name: str) -> jmp.Policy:
-        """Returns the policy of that name.
-
-        Raises:
-          ConfigError: if there is none, or if it needs 64-bit numbers that JAX has
-            switched off.
-        """
-        try:
-            policy = mpjax.get_policy(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        is_64_bit = jnp.float64 in dataclasses.astuple(policy)
-        if is_64_bit and not jax.config.values["jax_enable_x64"]:
-            raise ConfigError(
-                f"policy {name!r} needs 64-bit numbers, which are switched off in JAX; "
-                "set the environment variable JAX_ENABLE_X64=1."
-            )
-        return policy
-
     def make_loss_scale(self, policy: str) -> Any:
-        """Returns the loss scale for a policy.
+        """Returns the loss scale for a policy."""
+        from experiments.harness.loss_scales import parse_loss_scale
 
-        Raises:
-          ConfigError: if --loss-scale cannot be read.
-        """
-        try:
-            return parse_loss_scale(self.loss_scale_name(policy))
-        except ValueError as error:
-            raise ConfigError(f"--loss-scale: {error}") from error
+        return parse_loss_scale(self.loss_scale_name(policy))
 
     def loss_scale_name(self, policy: str) -> str:
         """Returns what `auto` means for a policy, and any other setting unchanged."""
         if self.loss_scale != "auto":
             return self.loss_scale
-        compute_dtype = self.make_policy(policy).compute_dtype
-        return "dynamic" if compute_dtype == jnp.float16 else "none"
+        return "dynamic" if compute_dtype(policy) == "float16" else "none"
 
     def resume_flags(self) -> tuple[str, ...]:
         """Returns the flags that continue the run; `workdir` must be set."""
@@ -125,6 +136,93 @@ class BaseConfig:
         """Returns the settings that two equal runs share, as JSON values."""
         fields = dataclasses.asdict(self)
         return {k: _plain(v) for k, v in fields.items() if k not in NOT_COMPARED}
+
+
+def check_policy(flag: str, name: str) -> None:
+    """Checks the name of a policy; only a jmp string or float64 makes it import JAX.
+
+    Args:
+      flag: as it is typed, for the error.
+      name: as `mpjax.get_policy` takes it.
+
+    Raises:
+      ConfigError: if there is no such policy, or if it needs 64-bit numbers that JAX
+        has switched off.
+    """
+    is_string = "=" in name or name in DTYPES
+    if not is_string and name not in PRESETS:
+        raise ConfigError(
+            f"{flag}: unknown policy {name!r}.{did_you_mean(name, PRESETS)} Expected "
+            f"one of {', '.join(PRESETS)}, or a jmp string such as p=f32,c=f16,o=f32."
+        )
+    if is_string or name == "float64":
+        try:
+            make_policy(name)
+        except ConfigError as error:
+            raise ConfigError(f"{flag}: {error}") from error
+
+
+def make_policy(name: str) -> "jmp.Policy":
+    """Returns the policy of that name.
+
+    Raises:
+      ConfigError: if there is none, or if it needs 64-bit numbers that JAX has switched
+        off.
+    """
+    import jax
+
+    import mpjax
+
+    try:
+        policy = mpjax.get_policy(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    is_64_bit = jax.numpy.float64 in dataclasses.astuple(policy)
+    if is_64_bit and not jax.config.values["jax_enable_x64"]:
+        raise ConfigError(
+            f"policy {name!r} needs 64-bit numbers, which are switched off in JAX; "
+            "set the environment variable JAX_ENABLE_X64=1."
+        )
+    return policy
+
+
+def compute_dtype(policy: str) -> str:
+    """Returns the name of the dtype in which a policy computes, such as "float16"."""
+    import jax
+
+    return jax.numpy.dtype(make_policy(policy).compute_dtype).name
+
+
+def check_loss_scales(
+    flag: str, texts: Sequence[str], plain: Sequence[str] = LOSS_SCALES
+) -> None:
+    """Checks loss scales; only those with numbers make it import JAX.
+
+    Args:
+      flag: as it is typed, for the error.
+      texts: loss scales, each as `parse_loss_scale` reads it or in `plain`.
+      plain: loss scales without numbers.
+
+    Raises:
+      ConfigError: for the first that cannot be read.
+    """
+    kinds = (*plain, "static")
+    for text in texts:
+        kind = text.partition(":")[0].strip()
+        if kind not in kinds:
+            raise ConfigError(
+                f"{flag}: cannot read loss scale {text!r}.{did_you_mean(kind, kinds)} "
+                f"Expected {', '.join(plain)}, static:128, dynamic:32768 or "
+                "histogram:32768."
+            )
+    for text in texts:
+        if text not in plain:
+            from experiments.harness.loss_scales import parse_loss_scale
+
+            try:
+                parse_loss_scale(text)
+            except ValueError as error:
+                raise ConfigError(f"{flag}: {error}") from error
 
 
 def split_policies(text: str) -> list[str]:

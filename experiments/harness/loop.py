@@ -79,6 +79,8 @@ def train(run: Run, config: BaseConfig, directory: Path) -> Trained:
         if checkpoint := checkpoints.restore(run.state):
             step, state, data_state = checkpoint
             run.task.batches.set_state(data_state)
+        if config.resume:
+            print(_resume_line(run, step), flush=True)
         recorder = Recorder(directory, first_step=step)
         try:
             with on_signals() as stop:
@@ -108,6 +110,15 @@ def epoch_line(experiment: Experiment, row: dict[str, Any], num_epochs: int) -> 
             f"skipped {row['num_skipped']}",
         )
     )
+
+
+def _resume_line(run: Run, step: int) -> str:
+    if not step:
+        return f"{run.name}: no checkpoint yet, from the first step"
+    num_steps = run.task.num_steps
+    if step >= num_steps:
+        return f"{run.name}: all {num_steps} steps were taken before"
+    return f"{run.name}: resumed after step {step} of {num_steps}"
 
 
 class _Loop:

@@ -1,7 +1,6 @@
 """Loss scales from the text of a flag, `HistogramLossScale` included."""
 
 import dataclasses
-import re
 from typing import Any
 
 import mpjax
@@ -41,12 +40,6 @@ def parse_loss_scale(text: str) -> Any:
         raise ValueError(
             f"cannot read loss scale {text!r}: {error} Expected {expected}."
         ) from error
-
-
-def split_loss_scales(text: str) -> list[str]:
-    """Splits at commas, except before a setting, as in `dynamic,growth_interval=9`."""
-    pieces = re.split(r",(?![^,]*=)", text)
-    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def _settings(parts: list[str]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import rich.console
 import rich.table
 
 from experiments.harness.command import command_line
-from experiments.harness.config import BaseConfig
+from experiments.harness.config import BaseConfig, compute_dtype
+from experiments.harness.emulation import Hardware, emulation_note
 from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.stop import on_signals
-from experiments.harness.workdir import open_workdir
+from experiments.harness.workdir import extension_note, open_workdir
 
 # Names in /proc/cpuinfo, the widest first.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
@@ -93,7 +94,8 @@ def run_policies(
     """Runs every policy of the config in a directory of its own, and writes the result.
 
     When a comparison is resumed, policies that have a result are not run again. The
-    result of a finished comparison is returned unchanged.
+    result of a finished comparison is returned unchanged. What a reader of the result
+    should know is printed, and stands in `notes` of its environment.
 
     Args:
       experiment: name of the experiment.
@@ -114,6 +116,10 @@ def run_policies(
         config = dataclasses.replace(config, workdir=workdir)
         made_in = environment()
         file = workdir / "result.json"
+        if not file.exists():
+            made_in["notes"] = _notes(config)
+            for note in made_in["notes"]:
+                print(f"note: {note}", flush=True)
         runs = []
         for name in config.policy_names() if names is None else names:
             directory = workdir / name
@@ -122,11 +128,21 @@ def run_policies(
                 stop.check(f"not yet begun with {name}", config.resume_flags())
                 directory.mkdir(exist_ok=True)
                 write_json(done, train_one(config, name, directory))
+            elif config.resume:
+                print(f"{name}: finished before, not run again", flush=True)
             runs.append(read_json(done))
         if not file.exists() or (names is not None and read_json(file)["runs"] != runs):
             result = Result(experiment, workdir, config.comparable(), made_in, runs)
             write_json(file, result.to_json())
         return Result(**read_json(file) | {"workdir": workdir})
+
+
+def _notes(config: BaseConfig) -> list[str]:
+    """Returns what is worth a line before the training begins."""
+    assert config.workdir is not None
+    dtypes = {name: compute_dtype(name) for name in config.policy_names()}
+    notes = (emulation_note(hardware(), dtypes), extension_note(config.workdir))
+    return [note for note in notes if note is not None]
 
 
 def environment(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -182,6 +198,13 @@ def machine() -> str:
     return re.sub(r"\W+", "_", device.device_kind.lower())
 
 
+def hardware() -> Hardware:
+    """Returns what decides how fast half precision is here."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    return Hardware(device.platform, _cpu_flags(), capability, jax.__version_info__)
+
+
 def _cpu() -> str:
     """Returns name, threads and widest instructions, which decide how fast half is."""
     names = _cpu_info("model name")
@@ -191,8 +214,12 @@ def _cpu() -> str:
 
 
 def _instructions() -> str | None:
-    flags = " ".join(_cpu_info("flags")[:1]).split()
+    flags = _cpu_flags()
     return next((name for name in _INSTRUCTIONS if name in flags), None)
+
+
+def _cpu_flags() -> list[str]:
+    return " ".join(_cpu_info("flags")[:1]).split()
 
 
 def _cpu_info(field: str) -> list[str]:

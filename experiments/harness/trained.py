@@ -10,6 +10,7 @@ from experiments.harness.checkpoints import Checkpoints, from_arrays, to_arrays
 from experiments.harness.config import BaseConfig, split_policies
 from experiments.harness.errors import CheckpointError, ConfigError, WorkdirError
 from experiments.harness.files import read_json
+from experiments.harness.workdir import check_is_run
 
 
 class Weights(NamedTuple):
@@ -122,13 +123,7 @@ def open_trained(path: Path, experiment: str) -> TrainedRun:
       WorkdirError: if it holds no run, or one of another experiment.
     """
     path = path.expanduser()
-    file = path / "config.json"
-    if not file.is_file():
-        raise WorkdirError(
-            f"{path} holds no run: there is no {file.name} in it. Name the --workdir "
-            "of a run."
-        )
-    settings = read_json(file)
+    settings = read_json(check_is_run(path))
     name = settings.get("experiment") if isinstance(settings, dict) else None
     if name != experiment:
         raise WorkdirError(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from experiments.configs.recognizer import NETWORK, RecognizerConfig
 from experiments.data.speech.vocabulary import Vocabulary
 from experiments.harness.errors import ConfigError
 from experiments.harness.files import translate_os_errors
@@ -22,7 +23,6 @@ from experiments.harness.trained import (
 from experiments.harness.weights import read_weights, write_weights
 from experiments.models.recognition import make_init
 from experiments.models.recognizer import read_vocabulary
-from experiments.models.speech.config import NETWORK, RecognizerConfig
 
 FILE = "initial.safetensors"
 OUTPUT_LAYER = "classes"

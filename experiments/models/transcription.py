@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.configs.recognizer import NETWORK, RecognizerConfig
 from experiments.harness.trained import (
     TrainedRun,
     check_settings,
@@ -18,7 +19,6 @@ from experiments.models.recognizer import (
     read_recordings,
     read_vocabulary,
 )
-from experiments.models.speech.config import NETWORK, RecognizerConfig
 
 _TAKEN = (*NETWORK, "autocast", "min_duration_s", "max_duration_s")
 _FREE = ("policies", "policy", "beam_width")  # what a transcription may choose

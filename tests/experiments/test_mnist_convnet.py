@@ -248,9 +248,9 @@ def test_one_precision_alone_is_compared_with_nothing(finished):
     [
         (
             ["--precisions", "float61"],
-            "--precisions must name some of float64, float32",
+            "--precisions must be some of float64, float32",
         ),
-        (["--precisions", " , "], "--precisions must name some"),
+        (["--precisions", " , "], "--precisions must be some of"),
         (["--num-val", "0"], "--num-val must be greater than zero"),
         (["--num-val", "60"], "--num-val 60 leaves 0 of 60 images"),
         (["--num-epochs", "0"], "--num-epochs must be greater than zero"),

@@ -23,7 +23,7 @@ def test_every_command_is_registered_once():
     programs = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in PACKAGE.rglob("*.py")
-        if "cli.run(" in path.read_text()
+        if "cli.run_module(" in path.read_text()
     }
     assert programs == set(MODULES)
     assert len(MODULES) == len(programs)
@@ -53,7 +53,9 @@ def test_the_list_takes_no_arguments(capsys):
     with pytest.raises(SystemExit) as exit_info:
         listing.main(["mnist_mlp"])
     assert exit_info.value.code == 2
-    assert "unrecognized arguments: mnist_mlp" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "unrecognized arguments: mnist_mlp" in err
+    assert "run it as: python -m experiments.mnist_mlp" in err
 
 
 @pytest.mark.parametrize("name", MODULES)

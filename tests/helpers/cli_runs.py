@@ -87,6 +87,15 @@ def result_without_times(workdir):
     return [{k: v for k, v in run.items() if k not in TIMES} for run in result["runs"]]
 
 
+def arrays(directory):
+    """Returns the arrays of the newest checkpoint, by name, whatever they are."""
+    checkpoints = Checkpoints(directory / "checkpoints", keep=1, read_only=True)
+    try:
+        return checkpoints.restore(None).state
+    finally:
+        checkpoints.close()
+
+
 def newest_checkpoint(directory, template):
     """Returns the step and the arrays of the newest checkpoint."""
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)

@@ -17,19 +17,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from tqdm.auto import tqdm
 
 from experiments.data import cache
 from experiments.data.speech import archives
+from experiments.data.speech.config import Unit
 from experiments.data.speech.corpus import Corpus
 from experiments.data.speech.durations import recorded
 from experiments.data.speech.extra import import_extra
 from experiments.data.speech.recordings import Recording
 from experiments.harness.errors import DataError
 
-Unit = Literal["characters", "pinyin", "pinyin-tones"]
 UNITS: dict[str, str] = {
     "characters": "characters",
     "pinyin": "pinyin letters",

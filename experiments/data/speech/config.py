@@ -2,19 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from experiments.data.speech import aishell
-from experiments.data.speech.aishell import load_aishell
-from experiments.data.speech.corpus import Corpus
-from experiments.data.speech.librispeech import load_librispeech
-from experiments.data.speech.mandarin import MandarinConfig, load_mandarin
-from experiments.data.speech.manifest import load_manifest
-from experiments.data.speech.selection import Selection, check_audio, select
-from experiments.data.speech.tfds_speech import load_tfds
+from experiments.data.speech.mandarin_config import MandarinConfig
 from experiments.harness.config import BaseConfig, require, require_positive
 from experiments.harness.errors import ConfigError
+from experiments.harness.flags import did_you_mean, require_directory, require_file
 
+if TYPE_CHECKING:
+    from experiments.data.speech.corpus import Corpus
+
+Unit = Literal["characters", "pinyin", "pinyin-tones"]
 DATASETS = ("mandarin", "aishell", "librispeech")
 TFDS = "tfds:"
 # Flags that say how the data are read, and not what they are.
@@ -39,7 +37,7 @@ class SpeechConfig(BaseConfig):
     """Your own recordings instead of --dataset: a file of JSON lines such as
     {"audio": "clips/1.wav", "text": "ni hao"}, WAV or FLAC at any rate."""
 
-    unit: aishell.Unit = "characters"
+    unit: Unit = "characters"
     """What the texts of aishell are made of."""
 
     min_duration_s: float = 0.1
@@ -85,12 +83,20 @@ class SpeechConfig(BaseConfig):
         if self.dataset not in DATASETS and not self.dataset.startswith(TFDS):
             raise ConfigError(
                 f"--dataset must be one of {', '.join(DATASETS)}, {TFDS}NAME, "
-                f"got {self.dataset!r}."
+                f"got {self.dataset!r}.{did_you_mean(self.dataset, DATASETS)}"
             )
         if self.needs_data_dir() and self.data_dir is None:
             raise ConfigError(
                 f"--dataset {self.dataset} needs --data-dir, the folder that holds it."
             )
+
+    def check_paths(self, experiment: str) -> None:
+        """Checks --manifest and --data-dir too; see `BaseConfig.check_paths`."""
+        super().check_paths(experiment)
+        if self.manifest is not None:
+            require_file("--manifest", self.manifest)
+        if self.needs_data_dir() and self.data_dir is not None:
+            require_directory("--data-dir", self.data_dir)
 
     def needs_data_dir(self) -> bool:
         """Whether the corpus is read from --data-dir."""
@@ -101,33 +107,12 @@ class SpeechConfig(BaseConfig):
         values = super().comparable()
         return {k: v for k, v in values.items() if k not in NOT_COMPARED}
 
-    def load_corpus(self) -> Corpus:
+    def load_corpus(self) -> "Corpus":
         """Returns the corpus without what is too short, too long or unreadable.
 
         Raises:
           DataError: if it is unavailable or damaged, or if a split is empty.
         """
-        corpus = self._load()
-        splits = {name: getattr(corpus, name) for name in ("train", "val", "test")}
-        return corpus._replace(**{k: self._select(v) for k, v in splits.items()})
+        from experiments.data.speech.load import load_corpus
 
-    def _select(self, utterances: Any) -> Selection:
-        chosen = select(
-            utterances,
-            min_duration_s=self.min_duration_s,
-            max_duration_s=self.max_duration_s,
-            skip_bad=self.skip_bad,
-        )
-        return check_audio(chosen, skip_bad=True) if self.skip_bad else chosen
-
-    def _load(self) -> Corpus:
-        if self.manifest is not None:
-            return load_manifest(self.manifest)
-        if self.dataset == "mandarin":
-            return load_mandarin(self.mandarin)
-        if self.dataset.startswith(TFDS):
-            return load_tfds(self.dataset.removeprefix(TFDS), self.data_dir)
-        assert self.data_dir is not None  # checked in __post_init__
-        if self.dataset == "aishell":
-            return load_aishell(self.data_dir, unit=self.unit)
-        return load_librispeech(self.data_dir)
+        return load_corpus(self)

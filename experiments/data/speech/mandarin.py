@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data import cache
-from experiments.data.speech import espeak, pinyin, stored, voices
+from experiments.data.speech import espeak, stored, voices
 from experiments.data.speech.corpus import Corpus
-from experiments.data.speech.phrases import MIN_HELD_OUT_SYLLABLES, Phrases, Planned
+from experiments.data.speech.mandarin_config import MandarinConfig
+from experiments.data.speech.phrases import Phrases, Planned
 from experiments.data.speech.stored import Recording, StoredUtterances
 from experiments.data.speech.synthesis import Noise, synthesise
-from experiments.harness.errors import ConfigError, DataError
+from experiments.harness.errors import DataError
 
 FORMAT_VERSION = 1
 """To be raised whenever the same settings give other audio."""
@@ -31,78 +32,6 @@ FORMAT_VERSION = 1
 _SPLITS = ("train", "val", "test")
 _BYTES_PER_SYLLABLE = 10_000
 _BYTES_OF_SILENCE = 8_000
-_MIN_RATE_WPM, _MAX_RATE_WPM = 80, 450  # espeak-ng's own limits
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MandarinConfig:
-    """Settings that determine every sample of the corpus."""
-
-    seed: int = 0
-    """Seed of phrases, voices, rates, pitches and noise."""
-
-    num_train: int = 10_000
-    """Utterances for training."""
-
-    num_val: int = 500
-    """Utterances for validation."""
-
-    num_test: int = 500
-    """Utterances for the test."""
-
-    num_syllables: int = len(pinyin.SYLLABLES)
-    """Different syllables, chosen at random from the 402; fewer are easier."""
-
-    min_syllables: int = 1
-    """Syllables of the shortest training phrase; those held out have 2 at least, and
-    more where there are few different syllables."""
-
-    max_syllables: int = 5
-    """Syllables of the longest phrase."""
-
-    tones: bool = False
-    """Whether the tones are to be recognised: harder."""
-
-    min_snr_db: float = 15.0
-    """Signal-to-noise ratio of the noisiest utterance."""
-
-    max_snr_db: float = 35.0
-    """Signal-to-noise ratio of the cleanest utterance."""
-
-    min_rate_wpm: int = 130
-    """Slowest speech, in espeak-ng's words per minute."""
-
-    max_rate_wpm: int = 240
-    """Fastest speech, in espeak-ng's words per minute."""
-
-    def __post_init__(self):
-        """Checks the settings.
-
-        Raises:
-          ConfigError: for the first that cannot work.
-        """
-        most = len(pinyin.SYLLABLES)
-        longest = max(MIN_HELD_OUT_SYLLABLES, self.min_syllables)
-        rates = f"from {_MIN_RATE_WPM} to {_MAX_RATE_WPM}, min <= max"
-        slow, fast = self.min_rate_wpm, self.max_rate_wpm
-        checks = {
-            "seed": (self.seed >= 0, "0 or more"),
-            "num_train": (self.num_train > 0, "1 or more"),
-            "num_val": (self.num_val > 0, "1 or more"),
-            "num_test": (self.num_test > 0, "1 or more"),
-            "num_syllables": (0 < self.num_syllables <= most, f"from 1 to {most}"),
-            "min_syllables": (self.min_syllables > 0, "1 or more"),
-            "max_syllables": (self.max_syllables >= longest, f"{longest} or more"),
-            "max_snr_db": (
-                -30 <= self.min_snr_db <= self.max_snr_db <= 100,
-                "min_snr_db or more, both from -30 to 100",
-            ),
-            "max_rate_wpm": (_MIN_RATE_WPM <= slow <= fast <= _MAX_RATE_WPM, rates),
-        }
-        for name, (is_valid, expected) in checks.items():
-            if not is_valid:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} must be {expected}, got {value!r}.")
 
 
 def load_mandarin(config: MandarinConfig) -> Corpus:

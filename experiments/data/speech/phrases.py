@@ -7,12 +7,10 @@ import numpy as np
 
 from experiments.data.speech import pinyin
 from experiments.data.speech.espeak import Line
+from experiments.data.speech.mandarin_config import MIN_HELD_OUT_SYLLABLES
 from experiments.harness.errors import ConfigError
 
 MIN_PITCH, MAX_PITCH = 25, 75
-
-MIN_HELD_OUT_SYLLABLES = 2
-"""A single syllable stands in every training utterance that has it."""
 
 MAX_HELD_OUT_SHARE = 0.05
 _MAX_DRAWS_PER_PHRASE = 50

@@ -3,18 +3,18 @@
 B denotes the batch size, T frames, T' output frames, F mel bands.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.configs.recognizer import Encoder
 from experiments.models.speech.conformer import ConformerBlock
 from experiments.models.speech.padding import MaskedBatchNorm, zero_padding
 from experiments.models.speech.recurrent import Recurrence
 from experiments.models.speech.row_conv import RowConv
 
-Encoder = Literal["bigru", "bilstm", "gru_lookahead", "conformer"]
 # What clips the relu after a convolution, as in the paper.
 MAX_ACTIVATION = 20.0
 

@@ -79,8 +79,9 @@ def test_real_models_are_compared_with_half_by_hand(tmp_path, monkeypatch, capsy
 
 
 def test_the_group_of_real_models():
-    assert memory.parse_workloads("real") == list(REAL_MODELS)
-    assert memory.parse_workloads("llama,unet") == ["llama", "unet"]
+    names = lambda workloads: memory.Config(workloads=workloads).workload_names()
+    assert names("real") == list(REAL_MODELS)
+    assert names("llama,unet") == ["llama", "unet"]
 
 
 def test_bad_flags_are_reported():

@@ -183,15 +183,18 @@ def test_held_out_phrases_stand_in_no_training_utterance(config):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"num_train": 0}, "num_train must be 1 or more, got 0"),
-        ({"num_test": 0}, "num_test must be"),
-        ({"num_syllables": 403}, "num_syllables must be from 1 to 402, got 403"),
-        ({"max_syllables": 1}, "max_syllables must be 2 or more, got 1"),
-        ({"min_syllables": 6}, "max_syllables must be 6 or more, got 5"),
-        ({"min_snr_db": 40.0}, "max_snr_db must be"),
-        ({"min_snr_db": float("nan")}, "max_snr_db must be"),
-        ({"max_rate_wpm": 500}, "max_rate_wpm must be"),
-        ({"seed": -1}, "seed must be 0 or more"),
+        ({"num_train": 0}, "mandarin.num-train must be 1 or more, got 0"),
+        ({"num_test": 0}, "mandarin.num-test must be"),
+        (
+            {"num_syllables": 403},
+            "mandarin.num-syllables must be from 1 to 402, got 403",
+        ),
+        ({"max_syllables": 1}, "mandarin.max-syllables must be 2 or more, got 1"),
+        ({"min_syllables": 6}, "mandarin.max-syllables must be 6 or more, got 5"),
+        ({"min_snr_db": 40.0}, "mandarin.max-snr-db must be"),
+        ({"min_snr_db": float("nan")}, "mandarin.max-snr-db must be"),
+        ({"max_rate_wpm": 500}, "mandarin.max-rate-wpm must be"),
+        ({"seed": -1}, "mandarin.seed must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, match):

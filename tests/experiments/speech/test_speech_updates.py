@@ -238,7 +238,7 @@ def test_every_variant_has_the_same_seeds_and_its_own_precision(config):
         assert (run.learning_rate, run.num_epochs) == (rate / 16, 8)
         assert (run.seed, run.optimizer) == (cell.seed, cell.optimizer)
         is_half = cell.variant.startswith("float16")
-        policy = run.make_policy(run.policy)
+        policy = mpjax.get_policy(run.policy)
         assert (policy.param_dtype == jnp.float16) == is_half
         dynamic = is_half or cell.variant == "mixed_float16"
         assert run.loss_scale_name(run.policy) == ("dynamic" if dynamic else "none")

@@ -1,18 +1,22 @@
 """The flags of a recognizer: its network, where its weights are from, its decoder."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.data.speech.config import SpeechConfig
-from experiments.data.speech.vocabulary import Vocabulary
 from experiments.harness.config import require, require_positive
 from experiments.harness.errors import ConfigError
-from experiments.models.recognition import Decoder
-from experiments.models.speech.decoding import beam_search
-from experiments.models.speech.model import Encoder, SpeechModel
+from experiments.harness.flags import require_file
 
+if TYPE_CHECKING:
+    from experiments.data.speech.vocabulary import Vocabulary
+    from experiments.models.recognition import Decoder
+    from experiments.models.speech.model import SpeechModel
+
+Encoder = Literal["bigru", "bilstm", "gru_lookahead", "conformer"]
 # The settings that the weights of a network belong to.
 NETWORK = (
     "encoder",
@@ -79,13 +83,35 @@ class RecognizerConfig(SpeechConfig):
         if self.trainable is not None:
             self._check_trainable(self.trainable)
 
+    def check_paths(self, experiment: str) -> None:
+        """Checks --transcribe and --init-from too; see `BaseConfig.check_paths`.
+
+        The settings of a run that starts from another one's weights are compared later,
+        when its network is known.
+        """
+        from experiments.harness.workdir import check_is_run
+
+        if self.transcribe and self.workdir is not None:
+            check_is_run(self.workdir)
+            for recording in self.transcribe:
+                require_file("--transcribe", recording)
+        elif self.init_from is not None:
+            is_policy = os.path.isfile(
+                self.init_from.expanduser().parent / "config.json"
+            )
+            check_is_run(self.init_from.parent if is_policy else self.init_from)
+        elif self.listen is None:
+            super().check_paths(experiment)
+
     def comparable(self) -> dict[str, Any]:
         """Returns the settings to compare, without what changes no number."""
         values = super().comparable()
         return {k: v for k, v in values.items() if k not in ("listen", "transcribe")}
 
-    def make_network(self, vocabulary: Vocabulary) -> SpeechModel:
+    def make_network(self, vocabulary: "Vocabulary") -> "SpeechModel":
         """Returns the network for a vocabulary."""
+        from experiments.models.speech.model import SpeechModel
+
         return SpeechModel(
             num_classes=vocabulary.size,
             encoder=self.encoder,
@@ -99,10 +125,12 @@ class RecognizerConfig(SpeechConfig):
         """Returns how many outputs the network has for a number of frames."""
         return -(-num_frames // self.subsampling)
 
-    def make_decoder(self) -> Decoder | None:
+    def make_decoder(self) -> "Decoder | None":
         """Returns the beam search, or None for the most probable path."""
         if not self.beam_width:
             return None
+        from experiments.models.speech.decoding import beam_search
+
         return lambda log_probabilities, vocabulary: vocabulary.decode(
             beam_search(log_probabilities, self.beam_width)
         )
