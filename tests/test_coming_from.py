@@ -42,7 +42,7 @@ def batches():
         label = np.sin(x.sum(-1, keepdims=True))
         if index == OVERFLOWS:
             x[0, 0] = 1e6
-        found.append({"x": x, "label": label})
+        found.append({"x": jnp.asarray(x), "label": jnp.asarray(label)})
     return found
 
 
@@ -278,7 +278,7 @@ def test_torch(tmp_path):
         layer.weight.data = torch.from_numpy(kernel.T.copy())
 
     def halves(batch):
-        cut = {name: np.split(value, 2) for name, value in batch.items()}
+        cut = {name: np.split(np.array(value), 2) for name, value in batch.items()}
         return {
             "halves": [
                 {name: torch.from_numpy(value[i]) for name, value in cut.items()}
