@@ -104,7 +104,7 @@ def _loss_state_and_aux(outputs: Any, old: Any) -> tuple[Any, tuple[Any, Any]]:
             f"{describe(outputs)}."
         )
     loss, (new, aux) = outputs
-    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    shapes = lambda tree: [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
     if jax.tree.structure(new) != jax.tree.structure(old) or shapes(new) != shapes(old):
         raise ValueError(
             "the model state that loss_fn returned must have the structure and shapes "
