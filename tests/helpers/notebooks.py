@@ -32,13 +32,18 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "NUM_TRAIN": 300,
         "NUM_TEST": 20,
         "NUM_SYLLABLES": 8,
-        "NUM_EPOCHS": 8,
+        "NUM_EPOCHS": 6,
         "NUM_UNITS": 32,
         "NUM_LAYERS": 1,
+        "NUM_BUCKETS": 1,
         "BATCH_SIZE": 16,
         "LEARNING_RATE": 1e-2,
     },
-    "5_autocast_your_model": {"NUM_EXAMPLES": 128, "WIDTH": 64},
+    "5_autocast_your_model": {
+        "NUM_EXAMPLES": 128,
+        "WIDTH": 64,
+        "LENGTHS": (8, 32, 128),
+    },
     "6_four_precisions": {"NUM_IMAGES": 1000},
 }
 
@@ -98,6 +103,7 @@ def execute(
     client = nbclient.NotebookClient(
         notebook,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
         timeout_func=lambda _: min(CELL_LIMIT_S, max(1, deadline - time.monotonic())),
         resources={"metadata": {"path": str(work)}},
     )
