@@ -123,6 +123,8 @@ def resolves(dotted):
     return False
 
 
+METRICS = {"grad_norm", "grads_finite", "loss_scale"}
+METRICS |= {"num_skipped", "num_consecutive_skipped"}
 # What other libraries call things, and what JAX's primitives are called.
 OTHERS = {"dot_general", "LossScaleOptimizer", "jax.jit"}
 
@@ -138,7 +140,7 @@ def test_the_prose_names_only_what_exists(notebook):
         assert importlib.util.find_spec(module), module
     for dotted in re.findall(r"`([A-Za-z_][\w.]*)`", prose):
         is_in_code = re.search(rf"\b{re.escape(dotted)}\b", code)
-        assert is_in_code or dotted in OTHERS or resolves(dotted), dotted
+        assert is_in_code or dotted in OTHERS | METRICS or resolves(dotted), dotted
 
 
 def test_those_that_need_the_experiments_say_so(name, notebook):
@@ -378,3 +380,134 @@ def test_the_parameters_of_the_tests_are_hidden(name, executed):
     (position,) = notebooks.tagged(executed, "remove-input")
     assert notebooks.tagged(executed, PARAMETERS) == [position - 1]
     assert executed.cells[position].outputs == []
+
+
+def read_executed(directory, number):
+    (path,) = directory.glob(f"{number}_*.ipynb")
+    return notebooks.texts(notebooks.read(path))
+
+
+def numbers(pattern, text):
+    """Returns what the groups of a pattern match, as numbers, for each match."""
+    found = [tuple(map(float, match)) for match in re.findall(pattern, text)]
+    assert found, f"no {pattern!r} in:\n{text}"
+    return found
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_and_saves(executed_notebooks):
+    out = read_executed(executed_notebooks, 1)
+    for metric in METRICS:
+        assert re.search(rf"^{metric} .* at first", out, re.M)
+    ((first, last),) = numbers(r"(?m)^loss  +(\S+) at first +(\S+) at last", out)
+    assert last < first / 4
+    accuracies = numbers(r"test accuracy (\S+)%", out)
+    assert len(accuracies) == 2
+    assert min(accuracies) > (90,)
+    ((loss, half_loss),) = numbers(r"loss (\S+) in float32, (\S+) in mixed", out)
+    assert half_loss == pytest.approx(loss, rel=1e-2)
+    ((difference,),) = numbers(r"difference of the gradients: (\S+)", out)
+    assert 0 < difference < 0.05
+    assert "dtypes of the gradients: {'float32'}" in out
+    assert "parameters are bitwise the same: True" in out
+    assert re.search(r"^dot_general +float16", out, re.M)
+
+
+@pytest.mark.slow
+def test_the_keras_guide_reaches_the_same_in_both_precisions(executed_notebooks):
+    out = read_executed(executed_notebooks, 2)
+    tests = numbers(r"test loss (\S+), accuracy (\S+); compiled", out)
+    assert len(tests) == 2
+    (loss, accuracy), (half_loss, half_accuracy) = tests
+    assert half_loss == pytest.approx(loss, rel=0.1)
+    assert min(accuracy, half_accuracy) > 0.8
+    assert len(numbers(r"(?m)^(?:b?float16): (\S+) times the speed", out)) == 2
+
+
+@pytest.mark.slow
+def test_loss_scaling_is_seen(executed_notebooks):
+    out = read_executed(executed_notebooks, 3)
+    errors = dict(re.findall(r"(?m)^(\S.*?) +RMS error at the end: (\S+) mm", out))
+    errors = {name: float(error) for name, error in errors.items()}
+    assert errors["float16, no scaling"] > 2 * errors["float32"]
+    for name in ("float16, fixed", "float16, dynamic"):
+        assert errors[name] < 1.7 * errors["float32"]
+    (layers) = numbers(r"dot_general +(\S+)% become zero", out)
+    assert max(layers) > (50,)
+    ((skipped, total),) = numbers(r"(\d+) of (\d+) steps were skipped", out)
+    assert 3 < skipped < total / 2
+    assert out.count("overflow of half precision: dot_general in energy") == 2
+    assert "loss scaling cannot help" in out
+
+
+@pytest.mark.slow
+def test_speech_is_heard(executed_notebooks):
+    out = read_executed(executed_notebooks, 4)
+    ((cer,),) = numbers(r"test loss \S+, CER (\S+)%", out)
+    assert cer < 40
+    assert [line for line in out.splitlines() if line.endswith("runs/mandarin")] == [
+        "starting runs/mandarin",
+        "metrics, plots and checkpoints: runs/mandarin",
+        "going on with runs/mandarin",
+        "metrics, plots and checkpoints: runs/mandarin",
+    ]
+    assert len(re.findall(r"test-\d+\.wav, float32 after \d+ steps: [a-z]+", out)) == 2
+    (path,) = executed_notebooks.glob("4_*.ipynb")
+    assert path.read_text().count("<audio") == 6
+
+
+@pytest.mark.slow
+def test_autocast_takes_each_framework(executed_notebooks):
+    out = read_executed(executed_notebooks, 5)
+    assert "Split it outside, graphdef, state = nnx.split(model)" in out
+    assert re.search(r"^dot_general +float16", out, re.M)
+    ((first, last),) = numbers(r"loss (\S+) at first, (\S+) after 30 steps", out)
+    assert last < first / 2
+    assert re.search(r"^body +float16 *$", out, re.M)
+    assert re.search(r"^head +float32 +a rule says float32$", out, re.M)
+    assert "('haed',)" in out
+    assert "traced in float32\nthe kernel is traced in float16\n" in out
+    ((difference,),) = numbers(r"largest difference to float32: (\S+)", out)
+    assert 0 < difference < 0.01
+
+
+@pytest.mark.slow
+def test_half_predicts_what_float64_does(executed_notebooks):
+    (path,) = executed_notebooks.glob("6_*.ipynb")
+    text = path.read_text()
+    assert "weights: mnist_convnet.safetensors" in text
+    rows = numbers(r"\u2502 (?:b?float\d+) +\u2502 +(\S+)%", text)
+    assert len(rows) == 4
+    assert min(rows) > (98,)
+    assert max(rows)[0] - min(rows)[0] < 0.5
+    assert len(numbers(r"float16: (\d) changed", text)) == 2
+
+
+@pytest.mark.slow
+def test_speech_goes_on_after_a_lost_runtime(executed_notebooks, tmp_path):
+    """The kernel is killed after an epoch, and the notebook run from the top."""
+    path = notebooks.COLAB / "4_mandarin_speech.ipynb"
+    cells = [c.source for c in notebooks.read(path).cells if c.cell_type == "code"]
+    end = next(i for i, source in enumerate(cells) if "result = run()" in source)
+    (position,) = notebooks.tagged(notebooks.read(path), PARAMETERS)
+    values = notebooks.PARAMETERS["4_mandarin_speech"] | {"NUM_EPOCHS": 2}
+    given = [f"{name} = {value!r}" for name, value in values.items()]
+    script = tmp_path / "cells.py"
+    script.write_text(
+        "\n".join([*cells[:position], *given, *cells[position : end + 1]])
+    )
+    pipe = subprocess.PIPE
+    started = {"cwd": tmp_path, "env": notebooks.environment(), "text": True}
+    command = [sys.executable, "-u", str(script)]
+    with subprocess.Popen(command, stdout=pipe, **started) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("epoch 1/2"):
+                process.kill()
+    assert "starting runs/mandarin\n" in said
+    assert process.returncode == -9
+    again = subprocess.run(command, capture_output=True, timeout=300, **started)
+    assert again.returncode == 0, again.stderr
+    assert "going on with runs/mandarin\n" in again.stdout
+    assert re.findall(r"^epoch (\d)/2", again.stdout, re.M) == ["2"]

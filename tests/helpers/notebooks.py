@@ -109,11 +109,18 @@ def execute(
     )
     copy = directory / f"{name}.ipynb"
     try:
-        client.execute(env=_environment())
+        client.execute(env=environment())
     finally:
         _remove_progress_bars(notebook)
         nbformat.write(notebook, copy)
     return copy
+
+
+def environment() -> dict[str, str]:
+    """Returns an environment whose Python finds mpjax and the experiments."""
+    caches = {k: v for k, v in os.environ.items() if k.startswith("JAX_COMPILATION")}
+    kept = cli_runs.environment() | caches | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    return {name: value for name, value in kept.items() if name != "MPLBACKEND"}
 
 
 def texts(notebook: nbformat.NotebookNode, stream: str = "stdout") -> str:
@@ -164,10 +171,3 @@ def _cell(parameters: dict[str, Any]) -> nbformat.NotebookNode:
         outputs=[],
         source="\n".join(lines),
     )
-
-
-def _environment() -> dict[str, str]:
-    """Returns an environment whose Python finds mpjax and the experiments."""
-    caches = {k: v for k, v in os.environ.items() if k.startswith("JAX_COMPILATION")}
-    kept = cli_runs.environment() | caches | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    return {name: value for name, value in kept.items() if name != "MPLBACKEND"}
