@@ -331,7 +331,7 @@ def test_in_a_runtime_whose_jax_is_too_old(cell, wheel, tmp_path):
     (runtime / wheel.name).symlink_to(wheel)
     timed = "import time; start = time.perf_counter()\n"
     timed += f"{cell}\nprint(time.perf_counter() - start)"
-    used = f"import jax\nassert jax.__version__ < '0.10'\n{cell}"
+    used = f"import jax\nassert jax.__version__.startswith('0.9.')\n{cell}"
 
     first = run(used)
     assert first.returncode == 1, first.stderr
@@ -372,7 +372,7 @@ def test_it_runs_and_draws(name, executed, executed_notebooks):
     for cell in cells:
         num_pictures = len(notebooks.images(cell))
         assert num_pictures == len(draws.findall(cell.source)), cell.source
-    assert sum(len(notebooks.images(cell)) for cell in cells) >= 2
+    assert any(map(notebooks.images, cells))
 
 
 @pytest.mark.slow
@@ -389,7 +389,7 @@ def read_executed(directory, number):
 
 def numbers(pattern, text):
     """Returns what the groups of a pattern match, as numbers, for each match."""
-    found = [tuple(map(float, match)) for match in re.findall(pattern, text)]
+    found = [tuple(map(float, match.groups())) for match in re.finditer(pattern, text)]
     assert found, f"no {pattern!r} in:\n{text}"
     return found
 
@@ -432,7 +432,7 @@ def test_loss_scaling_is_seen(executed_notebooks):
     assert errors["float16, no scaling"] > 2 * errors["float32"]
     for name in ("float16, fixed", "float16, dynamic"):
         assert errors[name] < 1.7 * errors["float32"]
-    (layers) = numbers(r"dot_general +(\S+)% become zero", out)
+    layers = numbers(r"dot_general +(\S+)% become zero", out)
     assert max(layers) > (50,)
     ((skipped, total),) = numbers(r"(\d+) of (\d+) steps were skipped", out)
     assert 3 < skipped < total / 2
@@ -491,6 +491,7 @@ def test_speech_goes_on_after_a_lost_runtime(executed_notebooks, tmp_path):
     end = next(i for i, source in enumerate(cells) if "result = run()" in source)
     (position,) = notebooks.tagged(notebooks.read(path), PARAMETERS)
     values = notebooks.PARAMETERS["4_mandarin_speech"] | {"NUM_EPOCHS": 2}
+    values |= {"NUM_TRAIN": 64, "NUM_TEST": 8}
     given = [f"{name} = {value!r}" for name, value in values.items()]
     script = tmp_path / "cells.py"
     script.write_text(

@@ -1,7 +1,12 @@
-"""The notebooks of colab/: read, and executed as a reader would, with less to train."""
+"""The notebooks of colab/: read, and executed as a reader would, with less to train.
+
+python -m helpers.notebooks 1_quickstart DIRECTORY      # executes one
+"""
 
 import concurrent.futures
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -61,7 +66,7 @@ def tagged(notebook: nbformat.NotebookNode, tag: str) -> list[int]:
     ]
 
 
-def execute_once(directory: Path, parameters=PARAMETERS) -> Path:
+def execute_once(directory: Path) -> Path:
     """Executes every notebook, unless another process has done so; returns directory.
 
     It then holds the executed copies, also of those that failed: these end with the
@@ -69,12 +74,11 @@ def execute_once(directory: Path, parameters=PARAMETERS) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     done = directory / "done"
-    limit_s = NOTEBOOK_LIMIT_S * len(parameters)
+    limit_s = NOTEBOOK_LIMIT_S * len(NAMES)
     with filelock.FileLock(directory / ".lock", timeout=limit_s):
         if not done.exists():
             with concurrent.futures.ThreadPoolExecutor(MAX_AT_ONCE) as pool:
-                for name, values in parameters.items():
-                    pool.submit(_try, name, directory, values)
+                list(pool.map(lambda name: _execute_apart(name, directory), NAMES))
             done.touch()
     return directory
 
@@ -142,11 +146,18 @@ def images(cell: nbformat.NotebookNode) -> list[str]:
     ]
 
 
-def _try(name: str, directory: Path, parameters: dict[str, Any]) -> None:
-    try:
-        execute(name, directory, parameters)
-    except Exception as error:  # the tests of this notebook show it
-        (directory / f"{name}.error").write_text(f"{type(error).__name__}: {error}")
+def _execute_apart(name: str, directory: Path) -> None:
+    """Executes a notebook in a process of its own, which nbclient's loops end with."""
+    paths = os.pathsep.join(map(str, (cli_runs.ROOT, cli_runs.ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.notebooks", name, str(directory)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        (directory / f"{name}.error").write_text(done.stdout + done.stderr)
 
 
 def _remove_progress_bars(notebook: nbformat.NotebookNode) -> None:
@@ -171,3 +182,7 @@ def _cell(parameters: dict[str, Any]) -> nbformat.NotebookNode:
         outputs=[],
         source="\n".join(lines),
     )
+
+
+if __name__ == "__main__":
+    execute(sys.argv[1], Path(sys.argv[2]), PARAMETERS[sys.argv[1]])
