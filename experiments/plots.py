@@ -7,7 +7,12 @@ Every picture is drawn from the result file of the same name, and none is traine
 The one at the top of README.md is docs/_static/headline.png.
 """
 
-import dataclasses
+from experiments.configs.plots import Config
+from experiments.harness import cli
+
+if __name__ == "__main__":  # before what is slow to import
+    cli.run_module("experiments.plots", Config, doc=__doc__)
+
 import json
 import re
 from collections.abc import Callable
@@ -24,7 +29,7 @@ from experiments.benchmarks import (
     memory,
     speed,
 )
-from experiments.harness import cli, precisions
+from experiments.harness import precisions
 from experiments.harness.errors import ConfigError, ExperimentError
 from experiments.harness.numerics_plots import numerics_figure
 from experiments.harness.output import RESULTS, save_figure
@@ -41,17 +46,6 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     mnist_mlp.NUMERICS_NAME: lambda t: numerics_figure(t["title"], t["runs"]),
     speech_updates.NAME: speech_updates.draw,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Which pictures to draw, and where."""
-
-    only: str = ""
-    """Regular expression; draws the pictures whose name it matches. Empty for all."""
-
-    output_dir: Path | None = None
-    """Directory of all pictures, instead of their places in the repository."""
 
 
 def main(config: Config) -> list[Path]:
@@ -118,7 +112,3 @@ def _guard(source: Path, fn: Callable[[], Any]) -> Any:
             f"cannot draw {source} ({type(error).__name__}: {error}); restore the "
             "file, or make it anew with the command that it names."
         ) from error
-
-
-if __name__ == "__main__":
-    cli.run(main, Config, doc=__doc__)

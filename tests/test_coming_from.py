@@ -74,7 +74,10 @@ class Program:
 
     def run(self, heading):
         code = "\n".join(self.lines[heading])
-        exec(compile(code, f"{PAGE.name}: {self.name}, {heading}", "exec"), self.namespace)
+        exec(
+            compile(code, f"{PAGE.name}: {self.name}, {heading}", "exec"),
+            self.namespace,
+        )
         return self.namespace
 
     def step(self, batch):

@@ -33,7 +33,9 @@ def numerics_figure(title: str, rows: Rows) -> Figure:
       title: title of the figure.
       rows: what `numerics_summary.summarize` returns for the run.
     """
-    figure = plot_style.new_figure(9.0, title)
+    backward_rows = [row for row in rows if _is_backward(row)]
+    key = 0.16 * len(backward_rows) + 0.7  # inches that the longest list needs
+    figure = plot_style.new_figure(max(9.0, 4 * key), title)
     *histograms, lost = figure.subplots(4, 1)
     values, cotangents, backward = histograms
     for axes in (cotangents, backward):
@@ -42,7 +44,7 @@ def numerics_figure(title: str, rows: Rows) -> Figure:
     kinds = {
         values: [r for r in rows if r["kind"] == "values" and not _is_backward(r)],
         cotangents: [row for row in rows if row["kind"] == "cotangents"],
-        backward: [r for r in rows if r["kind"] == "values" and _is_backward(r)],
+        backward: [row for row in backward_rows if row["kind"] == "values"],
     }
     limits = _limits(rows)
     for axes, own in kinds.items():

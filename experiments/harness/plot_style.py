@@ -220,23 +220,25 @@ def percent_text(share: float) -> str:
 def label_ends(*panels: Axes) -> None:
     """Writes each curve's label beside its end, right of the data, after all is drawn.
 
-    Labels keep a distance from each other; a thin line joins each to the end of its
-    curve. A curve that has no point is named there too.
+    Labels keep a distance from each other, in smaller type where there are too many; a
+    thin line joins each to the end of its curve. A curve without points is named too.
     """
-    figure = next((p.get_figure(root=True) for p in panels), None)
-    if not isinstance(figure, Figure):
+    if not panels:
         return
+    figure: Any = panels[0].figure.figure  # the whole one, of which it may be a part
     labels = {axes: _end_labels(axes) for axes in panels}
     figure.draw_without_rendering()  # lays out: how high the panels are
     for axes, texts in labels.items():
-        gap = _GAP * SMALL * figure.dpi / 72 / axes.bbox.height
+        height = axes.bbox.height / figure.dpi * 72  # in points
+        size = min(SMALL, height / _GAP / max(len(texts), 1))
+        gap = _GAP * size / height
         to_axes = axes.transData + axes.transAxes.inverted()
         wanted = [
             to_axes.transform(text.xy)[1] if text.arrow_patch else 0.5 for text in texts
         ]
         places = spread(wanted, gap, gap / 2, 1 - gap / 2)
         for text, place in zip(texts, places, strict=True):
-            text.set_position((text.get_position()[0], place))
+            text.set(position=(text.get_position()[0], place), fontsize=size)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
