@@ -26,7 +26,7 @@ from experiments.harness import config, precisions
 from experiments.registry import COMMANDS
 
 MODULES = [command.module for group in COMMANDS.values() for command in group]
-# Each takes a tenth of a second or more to import.
+# What a run imports, and its flags need not.
 HEAVY = (
     "flax",
     "grain",

@@ -126,29 +126,26 @@ def test_metrics_events_and_result_agree(finished, policy):
 def test_a_resumed_run_with_more_epochs_is_the_longer_run(
     finished, config, tmp_path, capsys
 ):
-    workdir = tmp_path / "run"
-    shorter = dataclasses.replace(config, num_epochs=1, workdir=workdir)
+    workdir, policy = tmp_path / "run", "p=f32,c=f16,o=f32"
+    config = dataclasses.replace(config, policies=policy, workdir=workdir)
+    shorter = dataclasses.replace(config, num_epochs=1)
     mnist_mlp.main(shorter, cli_runs.images())
     capsys.readouterr()
-    longer = dataclasses.replace(config, workdir=workdir, resume=True)
+    longer = dataclasses.replace(config, resume=True)
     mnist_mlp.main(longer, cli_runs.images())
     out = capsys.readouterr().out
     assert "num_epochs grows from 1 to 3" in out
-    for policy in POLICIES:
-        assert f"{policy}: resumed after step 4 of 12\n" in out
-        ours, theirs = (
-            (cli_runs.rows_without_times(directory), cli_runs.arrays(directory))
-            for directory in (workdir / policy, finished.workdir / policy)
-        )
-        assert ours[0] == theirs[0]
-        assert ours[1].keys() == theirs[1].keys()
-        for name, value in ours[1].items():
-            np.testing.assert_array_equal(value, theirs[1][name], err_msg=name)
-    ours, theirs = map(cli_runs.result_without_times, (workdir, finished.workdir))
-    assert ours == theirs
-    assert (workdir / "config.json").read_text() == (
-        finished.workdir / "config.json"
-    ).read_text()
+    assert f"{policy}: resumed after step 4 of 12\n" in out
+    ours, theirs = (
+        (cli_runs.rows_without_times(directory), cli_runs.arrays(directory))
+        for directory in (workdir / policy, finished.workdir / policy)
+    )
+    assert ours[0] == theirs[0]
+    assert ours[1].keys() == theirs[1].keys()
+    for name, value in ours[1].items():
+        np.testing.assert_array_equal(value, theirs[1][name], err_msg=name)
+    (run,) = cli_runs.result_without_times(workdir)
+    assert run in cli_runs.result_without_times(finished.workdir)
 
 
 def test_the_table_has_every_policy(finished):
