@@ -445,12 +445,11 @@ def test_speech_is_heard(executed_notebooks):
     out = read_executed(executed_notebooks, 4)
     ((cer,),) = numbers(r"test loss \S+, CER (\S+)%", out)
     assert cer < 40
-    assert [line for line in out.splitlines() if line.endswith("runs/mandarin")] == [
-        "starting runs/mandarin",
-        "metrics, plots and checkpoints: runs/mandarin",
-        "going on with runs/mandarin",
-        "metrics, plots and checkpoints: runs/mandarin",
+    assert re.findall(r"(?m)^(starting|going on with) runs/mandarin$", out) == [
+        "starting",
+        "going on with",
     ]
+    assert out.count("epoch 1/") == 1
     assert len(re.findall(r"test-\d+\.wav, float32 after \d+ steps: [a-z]+", out)) == 2
     (path,) = executed_notebooks.glob("4_*.ipynb")
     assert path.read_text().count("<audio") == 6
@@ -476,11 +475,12 @@ def test_half_predicts_what_float64_does(executed_notebooks):
     (path,) = executed_notebooks.glob("6_*.ipynb")
     text = path.read_text()
     assert "weights: mnist_convnet.safetensors" in text
-    rows = numbers(r"\u2502 (?:b?float\d+) +\u2502 +(\S+)%", text)
-    assert len(rows) == 4
+    rows = set(numbers(r"mnist_convnet +\u2502 b?float\d+ +\u2502 +(\S+)%", text))
     assert min(rows) > (98,)
     assert max(rows)[0] - min(rows)[0] < 0.5
-    assert len(numbers(r"float16: (\d) changed", text)) == 2
+    changed = numbers(r"float16: (\d+) of 500 predictions changed", text)
+    assert len(changed) == 2
+    assert max(changed) < (5,)
 
 
 @pytest.mark.slow

@@ -83,16 +83,13 @@ def execute_once(directory: Path) -> Path:
     return directory
 
 
-def execute(
-    name: str, directory: Path, parameters: dict[str, Any], work: Path | None = None
-) -> Path:
+def execute(name: str, directory: Path, parameters: dict[str, Any]) -> Path:
     """Executes one notebook, and returns its executed copy.
 
     Args:
       name: its name in colab/.
       directory: where the copy goes.
       parameters: what a cell behind the one tagged `parameters` sets.
-      work: where the notebook runs, empty by default.
 
     Raises:
       nbclient.exceptions.CellExecutionError: if a cell fails; the copy is written.
@@ -101,7 +98,7 @@ def execute(
     notebook = read(COLAB / f"{name}.ipynb")
     (position,) = tagged(notebook, "parameters")
     notebook.cells.insert(position + 1, _cell(parameters))
-    work = work or directory / "work" / name
+    work = directory / "work" / name
     work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + NOTEBOOK_LIMIT_S
     client = nbclient.NotebookClient(
