@@ -9,13 +9,14 @@ peer is not installed; the new one always runs.
 import re
 from pathlib import Path
 
+import flax
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
 
 import mpjax
 
@@ -264,7 +265,7 @@ def test_torch(tmp_path):
         "params": KERNELS,
         "loss_fn": step_loss,
         "mpjax": mpjax,
-        "flax": __import__("flax"),
+        "flax": flax,
         "path": tmp_path / "new",
     }
     new = Program("mpjax", new_lines, new_names)

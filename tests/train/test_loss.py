@@ -432,3 +432,26 @@ def test_the_decorator_that_the_error_names_works():
         return x @ x
 
     assert "f16" in jax.jit(product).lower(jnp.ones((2, 2))).as_text()
+
+
+class Statistics:
+    """A container without `==`, as Equinox's `State` is."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+
+jax.tree_util.register_pytree_node(
+    Statistics, lambda node: ((node.mean,), None), lambda _, leaves: Statistics(*leaves)
+)
+
+
+def test_a_model_state_is_compared_by_its_leaves():
+    def loss_fn(params, model_state, batch, key):
+        mean = model_state.mean + batch["x"].mean(axis=0)
+        return mean_square(params, batch), (Statistics(mean), None)
+
+    state, _ = run(loss_fn, model_state=Statistics(jnp.zeros(2)), policy="float32")
+    assert state.model_state.mean.tolist() == [3, 4]
+    with pytest.raises(ValueError, match="must have the structure and shapes"):
+        run(loss_fn, model_state=Statistics(jnp.zeros(())))
