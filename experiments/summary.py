@@ -53,19 +53,19 @@ def _parity(runs: Runs) -> str:
     )
 
 
-def _training(runs: Runs) -> str:
-    return "test accuracy " + ", ".join(
+def _convnet(runs: Runs) -> str:
+    accuracies = ", ".join(
         f"{r['test_accuracy']:.2%} in {r['policy']}" for r in runs("mnist_convnet")
     )
-
-
-def _inference(runs: Runs) -> str:
-    found = [
+    changed = [
         r["num_changed"]
         for r in runs("mnist_convnet_precisions")
         if r["precision"] == "float16"
     ]
-    return f"float16 changes {sum(found)} of {len(found)} x 10,000 float64 predictions"
+    return (
+        f"test accuracy {accuracies}; evaluation of the {len(changed)} networks in "
+        f"float16 changes {sum(changed)} of {len(changed) * 10_000:,} predictions"
+    )
 
 
 def _speech(runs: Runs) -> str:
@@ -103,7 +103,8 @@ def _memory(runs: Runs) -> str:
         for r in runs("memory_real_h100_jax0.12.0.1")
         if r["name"] == "mixed_bfloat16"
     }
-    return ", ".join(
+    ratios = [r["temporaries_to_by_hand"] for r in found.values()]
+    examples = ", ".join(
         f"{title} {found[name]['temporaries_ratio']:.2f}"
         for name, title in (
             ("gpt2", "GPT-2"),
@@ -112,15 +113,10 @@ def _memory(runs: Runs) -> str:
             ("deep_speech2", "Deep Speech 2"),
         )
     )
-
-
-def _by_hand(runs: Runs) -> str:
-    ratios = [
-        r["temporaries_to_by_hand"]
-        for r in runs("memory_real_h100_jax0.12.0.1")
-        if r["name"] == "mixed_bfloat16"
-    ]
-    return f"{min(ratios):.2f} to {max(ratios):.2f} times, over {len(ratios)} models"
+    return (
+        f"{examples} times float32's; {min(ratios):.2f} to {max(ratios):.2f} times "
+        f"those of half by hand, {len(ratios)} models"
+    )
 
 
 def _speed(runs: Runs) -> str:
@@ -136,12 +132,10 @@ def _speed(runs: Runs) -> str:
 
 _ROWS: tuple[tuple[str, str, Callable[[Runs], str]], ...] = (
     ("Keras guide, 30 steps, mean ± deviation over seeds", "parity", _parity),
-    ("DeepConvNet, 10 epochs", "precisions", _training),
-    ("The same three networks, evaluated in float16", "precisions", _inference),
+    ("DeepConvNet, 10 epochs", "precisions", _convnet),
     ("Mandarin speech, 3 epochs", "speech", _speech),
     ("float16 weights updated in float16 (paper: +80 %)", "speech", _updates),
     ("Gradients against float64", "accuracy", _gradients),
-    ("Temporaries of a step to float32's, H100, compiled", "memory", _memory),
-    ("The same to half written by hand", "memory", _by_hand),
+    ("Temporaries of a step, compiled for an H100", "memory", _memory),
     ("A step of the MLP, CPU with bfloat16", "speed", _speed),
 )
