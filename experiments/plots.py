@@ -52,18 +52,15 @@ def main(config: Config) -> list[Path]:
     """Draws the pictures; returns their paths.
 
     Raises:
-      ConfigError: if --only is no regular expression, or matches no picture.
+      ConfigError: if --only matches no picture.
       ExperimentError: if a result file is missing or damaged.
       WorkdirError: if a picture cannot be written.
     """
-    try:
-        pictures = {
-            path: draw
-            for path, draw in find_pictures().items()
-            if re.search(config.only, path.name)
-        }
-    except re.error as error:
-        raise ConfigError(f"--only is not a regular expression: {error}.") from error
+    pictures = {
+        path: draw
+        for path, draw in find_pictures().items()
+        if re.search(config.only, path.name)
+    }
     if not pictures:
         names = ", ".join(path.name for path in find_pictures())
         raise ConfigError(

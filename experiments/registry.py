@@ -64,7 +64,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         ),
         Command(
             "experiments.benchmarks.speech_profile",
-            "Where the time of the speech recognizer's training step goes.",
+            "Where the time of a speech recognizer's training step goes, part by part.",
         ),
         Command(
             "experiments.benchmarks.parity",

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the files in experiments/results.
+"""Writes the tables of README.md and docs/ from the result files.
 
     python -m experiments.tables            # writes the pages
     python -m experiments.tables --check    # changes nothing

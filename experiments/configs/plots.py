@@ -1,7 +1,10 @@
 """The flags of what draws the pictures of the results."""
 
 import dataclasses
+import re
 from pathlib import Path
+
+from experiments.harness.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,3 +16,11 @@ class Config:
 
     output_dir: Path | None = None
     """Directory of all pictures, instead of their places in the repository."""
+
+    def __post_init__(self):
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise ConfigError(
+                f"--only is not a regular expression: {error}."
+            ) from error

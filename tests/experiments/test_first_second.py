@@ -81,8 +81,10 @@ BAD_VALUES = {
         ["--loss-scales", "static:8,dinamic"],
     ],
     "experiments.benchmarks.recurrence": [["--num-units", "0"]],
+    "experiments.benchmarks.speech_profile": [["--num-rounds", "1"]],
     "experiments.benchmarks.parity": [POLICIES, ["--dataset", "minst"]],
     "experiments.tables": [],
+    "experiments.plots": [["--only", "("]],
 }
 # Runs each command as `python -m` does, in one process; prints what each had imported.
 SCRIPT = """
