@@ -5,8 +5,11 @@ unscale in float32, check, skip or update, adjust the scale. An existing loop ad
 in two lines: wrap the optimizer, and scale the loss with `scale_loss`.
 """
 
+import contextlib
+import contextvars
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +26,10 @@ from mpjax._tree import (
 )
 from mpjax.half_weights import MasterWeightsState, StochasticRoundingState
 from mpjax.loss_scale import DynamicLossScale, as_loss_scale
+
+_scaled_losses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "scaled_losses", default=None
+)
 
 
 class LossScaleState(NamedTuple):
@@ -184,7 +191,7 @@ def with_loss_scale(
         is_decided = isinstance(grads_finite, StepDecision)
         finite = _is_finite(updates, scaled, grads_finite)
         finite = _on_every_device(finite, axis_name)
-        full = params if _takes_half(state.inner_state) else _to_full_tree(params)
+        full = params if takes_half(state.inner_state) else _to_full_tree(params)
         grads = jax.tree.map(float0_to_zeros, state.loss_scale.unscale(scaled))
         extra_args = accepted_extra_args(tx, extra_args | {"grad": grads})
         updates, inner_state = tx.update(grads, state.inner_state, full, **extra_args)
@@ -253,7 +260,22 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
     if _find(loss, LossScaleState):
         raise TypeError("the loss comes first: scale_loss(loss, opt_state).")
     _warn_of_what_comes_before(opt_state)
-    return loss_scale_state(opt_state).loss_scale.scale(loss)
+    scaled = loss_scale_state(opt_state).loss_scale.scale(loss)
+    recorded = _scaled_losses.get()
+    if recorded is not None:
+        recorded.append(scaled)
+    return scaled
+
+
+@contextlib.contextmanager
+def recorded_scaled_losses() -> Iterator[list[Any]]:
+    """Collects what `scale_loss` returns inside, so that no loss is scaled twice."""
+    scaled: list[Any] = []
+    token = _scaled_losses.set(scaled)
+    try:
+        yield scaled
+    finally:
+        _scaled_losses.reset(token)
 
 
 def _warn_of_what_comes_before(opt_state: Any) -> None:
@@ -346,12 +368,13 @@ def _observe(loss_scale: Any, scaled: Any, axis_name: Any) -> Any:
 
 def _init_inner(tx: optax.GradientTransformation, params: Any) -> Any:
     inner_state = tx.init(params)
-    if _takes_half(inner_state) or not any(map(is_half, jax.tree.leaves(params))):
+    if takes_half(inner_state) or not any(map(is_half, jax.tree.leaves(params))):
         return inner_state
     return tx.init(_to_full_tree(params))
 
 
-def _takes_half(inner_state: Any) -> bool:
+def takes_half(inner_state: Any) -> bool:
+    """Whether an optimizer keeps half parameters without losing small updates."""
     return bool(_find(inner_state, (MasterWeightsState, StochasticRoundingState)))
 
 

@@ -197,7 +197,9 @@ def cast_to_compute(
     def cast(key_path, leaf):
         path = path_name(key_path)
         if no_cast and re.search(no_cast, path):
-            return leaf
+            # Weakly typed, a label would take the dtype of the half it meets.
+            weak = getattr(leaf, "weak_type", False)
+            return jnp.array(leaf, leaf.dtype) if weak else leaf
         return rules.policy_for(f"{root}/{path}").cast_to_compute(leaf)
 
     return jax.tree_util.tree_map_with_path(cast, tree)

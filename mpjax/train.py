@@ -18,6 +18,7 @@ from mpjax._train.checks import (
     check_state,
     refuse_other_than_arrays,
     warn_of_collections,
+    warn_of_half_params,
     warn_of_unused,
 )
 from mpjax._train.explain import JittedStep
@@ -29,6 +30,7 @@ from mpjax._train.gradients import (
 from mpjax._train.loss import (
     call_loss,
     check_arguments,
+    refuse_scaled_loss,
 )
 from mpjax._train.trainable import find_trainable, split_params
 from mpjax._train.update import apply_gradients
@@ -44,7 +46,7 @@ from mpjax.policy import (
 )
 from mpjax.sharding import batch_sharding, state_sharding
 
-LABELS = r"(?i)label|target"
+LABELS = r"(?i)label|target|(^|/)y$"
 
 
 @pytree_dataclass(static=("trainable",))
@@ -206,8 +208,8 @@ def make_train_step(
       donate: whether the step may reuse the memory of its input state, which is then no
         longer readable.
       no_cast_inputs: regular expression, used where inputs are cast; floating inputs
-        whose path contains a match stay as they are. By default labels and targets; an
-        empty string matches none.
+        whose path contains a match stay as they are. By default labels and targets, and
+        what is named `y`; an empty string matches none.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`, a jitted function (so it has
@@ -247,7 +249,7 @@ def make_train_step(
         )
 
     casts = not (autocast and can_autocast(rules))
-    loss_fn = checkpointed(loss_fn, checkpoint_policy)
+    loss_fn = checkpointed(refuse_scaled_loss(loss_fn), checkpoint_policy)
 
     def cast_loss_fn(params, model_state, batch, key):
         if casts:
@@ -265,6 +267,7 @@ def make_train_step(
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         params, frozen = split_params(state.params, state.trainable)
+        warn_of_half_params(params, rules, state.opt_state)
         model_state = state.model_state
         if axis_name is not None:
             step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axis_name))

@@ -213,6 +213,7 @@ def keep_gradients():
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*updates much smaller:UserWarning")
 @pytest.mark.parametrize("num_microbatches", thinned([1, 2]))
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("policy", ["float32", "p=bf16,c=f32,o=f32"])

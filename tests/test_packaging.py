@@ -39,6 +39,7 @@ MODULES = {
 TOOLS = {
     *("basedpyright", "build", "import-linter", "pytest-cov", "pytest-xdist", "ruff"),
     *("furo", "myst-nb", "sphinx", "sphinx-copybutton"),
+    *("ipykernel", "ipywidgets"),
 }
 # The library imports these if they are there.
 OPTIONAL = {"rich"}

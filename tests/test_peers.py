@@ -133,15 +133,21 @@ class TestLabels:
         _, _, grad = grad_fn(jnp.float32(1), jnp.float32(2049))
         assert float(grad) == 2048
 
-    @pytest.mark.parametrize("dtype", ["int32", "float32"])
+    @pytest.mark.parametrize("name", ["label", "target", "y"])
+    @pytest.mark.parametrize("dtype", ["int32", "float32", "weak"])
     @pytest.mark.parametrize("autocast", [True, False])
-    def test_mpjax(self, dtype, autocast):
+    def test_mpjax(self, name, dtype, autocast):
         def loss_fn(params, batch, key):
             image_dtype = jnp.float32 if autocast else jnp.float16
             assert batch["image"].dtype == image_dtype
-            return params["w"].astype(jnp.float32) * batch["label"], None
+            label = batch[name]
+            if dtype == "int32":  # as a loss does: half times int32 is half
+                label = label.astype(jnp.float32)
+            return params["w"] * label, None
 
-        batch = {"image": jnp.ones(()), "label": jnp.asarray(2049, dtype)}
+        label = jnp.full((), 2049.0) if dtype == "weak" else jnp.asarray(2049, dtype)
+        assert label.weak_type == (dtype == "weak")
+        batch = {"image": jnp.ones(()), name: label}
         tx = mpjax.with_loss_scale(optax.sgd(1.0), mpjax.NoOpLossScale())
         _, (metrics,) = sgd_run(loss_fn, [batch], tx=tx, autocast=autocast)
         assert float(metrics["loss"]) == 2049

@@ -95,10 +95,14 @@ def test_cast_by_rules_touches_floating_arrays_only():
 
 def test_no_cast_inputs_stay():
     rules = resolve("mixed_float16")
-    batch = {"image": jnp.ones(2), "Labels": jnp.full(2, 2049.0)}
+    batch = {"image": jnp.ones(2), "Labels": jnp.float32([2049, 2049])}
     out = cast_to_compute(rules, batch, root="batch", no_cast="(?i)label")
     assert out["image"].dtype == jnp.float16
     assert out["Labels"] is batch["Labels"]
+    weak = {"Labels": jnp.full(2, 2049.0)}
+    assert weak["Labels"].weak_type
+    label = cast_to_compute(rules, weak, root="batch", no_cast="(?i)label")["Labels"]
+    assert (label * jnp.ones(2, jnp.float16)).tolist() == [2049, 2049]
     pair = (jnp.ones(2), jnp.ones(2))
     out = cast_to_compute(rules, pair, root="batch", no_cast="^1$")
     assert (out[0].dtype, out[1].dtype) == (jnp.float16, jnp.float32)

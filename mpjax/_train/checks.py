@@ -11,6 +11,7 @@ import jax
 from mpjax._train.describe import describe, is_array
 from mpjax._train.trainable import split_params
 from mpjax._tree import is_floating, is_half, path_name
+from mpjax.optimizer import takes_half
 from mpjax.policy import PolicyRules
 from mpjax.sharding import batch_sharding
 
@@ -127,6 +128,30 @@ def warn_of_unused(rules: PolicyRules, casts: bool) -> None:
             f"the rules {', '.join(map(repr, unused))} match no {where}{remedy}.",
             stacklevel=2,
         )
+
+
+def warn_of_half_params(params: Any, rules: PolicyRules, opt_state: Any) -> None:
+    """Warns while tracing of half parameters whose small updates round away.
+
+    Args:
+      params: the trained parameters.
+      rules: the policy; one that keeps parameters in half asks for them.
+      opt_state: with master weights or stochastic rounding nothing is lost.
+    """
+    if takes_half(opt_state):
+        return
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        policy = rules.policy_for(f"params/{name}")
+        if is_half(x) and not is_half(policy.param_dtype):
+            warnings.warn(
+                f"{name} is {x.dtype}, and the policy {str(policy)!r} keeps parameters "
+                "in float32: updates much smaller than the parameter round away. Cast "
+                "with mpjax.get_policy(policy).cast_to_param(params), or wrap the "
+                "optimizer: with_loss_scale(with_master_weights(tx)).",
+                stacklevel=2,
+            )
+            return
 
 
 def check_params(params: Any, rules: PolicyRules) -> None:

@@ -1,5 +1,6 @@
 """Calls a loss, and says what is right if its arguments or results are not."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from mpjax._train.checks import refuse_other_than_arrays
 from mpjax._train.describe import describe, is_array
+from mpjax.optimizer import recorded_scaled_losses
 
 
 def call_loss(
@@ -43,6 +45,24 @@ def call_loss(
     _, (_, aux) = outputs
     refuse_other_than_arrays(aux=aux)
     return outputs
+
+
+def refuse_scaled_loss(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function, which raises ValueError if it returns `scale_loss(...)`."""
+
+    @functools.wraps(loss_fn)
+    def checked(*args: Any) -> Any:
+        with recorded_scaled_losses() as scaled:
+            outputs = loss_fn(*args)
+        loss = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+        if any(loss is each for each in scaled):
+            raise ValueError(
+                "loss_fn returned a loss from scale_loss, and make_train_step scales "
+                "the loss itself: return the true loss."
+            )
+        return outputs
+
+    return checked
 
 
 def check_arguments(fn: Callable[..., Any], what: str, names: tuple[str, ...]) -> None:

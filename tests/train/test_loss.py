@@ -434,6 +434,51 @@ def test_the_decorator_that_the_error_names_works():
     assert "f16" in jax.jit(product).lower(jnp.ones((2, 2))).as_text()
 
 
+@pytest.mark.parametrize("checkpoint_policy", [None, "dots_saveable"])
+@pytest.mark.parametrize("has_aux", [True, False])
+def test_a_loss_that_is_scaled_already_is_refused(has_aux, checkpoint_policy):
+    state = create()
+
+    def loss_fn(params, batch, key):
+        scaled = mpjax.scale_loss(mean_square(params, batch), state.opt_state)
+        return (scaled, None) if has_aux else scaled
+
+    train_step = mpjax.make_train_step(
+        loss_fn, TX, checkpoint_policy=checkpoint_policy, donate=False
+    )
+    with pytest.raises(ValueError, match="make_train_step scales the loss itself"):
+        train_step(state, BATCH)
+
+
+def test_a_loss_scaled_for_an_optimizer_inside_is_no_mistake():
+    def loss_fn(params, batch, key):
+        inner_state = TX.init(params)
+        inner = lambda p: mpjax.scale_loss(mean_square(p, batch), inner_state)
+        updates, _ = TX.update(jax.grad(inner)(params), inner_state, params)
+        return mean_square(optax.apply_updates(params, updates), batch)
+
+    _, metrics = run(loss_fn, policy="float32")
+    assert bool(metrics["grads_finite"])
+
+
+HALF = {"w": jnp.ones((2, 1), jnp.float16)}
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+def test_half_parameters_whose_updates_round_away_are_told(policy):
+    with pytest.warns(UserWarning, match="w is float16.*cast_to_param.*master_weights"):
+        step(state=create(params=HALF), policy=policy)
+
+
+@pytest.mark.parametrize(
+    "wrap", [mpjax.with_master_weights, mpjax.with_stochastic_rounding]
+)
+def test_half_parameters_that_lose_no_update_are_fine(wrap):
+    tx = mpjax.with_loss_scale(wrap(optax.sgd(0.1)))
+    state = create(params=HALF, tx=tx)
+    mpjax.make_train_step(bare, tx, policy="mixed_float16")(state, BATCH)
+
+
 class Statistics:
     """A container without `==`, as Equinox's `State` is."""
 
