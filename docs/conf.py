@@ -1,4 +1,4 @@
-"""The documentation site: `sphinx-build -W docs docs/_build`.
+"""The documentation site: `sphinx-build -W docs docs/_build/html`.
 
 The notebooks of colab/ are pages, too. They are not executed here: the copies with
 outputs come from the directory in $MPJAX_EXECUTED_NOTEBOOKS; without it, the pages
@@ -25,7 +25,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import (
+    _summary,
     mnist_convnet,
     mnist_mlp,
     speech_ctc,
     speech_updates,
     speech_updates_table,
-    summary,
 )
 from experiments.benchmarks import (
     _accuracy_real,
@@ -117,7 +117,7 @@ def render(text: str) -> str:
         path = RESULTS / f"{name}.json"
         try:
             table = (
-                summary.render(RESULTS)
+                _summary.render(RESULTS)
                 if name == "summary"
                 else render_result(json.loads(path.read_text()))
             )

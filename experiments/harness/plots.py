@@ -141,8 +141,12 @@ def _bars(axes: Axes, runs: dict[str, Rows], styles: dict[str, dict[str, Any]]) 
         if times:
             median = times[len(times) // 2]
             bars = axes.barh(name, median, color=styles[name]["color"], height=0.6)
-            axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=plot_style.SMALL)
+            axes.bar_label(bars, fmt=_format_ms, padding=3, fontsize=plot_style.SMALL)
     axes.set_visible(axes.has_data())
     axes.set_ylim(max(len(runs), 1) - 0.4, -0.6)
     axes.margins(x=0.2)
     decorate(axes, "median time of a step, without compilation", "ms", None)
+
+
+def _format_ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -62,7 +62,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_number = number
         if sys.stderr.isatty():
-            text = "\nstopping after this step; once more to stop at once\n"
+            text = "\nstopping after the steps under way; once more to stop at once\n"
             os.write(sys.stderr.fileno(), text.encode())
 
 

@@ -149,7 +149,8 @@ def _compare(path: Path, config: BaseConfig, experiment: str) -> list[str]:
         if name in config.EXTENSIBLE and _is_larger(wanted[name], existing.get(name))
     ]
     if differing != grown:
-        raise WorkdirError(_differences(path, existing, wanted, differing, config))
+        names = [name for name in differing if name not in grown]
+        raise WorkdirError(_differences(path, existing, wanted, names, config))
     if not config.resume:
         more = "".join(f" ({name} was {existing[name]})" for name in grown)
         raise WorkdirError(
