@@ -80,7 +80,7 @@ def numbers(
         ),
         (
             f"{peak[HALF] / peak['float32']:.2f}\N{MULTIPLICATION SIGN}",
-            "the peak memory of float32\n"
+            "the peak memory of float32, as by hand\n"
             f"GPT-2, {peak['float32'] / 1e3:.1f} to {peak[HALF] / 1e3:.1f} GB, "
             "compiled for an H100",
         ),

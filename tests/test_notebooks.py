@@ -301,7 +301,7 @@ def wheel(tmp_path):
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_in_a_runtime_whose_jax_is_too_old(cell, wheel, tmp_path):
     """First it upgrades jax and stops, then it does nothing and mpjax works."""
     runtime = tmp_path / "run time"
@@ -483,7 +483,7 @@ def test_half_predicts_what_float64_does(executed_notebooks):
     assert max(changed) < (5,)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_speech_goes_on_after_a_lost_runtime(executed_notebooks, tmp_path):
     """The kernel is killed after an epoch, and the notebook run from the top."""
     path = notebooks.COLAB / "4_mandarin_speech.ipynb"

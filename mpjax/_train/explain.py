@@ -1,6 +1,7 @@
 """Says in the words of a train step what an error of JAX or Flax means there."""
 
 import functools
+import inspect
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,7 @@ class JittedStep:
         try:
             return self._jitted(*args, **kwargs)
         except Exception as error:
+            _refuse_other_arguments(self._step, args, kwargs, error)
             _refuse_donated(args, kwargs, error)
             _refuse_other_leaves(args, kwargs, error)
             _refuse_axis(error)
@@ -48,6 +50,19 @@ class JittedStep:
         if name == "_jitted":  # Not made yet, as while it is copied.
             raise AttributeError(name)
         return getattr(self._jitted, name)
+
+
+def _refuse_other_arguments(
+    step: Callable[..., Any], args: Any, kwargs: Any, error: Exception
+) -> None:
+    try:
+        inspect.signature(step).bind(*args, **kwargs)
+    except TypeError:
+        raise TypeError(
+            "a step takes (state, batch): put several arrays into one batch, a tuple "
+            "or a dictionary; the random key is in the state. It got "
+            f"{len(args)} arguments{' and ' if kwargs else ''}{', '.join(kwargs)}."
+        ) from error
 
 
 def _refuse_donated(args: Any, kwargs: Any, error: Exception) -> None:

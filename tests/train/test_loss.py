@@ -330,6 +330,10 @@ MISTAKES = {
         lambda: mpjax.make_eval_step(bare)(create().params, BATCH),
         "takes first the state, which TrainState.create returned",
     ),
+    "inputs and labels apart": (
+        lambda: mpjax.make_train_step(bare, TX)(create(), BATCH["x"], BATCH["x"]),
+        "a step takes (state, batch): put several arrays into one batch",
+    ),
     "an evaluation that takes a key": (
         lambda: mpjax.make_eval_step(bare)(create(), BATCH),
         "eval_fn is called as eval_fn(params, batch)",
