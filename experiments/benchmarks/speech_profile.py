@@ -34,7 +34,7 @@ COLUMNS = (
     Column("part of the step", "name"),
     Column("ms, median", "ms", "{:.1f}"),
     Column("quartiles", "quartiles_ms", lambda q: f"{q[0]:.1f} to {q[1]:.1f}"),
-    Column("share of the step", "share", "{:.0%}"),
+    Column("share of the step", "share", lambda x: f"{round(100 * x)}%"),
 )
 # The module whose output ends each part, in the order of the network.
 PARTS = {
