@@ -93,7 +93,8 @@ def _cuts(config: Config) -> dict[str, Callable[[], Any]]:
                 capture_intermediates=lambda m, _: m.name == module,
                 mutable=["batch_stats", "intermediates"],
             )
-            return sum(jnp.sum(x) for x in jax.tree.leaves(state["intermediates"]))
+            (outputs,) = state["intermediates"][module]["__call__"]
+            return jnp.sum(outputs)
 
         return total
 
