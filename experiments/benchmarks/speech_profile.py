@@ -85,7 +85,7 @@ def _cuts(config: Config) -> dict[str, Callable[[], Any]]:
 
     def total_until(module: str) -> Callable[..., jax.Array]:
         def total(params, batch):
-            _, state = model.apply(
+            captured: Any = model.apply(
                 {"params": params},
                 batch["features"],
                 batch["num_frames"],
@@ -93,7 +93,7 @@ def _cuts(config: Config) -> dict[str, Callable[[], Any]]:
                 capture_intermediates=lambda m, _: m.name == module,
                 mutable=["batch_stats", "intermediates"],
             )
-            (outputs,) = state["intermediates"][module]["__call__"]
+            (outputs,) = captured[1]["intermediates"][module]["__call__"]
             return jnp.sum(outputs)
 
         return total
