@@ -9,7 +9,7 @@ size for a CPU. The network is like Deep Speech 2 (arXiv:1512.02595): two convol
 over time and frequency, bidirectional GRUs, and CTC over the letters of pinyin. The
 speech is synthesised by espeak-ng the first time (`pip install -e ".[speech]"`); the
 test set has voices and phrases that the training set has not. In float32 that takes 5
-minutes on 2 CPU cores, synthesis included, and gives a character error rate of 8.3 %.
+minutes on 2 CPU cores, synthesis included, and gives a character error rate of 8.2 %.
 --dataset and --manifest name real corpora and your own recordings; --init-from starts
 from a trained network.
 """
