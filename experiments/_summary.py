@@ -131,7 +131,11 @@ def _speed(runs: Runs) -> str:
 
 
 _ROWS: tuple[tuple[str, str, Callable[[Runs], str]], ...] = (
-    ("Keras guide, 30 steps, mean ± deviation over seeds", "parity", _parity),
+    (
+        "Keras guide, 30 steps, by casts, mean ± deviation over 5 seeds",
+        "parity",
+        _parity,
+    ),
     ("DeepConvNet, 10 epochs", "precisions", _convnet),
     ("Mandarin speech, 3 epochs", "speech", _speech),
     ("float16 weights updated in float16 (paper: +80 %)", "speech", _updates),

@@ -74,6 +74,20 @@ def test_the_tables_of_all_pages_are_those_of_the_result_files():
     assert num_tables >= 15
 
 
+def test_the_encoders_of_the_speech_page_are_those_of_the_result_files():
+    page = (ROOT / "docs/results/speech.md").read_text()
+    rows = re.findall(
+        r"^\| (\w+)[^|]*\| ([\d,]+) \| ([\d.]+) % \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 4
+    for encoder, parameters, cer in rows:
+        name = "speech_ctc" if encoder == "bigru" else f"speech_ctc_{encoder}"
+        run = json.loads((tables.RESULTS / f"{name}.json").read_text())["runs"][0]
+        assert (run["encoder"], run["policy"]) == (encoder, "float32")
+        assert f"{run['num_parameters']:,}" == parameters
+        assert f"{100 * run['test_cer']:.1f}" == cer
+
+
 def test_its_links_lead_somewhere():
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert len(links) > 20
