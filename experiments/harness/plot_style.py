@@ -7,6 +7,7 @@ the one beneath it. Nothing here touches pyplot, so that a notebook keeps its ba
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,9 @@ _GAP = 1.25  # from one label to the next, in heights of their text
 
 
 def new_figure(height: float, title: str, width: float = WIDTH) -> Figure:
-    """Returns a figure of so many inches, with its title at the left."""
+    """Returns a figure of so many inches, with its title at the left, in lines."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    title = textwrap.fill(title, int(13 * width))
     figure.suptitle(title, x=0.01, ha="left", fontsize=NORMAL + 1, parse_math=False)
     return figure
 

@@ -16,6 +16,8 @@ def check(figure):
             labels = tick_labels(axis)
             assert len(set(labels)) == len(labels), labels
             assert has_meaning(axis), (axes.get_title(loc="left"), axis.axis_name)
+    title = figure.get_suptitle()
+    assert box_of(figure._suptitle).x1 < figure.bbox.x1, f"cut off: {title}"
     boxes = [(text, box_of(text)) for text in texts(figure)]
     for (a, box), (b, other) in itertools.combinations(boxes, 2):
         assert not overlap(box, other), (a.get_text(), b.get_text())
