@@ -16,8 +16,8 @@ import optax
 from tqdm.auto import tqdm
 
 import mpjax
+from experiments.data.extra import import_extra
 from experiments.data.speech.batches import Batch
-from experiments.data.speech.extra import import_extra
 from experiments.data.speech.prepared import PreparedCorpus
 from experiments.data.speech.vocabulary import Vocabulary, collapse
 from experiments.harness.experiment import Task
@@ -233,7 +233,7 @@ def error_rates(
     That is the number of insertions, deletions and substitutions of all utterances, by
     the number of characters (words) of all references.
     """
-    jiwer = import_extra("jiwer")
+    jiwer = import_extra("jiwer", extra="speech")
     rates = {"cer": float(jiwer.cer(references, hypotheses))}
     if has_words:
         rates["wer"] = float(jiwer.wer(references, hypotheses))

@@ -21,11 +21,11 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from experiments.data import cache
+from experiments.data.extra import import_extra
 from experiments.data.speech import archives
 from experiments.data.speech.config import Unit
 from experiments.data.speech.corpus import Corpus
 from experiments.data.speech.durations import recorded
-from experiments.data.speech.extra import import_extra
 from experiments.data.speech.recordings import Recording
 from experiments.harness.errors import DataError
 
@@ -106,7 +106,7 @@ def _read_transcript(path: Path, to_text: Callable[[list[str]], str]) -> dict[st
 def _to_text(unit: Unit) -> Callable[[list[str]], str]:
     if unit == "characters":
         return "".join
-    pypinyin = import_extra("pypinyin")
+    pypinyin = import_extra("pypinyin", extra="speech")
     tones = unit == "pinyin-tones"
     style = pypinyin.Style.TONE3 if tones else pypinyin.Style.NORMAL
 

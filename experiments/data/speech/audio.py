@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from experiments.data.extra import import_extra
 from experiments.data.speech.corpus import SAMPLE_RATE_HZ
-from experiments.data.speech.extra import import_extra
 from experiments.harness.errors import AudioError
 
 Source = str | os.PathLike[str] | bytes | BinaryIO
@@ -55,7 +55,9 @@ def read_audio(source: Source, *, name: str | None = None) -> np.ndarray:
     _check_values(samples, name)
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if rate_hz != SAMPLE_RATE_HZ:
-        mono = import_extra("soxr").resample(mono, rate_hz, SAMPLE_RATE_HZ)
+        mono = import_extra("soxr", extra="speech").resample(
+            mono, rate_hz, SAMPLE_RATE_HZ
+        )
     if not len(mono):
         raise AudioError(f"{name} holds no audio: {expected} samples at {rate_hz} Hz.")
     return np.clip(mono, -1.0, 1.0)
@@ -77,7 +79,7 @@ def audio_duration_s(source: Source, *, name: str | None = None) -> float:
 @contextlib.contextmanager
 def _open(source: Source, name: str) -> Iterator[Any]:
     """Gives an open SoundFile whose header makes sense; translates every error."""
-    soundfile = import_extra("soundfile")
+    soundfile = import_extra("soundfile", extra="speech")
     expected = (OSError, ValueError, TypeError, MemoryError, soundfile.SoundFileError)
     try:
         with contextlib.ExitStack() as stack:

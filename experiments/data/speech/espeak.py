@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data.speech.extra import INSTALL, import_extra
+from experiments.data.extra import import_extra, install_command
 from experiments.harness.errors import DataError
 
 PACKAGE = "espeakng-loader"
@@ -50,7 +50,7 @@ def version() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise DataError(
             f"Mandarin is synthesised by espeak-ng, and {PACKAGE} is not installed: "
-            f"{INSTALL}"
+            f"{install_command('speech')}"
         ) from None
 
 
@@ -92,7 +92,7 @@ def speak(lines: Sequence[Line], seed: int = 1) -> tuple[list[np.ndarray], int]:
 
 def _library() -> tuple[str, str]:
     """Returns the paths of the shared library and of its data, without loading it."""
-    loader = import_extra("espeakng_loader")
+    loader = import_extra("espeakng_loader", extra="speech")
     try:
         return loader.get_library_path(), loader.get_data_path()
     except RuntimeError as error:
@@ -116,5 +116,5 @@ def _failure(code: int, message: str) -> DataError:
     reason = (message.strip().splitlines() or ["no message"])[-1]
     return DataError(
         f"the process of espeak-ng failed (exit code {code}: {reason}). If it goes on, "
-        f"install it anew: {INSTALL}"
+        f"install it anew: {install_command('speech')}"
     )

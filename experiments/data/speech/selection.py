@@ -8,11 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm.auto import tqdm
 
-from experiments.data import cache
+from experiments.data.skipped import report_skipped
 from experiments.data.speech.corpus import Utterance, Utterances
 from experiments.harness.errors import AudioError, DataError
-
-MAX_REPORTED = 5
 
 
 class Selection:
@@ -158,10 +156,7 @@ def _selection(
     problems: list[str],
 ) -> Selection:
     selection = Selection(utterances, indices, left_out)
-    for problem in problems[:MAX_REPORTED]:
-        cache.report(f"skipped: {problem}")
-    if len(problems) > MAX_REPORTED:
-        cache.report(f"skipped: {len(problems) - MAX_REPORTED} more recordings")
+    report_skipped(problems, "recordings")
     if not indices:
         raise DataError(
             f"no utterance is left of {len(utterances)}: {selection.summary()}; check "

@@ -11,9 +11,9 @@ import numpy as np
 import scipy.signal
 from tqdm.auto import tqdm
 
+from experiments.data.extra import import_extra
 from experiments.data.speech import espeak
 from experiments.data.speech.corpus import SAMPLE_RATE_HZ
-from experiments.data.speech.extra import import_extra
 from experiments.data.speech.phrases import Planned
 from experiments.harness.errors import DataError
 
@@ -102,7 +102,7 @@ def add_noise(speech: np.ndarray, noise: Noise, rng: np.random.Generator) -> np.
 def _make_chunk(
     planned: Sequence[Planned], noise: Noise, seed: int, start: int
 ) -> list[np.ndarray]:
-    soxr = import_extra("soxr")
+    soxr = import_extra("soxr", extra="speech")
     lines = [item.line for item in planned[start : start + CHUNK_SIZE]]
     order = sorted(range(len(lines)), key=lambda i: lines[i])  # voices change slowly
     spoken, rate_hz = espeak.speak([lines[i] for i in order])

@@ -21,10 +21,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from experiments.data import cache
+from experiments.data.extra import import_extra
 from experiments.data.speech import archives
 from experiments.data.speech.corpus import Corpus
 from experiments.data.speech.durations import recorded
-from experiments.data.speech.extra import import_extra
 from experiments.data.speech.recordings import Recording
 from experiments.data.speech.speaker_split import split_by_speaker
 from experiments.harness.errors import DataError, first_line
@@ -215,7 +215,7 @@ def _wav_bytes(samples: np.ndarray, rate_hz: int) -> bytes:
             )
         samples = samples.astype(np.int16)
     stream = io.BytesIO()
-    import_extra("soundfile").write(
+    import_extra("soundfile", extra="speech").write(
         stream, samples, rate_hz, format="WAV", subtype="PCM_16"
     )
     return stream.getvalue()

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from experiments.data.speech import espeak, extra, voices
+from experiments.data import extra
+from experiments.data.speech import espeak, voices
 from experiments.harness.errors import DataError
 
 HELLO = espeak.Line("m3", "ni3 hao3", 175, 50)
@@ -63,7 +64,7 @@ def test_a_missing_extra_names_the_command(monkeypatch):
     with pytest.raises(DataError, match=r'pip install -e "\.\[speech\]"'):
         espeak.speak([HELLO])
     with pytest.raises(DataError, match="no_such_library cannot be imported"):
-        extra.import_extra("no_such_library")
+        extra.import_extra("no_such_library", extra="speech")
 
 
 @pytest.mark.parametrize(
