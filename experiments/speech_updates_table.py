@@ -1,13 +1,12 @@
 """The table of `speech_updates`: optimizers and variants, beside the paper."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.harness.intervals import interval_text, mean_interval
+from experiments.harness.intervals import compare_by_seed
 from experiments.harness.results import Column, median
 from experiments.harness.update_shares import (
     gradient_histogram,
@@ -79,7 +78,7 @@ def _row(
         "num_seeds": len(runs),
         "num_diverged": len(runs) - len(finished),
         "test_cer": statistics.mean(finished) if finished else None,
-        **_compare(errors, {} if variant == BASELINE else others),
+        **compare_by_seed(errors, {} if variant == BASELINE else others),
         "paper_relative": PAPER_RELATIVE.get(variant),
         "num_skipped": statistics.mean(run["num_skipped"] for run in runs),
         **_mean_of_dicts([shares(rows) for rows in observed]),
@@ -97,29 +96,6 @@ def _error(run: dict[str, Any]) -> float | None:
     if run["diverged"] is not None or run.get("test_loss") is None:
         return None
     return run["test_cer"]
-
-
-def _compare(
-    errors: dict[int, float | None], baseline: dict[int, float | None]
-) -> dict[str, Any]:
-    """Returns the differences to the baseline's errors, over the seeds of both."""
-    pairs = [
-        (error, other)
-        for seed, error in errors.items()
-        if error is not None and (other := baseline.get(seed)) is not None
-    ]
-    if not pairs:
-        return {"difference": None, "difference_interval": None, "relative": None}
-    interval = mean_interval([100 * (error - other) for error, other in pairs])
-    ours, theirs = map(sum, zip(*pairs, strict=True))
-    text = interval_text(interval, "{:+.2f}")
-    if math.isnan(interval[1]):
-        text = f"{interval[0]:+.2f}"
-    return {
-        "difference": text,
-        "difference_interval": list(interval),
-        "relative": ours / theirs - 1 if theirs else None,
-    }
 
 
 def _mean_of_dicts(dicts: Sequence[dict[str, Any]]) -> dict[str, Any]:

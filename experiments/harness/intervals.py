@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from scipy import stats
 
@@ -44,6 +45,39 @@ def ratio_interval(
     pairs = zip(values, references, strict=True)
     mean, low, high = mean_interval([math.log(a / b) for a, b in pairs])
     return math.exp(mean), math.exp(low), math.exp(high)
+
+
+def compare_by_seed(
+    values: Mapping[int, float | None], baseline: Mapping[int, float | None]
+) -> dict[str, Any]:
+    """Returns the differences of rates to those of a baseline, over the seeds of both.
+
+    Args:
+      values: by seed; None for a run without a value.
+      baseline: likewise.
+
+    Returns:
+      `difference`, the mean in points with its 95 % interval, as text;
+      `difference_interval`, the same as numbers; and `relative`, the change of the mean
+      value. All None without a seed of both.
+    """
+    pairs = [
+        (value, other)
+        for seed, value in values.items()
+        if value is not None and (other := baseline.get(seed)) is not None
+    ]
+    if not pairs:
+        return {"difference": None, "difference_interval": None, "relative": None}
+    interval = mean_interval([100 * (value - other) for value, other in pairs])
+    ours, theirs = map(sum, zip(*pairs, strict=True))
+    text = interval_text(interval, "{:+.2f}")
+    if math.isnan(interval[1]):
+        text = f"{interval[0]:+.2f}"
+    return {
+        "difference": text,
+        "difference_interval": list(interval),
+        "relative": ours / theirs - 1 if theirs else None,
+    }
 
 
 def interval_text(interval: Sequence[float], form: str = "{:.2f}") -> str:

@@ -60,10 +60,33 @@ def shares_lost(
     for row in rows:
         found = row["operations"].get(name, {}).get("cotangents")
         if found:
-            counts = _shifted(found["counts"], -_shift(row, scales))
+            counts = shifted(found["counts"], -scale_exponent(row, scales))
             nonzero = counts.sum() + found["below"] + found["above"]
             below = counts[EXPONENTS < SMALLEST].sum() + found["below"]
             yield row["step"], float(below / max(nonzero, 1))
+
+
+def scale_exponent(row: dict[str, Any], scales: dict[int, float]) -> int:
+    """Returns the exponent of the loss scale at a row's step; 0 where none is known."""
+    return round(math.log2(scales.get(row["step"], 1.0) or 1.0))
+
+
+def shifted(counts: list[int], shift: int) -> np.ndarray:
+    """Shifts counts to other exponents; drops those that leave the range."""
+    moved = np.zeros(len(counts))
+    source = np.asarray(counts)
+    if shift >= 0:
+        moved[shift:] = source[: source.size - shift]
+    else:
+        moved[:shift] = source[-shift:]
+    return moved
+
+
+def num_values_of(found: dict[str, Any]) -> int:
+    """Returns how many values a histogram counts, zeros, Inf and NaN included."""
+    return sum(found["counts"]) + sum(
+        found[name] for name in ("zeros", "below", "above", "infs", "nans")
+    )
 
 
 def _summary(
@@ -74,8 +97,8 @@ def _summary(
     for row in rows:
         found = row["operations"].get(name, {}).get(kind)
         if found:
-            counts += _shifted(found["counts"], -_shift(row, scales) * is_scaled)
-            num_values += _num_values(found)
+            counts += shifted(found["counts"], -scale_exponent(row, scales) * is_scaled)
+            num_values += num_values_of(found)
             num_zeros += found["zeros"]
     shares = counts / max(num_values, 1)
     summary = {
@@ -87,7 +110,7 @@ def _summary(
             for exponent, share in zip(EXPONENTS, shares.tolist(), strict=True)
             if share
         },
-        "scale": statistics.median(_shift(row, scales) for row in rows),
+        "scale": statistics.median(scale_exponent(row, scales) for row in rows),
     }
     if kind == "cotangents":
         lost = list(shares_lost(rows, name, scales))
@@ -102,24 +125,3 @@ def _keys(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         for name, kinds in row["operations"].items():
             found |= dict.fromkeys((name, kind) for kind in kinds)
     return list(found)
-
-
-def _shift(row: dict[str, Any], scales: dict[int, float]) -> int:
-    return round(math.log2(scales.get(row["step"], 1.0) or 1.0))
-
-
-def _shifted(counts: list[int], shift: int) -> np.ndarray:
-    """Shifts counts to other exponents; drops those that leave the range."""
-    moved = np.zeros(len(counts))
-    source = np.asarray(counts)
-    if shift >= 0:
-        moved[shift:] = source[: source.size - shift]
-    else:
-        moved[:shift] = source[-shift:]
-    return moved
-
-
-def _num_values(found: dict[str, Any]) -> int:
-    return sum(found["counts"]) + sum(
-        found[name] for name in ("zeros", "below", "above", "infs", "nans")
-    )

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.pooling import max_pool
+
 CONV_PADDINGS = ((16, 1), (16, 1), (32, 1), (32, 2), (64, 1), (64, 1))
 
 
@@ -40,7 +42,7 @@ class DeepConvNet(nn.Module):
             # On CPU a convolution that pads by 2 itself has a gradient 20 times slower.
             x = _pad(x, padding - 1)
             x = nn.relu(nn.Conv(num_channels, (3, 3), padding=1, kernel_init=init)(x))
-            x = _max_pool(x) if index % 2 else x
+            x = max_pool(x) if index % 2 else x
         x = x.reshape(len(x), -1)
         x = nn.relu(nn.Dense(self.num_hidden, kernel_init=init)(x))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
@@ -49,15 +51,3 @@ class DeepConvNet(nn.Module):
 
 def _pad(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (width, width), (width, width), (0, 0)))
-
-
-def _max_pool(x: jax.Array) -> jax.Array:
-    """Takes the largest of each 2 x 2; leaves out an odd last row or column.
-
-    With jax 0.12 on CPU a compiled bfloat16 forward pass over a reduction, such as
-    `nn.max_pool`, fuses convolutions, pools and matmul into one, and gives NaN.
-    """
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    top, bottom = x[:, ::2], x[:, 1::2]
-    rows = jnp.maximum(top, bottom)
-    return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
