@@ -1,0 +1,1 @@
+"""Images with boxes: digits on a canvas, Pascal VOC and COCO."""
