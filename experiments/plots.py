@@ -21,7 +21,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import _headline, mnist_convnet, mnist_mlp, speech_updates
+from experiments import (
+    _headline,
+    mnist_convnet,
+    mnist_mlp,
+    speech_updates,
+    ssd_digits,
+    ssd_scales,
+)
 from experiments.benchmarks import (
     _memory_by_hand,
     loss_curves,
@@ -45,6 +52,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     mnist_convnet.PRECISIONS_NAME: precisions.draw,
     mnist_mlp.NUMERICS_NAME: lambda t: numerics_figure(t["title"], t["runs"]),
     speech_updates.NAME: speech_updates.draw,
+    ssd_digits.GRADIENTS_NAME: ssd_scales.draw_gradients,
+    ssd_scales.NAME: ssd_scales.draw,
 }
 
 

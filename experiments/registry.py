@@ -35,6 +35,15 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "What float32 master weights are for: Mandarin speech, weights updated in "
             "float16.",
         ),
+        Command(
+            "experiments.ssd_digits",
+            "Loss scaling on a single-shot detector: float32 beside mixed precision.",
+        ),
+        Command(
+            "experiments.ssd_scales",
+            "Loss scales in float16 on a single-shot detector, beside float32 and "
+            "bfloat16.",
+        ),
     ),
     "Measure": (
         Command(

@@ -26,6 +26,9 @@ from experiments import (
     speech_ctc,
     speech_updates,
     speech_updates_table,
+    ssd_digits,
+    ssd_scales,
+    ssd_scales_table,
 )
 from experiments.benchmarks import (
     _accuracy_real,
@@ -39,7 +42,7 @@ from experiments.benchmarks import (
     speech_profile,
     speed,
 )
-from experiments.harness import numerics_summary, precisions
+from experiments.harness import gradient_summary, numerics_summary, precisions
 from experiments.harness.errors import ExperimentError
 from experiments.harness.files import write_text
 from experiments.harness.results import Column, markdown_table
@@ -62,6 +65,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     speech_profile.NAME: speech_profile.COLUMNS,
     speech_ctc.NAME: speech_ctc.make_experiment().columns(),
     speech_updates.NAME: speech_updates_table.COLUMNS,
+    ssd_digits.NAME: ssd_digits.make_experiment().columns(),
+    ssd_digits.GRADIENTS_NAME: gradient_summary.COLUMNS,
+    ssd_scales.NAME: ssd_scales_table.COLUMNS,
 }
 TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 

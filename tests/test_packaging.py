@@ -122,7 +122,11 @@ def test_what_an_extra_requires_is_used(extra):
 
 @pytest.mark.parametrize(
     ("directory", "extras"),
-    [("experiments", ("speech", "bench")), ("tests", ("test",)), ("docs", ("test",))],
+    [
+        ("experiments", ("detection", "speech", "bench")),
+        ("tests", ("test",)),
+        ("docs", ("test",)),
+    ],
 )
 def test_what_is_imported_is_required(directory, extras):
     required = set(map(module, requirements(*extras)))

@@ -1,0 +1,1 @@
+"""Training, evaluation and pictures of networks that detect objects."""

@@ -1,0 +1,177 @@
+"""Pictures of a detector: what it finds beside what is there, and matched boxes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from experiments.data.detection.boxes import overlaps, to_corners
+from experiments.data.detection.examples import Annotation, DetectionDataset, Examples
+from experiments.harness import plot_style
+from experiments.models.detection.average_precision import Found
+from experiments.models.ssd.anchors import Level, default_boxes, level_of
+from experiments.models.ssd.matching import NO_OBJECT, match
+
+NUM_SHOWN = 5
+MIN_SCORE = 0.4  # of a detection that is drawn
+_COLUMN, _ROW = 1.9, 2.1  # inches
+
+
+def draw_detections(
+    path: Path, title: str, dataset: DetectionDataset, found: Sequence[Found]
+) -> None:
+    """Draws some of the validation images, with true boxes above and found ones below.
+
+    Args:
+      path: the PNG to write.
+      title: title of the figure.
+      dataset: the images.
+      found: in each of its validation images.
+
+    Raises:
+      ExampleError: if an image cannot be read.
+      OSError: if the file cannot be written.
+    """
+    indices = evenly_spaced(len(found))
+    images = dataset.val.read(indices)
+    figure = plot_style.new_figure(
+        2 * _ROW + 0.6, title, max(plot_style.WIDTH, _COLUMN * len(indices))
+    )
+    panels = figure.subplots(2, len(indices), squeeze=False)
+    for column, (index, image) in enumerate(zip(indices, images, strict=True)):
+        above, below = panels[:, column]
+        show_image(above, image, "true" if column == 0 else "")
+        show_truth(above, dataset.val.annotations[index], dataset.classes)
+        show_image(below, image, "found" if column == 0 else "")
+        show_found(below, found[index], dataset.classes)
+    plot_style.write_png(path, figure)
+
+
+def draw_matches(
+    path: Path, title: str, examples: Examples, levels: Sequence[Level]
+) -> None:
+    """Draws the default boxes that stand for objects, coloured by feature map.
+
+    Args:
+      path: the PNG to write.
+      title: title of the figure.
+      examples: the images, some of which are drawn.
+      levels: the feature maps.
+
+    Raises:
+      ExampleError: if an image cannot be read.
+      OSError: if the file cannot be written.
+    """
+    indices = evenly_spaced(len(examples.annotations))
+    images = examples.read(indices)
+    figure = plot_style.new_figure(
+        _ROW + 1.0, title, max(plot_style.WIDTH, _COLUMN * len(indices))
+    )
+    panels = figure.subplots(1, len(indices), squeeze=False)[0]
+    corners = np.asarray(to_corners(jnp.asarray(default_boxes(levels))))
+    level, num = level_of(levels), len(levels)
+    colors = [plot_style.CYCLE[i % len(plot_style.CYCLE)] for i in range(num)]
+    for axes, index, image in zip(panels, indices, images, strict=True):
+        boxes, _ = examples.annotations[index].trained_boxes()
+        mask = np.ones(len(boxes), bool)
+        matches = np.full(len(corners), NO_OBJECT)
+        if len(boxes):
+            matches = np.asarray(match(overlaps(corners, jnp.asarray(boxes)), mask))
+        is_match = matches != NO_OBJECT
+        show_image(axes, image, f"{is_match.sum()} boxes")
+        for box, i in zip(corners[is_match], level[is_match], strict=True):
+            add_box(axes, box, colors[i], width=0.8)
+        for box in boxes:
+            add_box(axes, box, "white", width=1.6, dashes=":")
+    names = [f"{level.size} x {level.size}" for level in levels]
+    handles = [Rectangle((0, 0), 1, 1, fill=False, ec=color) for color in colors]
+    handles.append(Rectangle((0, 0), 1, 1, fc="0.6", ec="white", ls=":"))
+    plot_style.key_below(figure, handles, [*names, "objects"])
+    plot_style.write_png(path, figure)
+
+
+def draw_prediction(title: str, image: np.ndarray, found: Found, classes) -> Figure:
+    """Returns a picture of one image and what is found in it.
+
+    Args:
+      title: title of the figure.
+      image: uint8 (H, W, C).
+      found: in the image.
+      classes: names of the classes.
+    """
+    height, width = image.shape[:2]
+    figure = plot_style.new_figure(5 * height / width + 0.5, title, 5)
+    axes = figure.subplots()
+    show_image(axes, image, "")
+    show_found(axes, found, classes)
+    return figure
+
+
+def evenly_spaced(num: int) -> np.ndarray:
+    """Returns a few indices, the first, the last, and between."""
+    return np.unique(np.linspace(0, num - 1, min(NUM_SHOWN, num)).astype(int))
+
+
+def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
+    """Shows an image uint8 (H, W, C), whose width and height become 1."""
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    axes.imshow(
+        pixels,
+        extent=(0, 1, 1, 0),
+        aspect=image.shape[0] / image.shape[1],
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+    )
+    axes.set_axis_off()
+    axes.set_title(title, loc="left", fontsize=plot_style.SMALL)
+
+
+def show_truth(axes: Axes, annotation: Annotation, classes: Sequence[str]) -> None:
+    """Draws the boxes of objects; those of difficult ones and of crowds dotted."""
+    is_ignored = annotation.is_difficult | annotation.is_crowd
+    columns = (annotation.boxes, annotation.labels, is_ignored)
+    for box, label, is_dotted in zip(*columns, strict=True):
+        dashes = ":" if is_dotted else "-"
+        text = classes[label - 1]
+        add_box(axes, box, plot_style.SKY, text=text, dashes=dashes)
+
+
+def show_found(axes: Axes, found: Found, classes: Sequence[str]) -> None:
+    """Draws the boxes that are found with a fair score."""
+    for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+        if score >= MIN_SCORE:
+            text = f"{classes[label - 1]} {score:.2f}"
+            add_box(axes, box, plot_style.ORANGE, text=text)
+
+
+def add_box(
+    axes: Axes,
+    box: np.ndarray,
+    color: str,
+    *,
+    text: str = "",
+    width: float = 1.2,
+    dashes: str = "-",
+) -> None:
+    """Draws a box, corners in shares of the image, and a text above it."""
+    left, top, right, bottom = (float(x) for x in box)
+    patch = Rectangle(
+        (left, top), right - left, bottom - top, fill=False, ec=color, lw=width
+    )
+    patch.set_linestyle(dashes)
+    axes.add_patch(patch)
+    axes.text(
+        left,
+        top - 0.01,
+        text,
+        color=color,
+        fontsize=plot_style.SMALL - 1,
+        va="bottom",
+        clip_on=True,
+        parse_math=False,
+    )
