@@ -35,6 +35,8 @@ from experiments.models.llama import Llama
 from experiments.models.moe import MoETransformer
 from experiments.models.objectives import Objective
 from experiments.models.resnet import ResNet
+from experiments.models.ssd.architecture import PRESETS
+from experiments.models.ssd.network import SSD
 from experiments.models.unet import UNet
 from experiments.models.vit import ViT
 
@@ -147,6 +149,17 @@ def moe(size: str, *, ragged: bool) -> Workload:
     return _workload(title, model, objectives.regression(length, width), batch_size)
 
 
+def ssd300(size: str) -> Workload:
+    """Returns the detector SSD300 on images of 300 x 300, with VGG-16 as its trunk."""
+    architecture, num_classes, batch_size = PRESETS["ssd300"], 20, 32
+    if size == "small":
+        architecture, batch_size = PRESETS["small"], 16
+    model = functools.partial(SSD, num_classes, architecture)
+    title = "SSD300" if size == "full" else "small SSD"
+    objective = objectives.detection(architecture, num_classes)
+    return _workload(title, model, objective, batch_size)
+
+
 REAL_MODELS: dict[str, Callable[[str], Workload]] = {
     "resnet50": resnet50,
     "unet": unet,
@@ -160,6 +173,7 @@ REAL_MODELS: dict[str, Callable[[str], Workload]] = {
     "deep_speech2": deep_speech2,
     "moe_dense": functools.partial(moe, ragged=False),
     "moe_ragged": functools.partial(moe, ragged=True),
+    "ssd300": ssd300,
 }
 
 

@@ -29,6 +29,7 @@ REAL_MODELS = (
     "deep_speech2",
     "moe_dense",
     "moe_ragged",
+    "ssd300",
 )
 DEVICES = ("present", "a100", "b200", "h100", "h200", "v100")
 
@@ -44,8 +45,8 @@ class Config:
     workloads: str = ",".join(BATCH_SIZES)
     """Comma-separated models: mlp, convnet, transformer_block, transformer, bigru,
     speech_large; or real models: resnet50, unet, vit_b16, gpt2, gpt2_tanh, gpt2_scan,
-    gpt2_scan_remat, llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged; "real" for
-    all of these."""
+    gpt2_scan_remat, llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged, ssd300;
+    "real" for all of these."""
 
     attention: str = "auto"
     """Attention of transformers in half: "xla" for XLA's operations, "cudnn" for

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import optax
 
 import mpjax
+from experiments.models.ssd.anchors import default_boxes
+from experiments.models.ssd.architecture import Architecture
+from experiments.models.ssd.loss import multibox_sums, normalize
+from experiments.models.ssd.matching import make_batch_targets
 
 Batch = dict[str, jax.Array]
 NUM_DIFFUSION_STEPS = 1000
@@ -113,6 +117,39 @@ def transcription(
         label_paddings = jnp.zeros(batch["label"].shape)
         losses = ctc_loss(logits, paddings, batch["label"], label_paddings)
         return jnp.mean(losses) / num_labels
+
+    return Objective(make_batch, loss)
+
+
+def detection(
+    architecture: Architecture, num_classes: int, num_objects: int = 8
+) -> Objective:
+    """Images with boxes (B, num_objects, 4), and the loss of an SSD by matches."""
+    size, num_channels = architecture.image_size, architecture.num_channels
+    anchors = default_boxes(architecture.levels())
+    match_all = make_batch_targets(anchors)
+
+    def make_batch(key, batch_size):
+        keys = jax.random.split(key, 4)
+        shape = (batch_size, num_objects)
+        # In dtypes of their own, so that they are the same numbers in float64 mode.
+        corner = jax.random.uniform(keys[0], (*shape, 2), jnp.float32, 0, 0.7)
+        sizes = jax.random.uniform(keys[1], (*shape, 2), jnp.float32, 0.1, 0.3)
+        return {
+            "image": jax.random.normal(
+                keys[2], (batch_size, size, size, num_channels), jnp.float32
+            ),
+            "boxes": jnp.concatenate([corner, corner + sizes], axis=-1),
+            "label": jax.random.randint(keys[3], shape, 1, num_classes + 1, jnp.int32),
+        }
+
+    def loss(apply, batch, key):
+        del key
+        offsets, logits = apply(batch["image"])
+        mask = jnp.ones(batch["label"].shape, bool)
+        targets = match_all(batch["boxes"], batch["label"], mask)
+        sums = multibox_sums(offsets, logits, targets)
+        return normalize(sums, sums.localization + sums.confidence, "matches")
 
     return Objective(make_batch, loss)
 
