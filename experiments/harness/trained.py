@@ -174,6 +174,17 @@ def check_settings(config: BaseConfig, run: TrainedRun, names: Iterable[str]) ->
         )
 
 
+def chosen_policies(config: BaseConfig, run: TrainedRun) -> tuple[str, ...]:
+    """Returns the policies that flags choose; by default all that have a checkpoint.
+
+    Raises:
+      CheckpointError: if none is chosen, and no policy has a checkpoint.
+    """
+    if config.policy is None and config.policies == type(config).policies:
+        return run.trained_policies()
+    return config.policy_names()
+
+
 def own_settings(run: TrainedRun, names: Iterable[str]) -> dict[str, Any]:
     """Returns some of a run's settings.
 

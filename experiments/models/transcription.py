@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from experiments.configs.recognizer import NETWORK, RecognizerConfig
 from experiments.harness.trained import (
-    TrainedRun,
     check_settings,
+    chosen_policies,
     open_trained,
     own_settings,
     shapes,
@@ -64,7 +64,7 @@ def transcribe(config: RecognizerConfig, experiment: str) -> Iterator[Transcript
     run = open_trained(config.workdir, experiment)
     names = [name for name in config.comparable() if name not in _FREE]
     check_settings(config, run, names)
-    policies = _policies(config, run)
+    policies = chosen_policies(config, run)
     config = dataclasses.replace(config, **own_settings(run, _TAKEN))
     vocabulary = read_vocabulary(run.path)
     recordings = read_recordings(
@@ -86,9 +86,3 @@ def transcribe(config: RecognizerConfig, experiment: str) -> Iterator[Transcript
         for file, samples in zip(config.transcribe, recordings, strict=True):
             text = recognizer.text(recognizer.log_probabilities(samples))
             yield Transcript(file, policy, weights.step, text)
-
-
-def _policies(config: RecognizerConfig, run: TrainedRun) -> tuple[str, ...]:
-    if config.policy is None and config.policies == type(config).policies:
-        return run.trained_policies()
-    return config.policy_names()

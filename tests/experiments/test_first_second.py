@@ -72,7 +72,7 @@ BAD_VALUES = {
         ["--scenes.max-digits", "0"],
         ["--dataset", "voc"],
         ["--image-size", "0"],
-        ["--preset", "ssd300", "--image-size", "64"],
+        ["--image-size", "64", "--preset", "ssd300"],
         ["--predict", "a.png"],
         ["--voc-years", "2010"],
         ["--dataset", "voc", "--data-dir", "/no/such/directory"],

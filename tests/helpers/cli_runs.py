@@ -1,6 +1,7 @@
 """Starts experiments as a person does, and reads their output."""
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.data.mnist import ImageDataset
 from experiments.harness.checkpoints import Checkpoints, to_arrays
@@ -28,6 +31,26 @@ def command(*flags, module="experiments.mnist_mlp", script=None):
 # Every process compiles the same programs; the second one finds them here.
 COMPILED = tempfile.mkdtemp(prefix="mpjax-tests-")
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def compiled_once():
+    """Keeps compiled programs on disk, where further runs find them."""
+    names = {
+        "jax_compilation_cache_dir": COMPILED,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def environment(*, cached=True):

@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from helpers.speech_runs import compiled_once
+from helpers.cli_runs import compiled_once
 
 from experiments import ssd_digits
 from experiments.data.detection import scenes

@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import signal
 
-import jax
 import numpy as np
 import pytest
 from helpers import cli_runs, tones
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import speech_ctc
 from experiments.data.speech.batches import SpeechBatches
@@ -26,29 +24,9 @@ def corpus(**options):
 
 
 @contextlib.contextmanager
-def compiled_once():
-    """Keeps compiled programs on disk, where further runs find them."""
-    names = {
-        "jax_compilation_cache_dir": cli_runs.COMPILED,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
-@contextlib.contextmanager
 def frames_network():
     """Puts the network of the tests in the place of the real one."""
-    with pytest.MonkeyPatch.context() as patch, compiled_once():
+    with pytest.MonkeyPatch.context() as patch, cli_runs.compiled_once():
         patch.setattr(speech_ctc.Config, "make_network", tones.make_frames_network)
         yield
 

@@ -1,5 +1,6 @@
 """Pictures of a detector: what it finds beside what is there, and matched boxes."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def draw_matches(
     )
     panels = figure.subplots(1, len(indices), squeeze=False)[0]
     corners = np.asarray(to_corners(jnp.asarray(default_boxes(levels))))
-    level, num = level_of(levels), len(levels)
-    colors = [plot_style.CYCLE[i % len(plot_style.CYCLE)] for i in range(num)]
+    own_level = level_of(levels)
+    colors = [*itertools.islice(itertools.cycle(plot_style.CYCLE), len(levels))]
     for axes, index, image in zip(panels, indices, images, strict=True):
         boxes, _ = examples.annotations[index].trained_boxes()
         mask = np.ones(len(boxes), bool)
@@ -83,7 +84,7 @@ def draw_matches(
             matches = np.asarray(match(overlaps(corners, jnp.asarray(boxes)), mask))
         is_match = matches != NO_OBJECT
         show_image(axes, image, f"{is_match.sum()} boxes")
-        for box, i in zip(corners[is_match], level[is_match], strict=True):
+        for box, i in zip(corners[is_match], own_level[is_match], strict=True):
             add_box(axes, box, colors[i], width=0.8)
         for box in boxes:
             add_box(axes, box, "white", width=1.6, dashes=":")

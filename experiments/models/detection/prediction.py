@@ -17,8 +17,8 @@ from experiments.harness.errors import WorkdirError
 from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.plot_style import write_png
 from experiments.harness.trained import (
-    TrainedRun,
     check_settings,
+    chosen_policies,
     open_trained,
     own_settings,
     shapes,
@@ -86,7 +86,7 @@ def predict(config: Config, experiment: str) -> Iterator[Prediction]:
     run = open_trained(config.workdir, experiment)
     names = [name for name in config.comparable() if name not in _FREE]
     check_settings(config, run, names)
-    policies = _policies(config, run)
+    policies = chosen_policies(config, run)
     config = dataclasses.replace(config, **own_settings(run, NETWORK))
     classes = read_classes(run.path)
     model = SSD(len(classes), config.architecture())
@@ -164,9 +164,3 @@ def _as_state(params) -> mpjax.TrainState:
         ema_params=None,
         key=None,
     )
-
-
-def _policies(config: Config, run: TrainedRun) -> tuple[str, ...]:
-    if config.policy is None and config.policies == type(config).policies:
-        return run.trained_policies()
-    return config.policy_names()

@@ -58,7 +58,7 @@ def test_every_object_has_a_default_box_of_its_own(values, mask):
 def test_targets_are_classes_and_offsets_of_the_matched_objects():
     rng = np.random.default_rng(0)
     boxes = detection_runs.random_boxes(rng, NUM_OBJECTS)
-    anchors = np.asarray(to_centers(detection_runs.random_boxes(rng, NUM_ANCHORS)))
+    anchors = np.array(to_centers(detection_runs.random_boxes(rng, NUM_ANCHORS)))
     anchors[0] = np.asarray(to_centers(boxes[2]))
     labels, mask = np.int32([3, 1, 7, 2]), np.array([True, True, True, False])
     targets = jax.jit(make_targets)(anchors, boxes, labels, mask)

@@ -44,19 +44,20 @@ def test_there_is_an_output_for_each_default_box(preset, image_size):
 
 
 def test_outputs_are_those_of_the_places_of_the_default_boxes():
-    """A bright spot changes the outputs near it most, on the first map."""
+    """A bright spot changes outputs near it, and none far from it, on the first map."""
     params, _ = make_init(TINY)(jax.random.key(0))
     image = np.zeros((2, 16, 16, 1), np.float32)
     image[1, 3, 12] = 1.0  # row 3, column 12
     offsets, _ = jax.jit(TINY.apply)({"params": params}, image)
-    change = np.abs(offsets[1] - offsets[0]).sum(-1)[: 8 * 8 * 4]
-    strongest = default_boxes(detection_runs.TINY.levels())[int(change.argmax())]
-    assert abs(strongest[0] - 12.5 / 16) < 0.2
-    assert abs(strongest[1] - 3.5 / 16) < 0.2
+    is_changed = np.abs(offsets[1] - offsets[0]).sum(-1)[: 8 * 8 * 4] > 0
+    anchors = default_boxes(detection_runs.TINY.levels())[: 8 * 8 * 4]
+    distance = np.abs(anchors[:, :2] - np.array([12.5, 3.5]) / 16).max(-1)
+    assert is_changed.any()
+    assert distance[is_changed].max() < 0.45
 
 
 def test_pools_are_those_of_flax():
-    x = np.random.default_rng(0).normal(size=(2, 7, 6, 3)).astype(np.float32)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
     floor, ceil = max_pool(x), max_pool(x, ceil=True)
     np.testing.assert_array_equal(floor, nn.max_pool(x, (2, 2), (2, 2)))
     np.testing.assert_array_equal(ceil, nn.max_pool(x, (2, 2), (2, 2), "SAME"))
@@ -105,7 +106,7 @@ def test_gradients_in_half_are_finite_and_near_those_of_float32(policy, autocast
         for g in grads.values()
     )
     error = np.linalg.norm(ours - theirs) / np.linalg.norm(ours)
-    assert 0 < error < 0.1
+    assert 0 < error < 0.2
 
 
 def test_a_batch_without_objects_moves_nothing():
