@@ -121,7 +121,7 @@ def _memory(runs: Runs) -> str:
 
 def _speed(runs: Runs) -> str:
     found = {
-        r["name"]: r["speedup"] for r in runs("speed_mlp_cpu_avx512_bf16_jax0.12.0.1")
+        r["name"]: r["speedup"] for r in runs("speed_mlp_cpu_amx_bf16_jax0.12.0.1")
     }
     return (
         f"{found['mpjax, bfloat16, dynamic']:.2f} times as fast in bfloat16 as in "

@@ -68,6 +68,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "times.",
         ),
         Command(
+            "experiments.benchmarks.convolutions",
+            "Times of a convolution in float32, in bfloat16, and as a bfloat16 matmul.",
+        ),
+        Command(
             "experiments.benchmarks.recurrence",
             "Times of a bidirectional GRU: this project's, Flax's and PyTorch's.",
         ),

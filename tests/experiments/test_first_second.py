@@ -94,6 +94,7 @@ BAD_VALUES = {
         ["--networks", "mpl"],
         ["--loss-scales", "static:8,dinamic"],
     ],
+    "experiments.benchmarks.convolutions": [["--num-channels", "0"]],
     "experiments.benchmarks.recurrence": [["--num-units", "0"]],
     "experiments.benchmarks.speech_profile": [["--num-rounds", "1"]],
     "experiments.benchmarks.parity": [POLICIES, ["--dataset", "minst"]],
