@@ -175,7 +175,10 @@ def make_tasks(
 def prepare(config: Config, dataset: DetectionDataset) -> Prepared:
     """Returns the images in batches of one shape."""
     max_objects = count_objects(dataset.train, dataset.val, dataset.test)
-    options = {"batch_size": config.batch_size, "max_objects": max_objects}
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "max_objects": max_objects,
+    }
     return Prepared(
         dataset,
         DetectionBatches(

@@ -139,9 +139,9 @@ class Config(ssd_digits.Config):
     def run_config(self, cell: Cell) -> ssd_digits.Config:
         """Returns the settings of one run."""
         fields = dataclasses.fields(ssd_digits.Config)
-        values = {field.name: getattr(self, field.name) for field in fields}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields}
         variant = VARIANTS[cell.variant]
-        changes = {"policy": variant.policy, "loss_scale": variant.loss_scale}
-        changes |= {"seed": cell.seed, **SETTINGS[self.setting]}
-        changes["batch_size"] = self.batch_size * BATCH_FACTORS[self.setting]
-        return ssd_digits.Config(**values | changes)
+        values |= {"policy": variant.policy, "loss_scale": variant.loss_scale}
+        values |= {"seed": cell.seed, **SETTINGS[self.setting]}
+        values["batch_size"] = self.batch_size * BATCH_FACTORS[self.setting]
+        return ssd_digits.Config(**values)

@@ -63,7 +63,7 @@ def _draw_histogram(axes: Axes, table: dict[str, Any]) -> None:
     plot_style.percent_axis(axes.yaxis)
     _draw_edges(axes, table["advised_scale"])
     ticks = np.arange(math.ceil((low + 2) / 8) * 8, max(found) + 1, 8)
-    labels = ["0", *(plot_style.power(tick) for tick in ticks)]
+    labels = ["0", *(plot_style.power(int(tick)) for tick in ticks)]
     axes.set_xticks([zero, *ticks], labels)
     text = (
         f"all activation gradients, unscaled: {percent_text(table['zero'])} zero, "

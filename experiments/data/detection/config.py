@@ -27,7 +27,7 @@ class DetectionConfig(BaseConfig):
 
     dataset: Literal["digits", "voc", "coco"] = "digits"
     """digits: of MNIST, placed on a canvas; voc: Pascal VOC, or coco: COCO 2017, from
-    their own folders in --data-dir."""
+    their own folders."""
 
     data_dir: Path | None = None
     """VOCdevkit, or COCO's folder with annotations, train2017 and val2017. For digits:

@@ -61,9 +61,14 @@ class Examples(Protocol):
       reads_files: whether reading takes long enough to be done ahead of the training.
     """
 
-    annotations: Sequence[Annotation]
-    left_out: Mapping[str, int]
-    reads_files: bool
+    @property
+    def annotations(self) -> Sequence[Annotation]: ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]: ...
+
+    @property
+    def reads_files(self) -> bool: ...
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns images uint8 (n, S, S, C), gray (C = 1) or RGB.
@@ -118,10 +123,7 @@ def make_annotation(
     boxes = np.asarray(pixel_boxes, np.float32).reshape(-1, 4)
     shares = boxes / np.array([*size, *size], np.float32)
     none = np.zeros(len(boxes), bool)
-    flags = [
-        none if flag is None else np.asarray(flag, bool).reshape(-1)
-        for flag in (is_difficult, is_crowd)
-    ]
+    as_flags = lambda flags: none if flags is None else np.asarray(flags, bool)
     if areas is None:
         areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).tolist()
     return Annotation(
@@ -129,6 +131,7 @@ def make_annotation(
         *size,
         shares,
         np.asarray(labels, np.int32).reshape(-1),
-        *flags,
+        as_flags(is_difficult).reshape(-1),
+        as_flags(is_crowd).reshape(-1),
         np.asarray(areas, np.float32).reshape(-1),
     )

@@ -150,7 +150,11 @@ def make_loss_fn(
 def make_eval_step(model: SSD, policy: str, *, autocast: bool = True) -> Any:
     """Returns a jitted `(state, batch) -> (detections, sums of losses)`."""
     sums_fn, anchors = _make_sums(model), _anchors(model)
-    find = mpjax.full_precision(lambda *outputs: detect(*outputs, anchors))
+
+    def detect_all(offsets, logits):
+        return detect(offsets, logits, anchors)
+
+    find = mpjax.full_precision(detect_all)
 
     def eval_fn(params, batch) -> tuple[Detections, LossSums]:
         offsets, logits, sums = sums_fn(params, batch)
@@ -253,7 +257,8 @@ def _make_sums(model: SSD) -> Callable[..., tuple[jax.Array, jax.Array, LossSums
     def sums_fn(params, batch: Batch):
         outputs: Any = model.apply({"params": params}, batch["image"])
         targets = match_all(batch["boxes"], batch["labels"], batch["mask"])
-        return *outputs, multibox_sums(*outputs, targets)
+        offsets, logits = outputs
+        return offsets, logits, multibox_sums(offsets, logits, targets)
 
     return sums_fn
 

@@ -73,18 +73,20 @@ def draw_matches(
         _ROW + 1.0, title, max(plot_style.WIDTH, _COLUMN * len(indices))
     )
     panels = figure.subplots(1, len(indices), squeeze=False)[0]
-    corners = np.asarray(to_corners(jnp.asarray(default_boxes(levels))))
+    corners = to_corners(jnp.asarray(default_boxes(levels)))
     own_level = level_of(levels)
     colors = [*itertools.islice(itertools.cycle(plot_style.CYCLE), len(levels))]
     for axes, index, image in zip(panels, indices, images, strict=True):
         boxes, _ = examples.annotations[index].trained_boxes()
-        mask = np.ones(len(boxes), bool)
+        mask = jnp.ones(len(boxes), bool)
         matches = np.full(len(corners), NO_OBJECT)
         if len(boxes):
             matches = np.asarray(match(overlaps(corners, jnp.asarray(boxes)), mask))
         is_match = matches != NO_OBJECT
         show_image(axes, image, f"{is_match.sum()} boxes")
-        for box, i in zip(corners[is_match], own_level[is_match], strict=True):
+        for box, i in zip(
+            np.asarray(corners)[is_match], own_level[is_match], strict=True
+        ):
             add_box(axes, box, colors[i], width=0.8)
         for box in boxes:
             add_box(axes, box, "white", width=1.6, dashes=":")
@@ -135,10 +137,10 @@ def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
 def show_truth(axes: Axes, annotation: Annotation, classes: Sequence[str]) -> None:
     """Draws the boxes of objects; those of difficult ones and of crowds dotted."""
     is_ignored = annotation.is_difficult | annotation.is_crowd
-    columns = (annotation.boxes, annotation.labels, is_ignored)
-    for box, label, is_dotted in zip(*columns, strict=True):
+    labels = annotation.labels
+    for box, label, is_dotted in zip(annotation.boxes, labels, is_ignored, strict=True):
         dashes = ":" if is_dotted else "-"
-        text = classes[label - 1]
+        text = str(classes[int(label) - 1])
         add_box(axes, box, plot_style.SKY, text=text, dashes=dashes)
 
 
@@ -161,10 +163,8 @@ def add_box(
 ) -> None:
     """Draws a box, corners in shares of the image, and a text above it."""
     left, top, right, bottom = (float(x) for x in box)
-    patch = Rectangle(
-        (left, top), right - left, bottom - top, fill=False, ec=color, lw=width
-    )
-    patch.set_linestyle(dashes)
+    size = (right - left, bottom - top)
+    patch = Rectangle((left, top), *size, fill=False, ec=color, lw=width, ls=dashes)
     axes.add_patch(patch)
     axes.text(
         left,

@@ -29,7 +29,13 @@ def batches(scenes, **changes):
     return DetectionBatches(scenes.train, **options)
 
 
-@pytest.mark.parametrize("augmentation", [None, ALL], ids=["plain", "augmented"])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        pytest.param(None, id="plain"),
+        pytest.param(ALL, id="augmented", marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_a_data_set_that_can_be_resumed_and_shared(scenes, augmentation):
     whole = batches(scenes, augmentation=augmentation)
     assert isinstance(whole, Dataset)

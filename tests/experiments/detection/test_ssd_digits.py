@@ -41,6 +41,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_leaves_metrics_pictures_and_weights(finished):
     result = json.loads((finished / "result.json").read_text())
     assert [run["policy"] for run in result["runs"]] == ["float32", "mixed_float16"]
@@ -57,6 +58,7 @@ def test_a_run_leaves_metrics_pictures_and_weights(finished):
     assert "mAP (VOC07)" in (finished / "result.md").read_text()
 
 
+@pytest.mark.slow
 def test_activation_gradients_are_those_of_the_counts(finished):
     table = json.loads((finished / "float32" / "gradients.json").read_text())
     assert table["experiment"] == ssd_digits.GRADIENTS_NAME
@@ -75,6 +77,7 @@ def uninterrupted(tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(
     uninterrupted, tmp_path, monkeypatch
 ):
@@ -102,6 +105,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_trunk_of_another_run_is_where_a_run_starts(finished, tmp_path):
     file = finished / "float32" / "trunk.safetensors"
     config = detection_runs.settings(tmp_path / "run", init_weights=file, seed=7)
@@ -139,6 +143,7 @@ def picture(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_a_trained_run_draws_what_it_finds(finished, picture, capsys):
     config = ssd_digits.Config(workdir=finished, predict=(picture,))
     assert ssd_digits.main(config) is None
@@ -158,6 +163,7 @@ def test_a_trained_run_draws_what_it_finds(finished, picture, capsys):
     assert one.found.boxes.shape == (len(one.found.scores), 4)
 
 
+@pytest.mark.slow
 def test_what_contradicts_a_run_is_named(finished, picture, tmp_path):
     config = ssd_digits.Config(workdir=finished, predict=(picture,), depth=2)
     with pytest.raises(ConfigError, match="--depth is 0 there and 2 here"):

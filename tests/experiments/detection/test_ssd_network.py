@@ -85,8 +85,15 @@ def batch(seed=0, num_objects=2):
     }
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "cast"])
+@pytest.mark.parametrize(
+    ("policy", "autocast"),
+    [
+        ("mixed_float16", True),
+        pytest.param("mixed_float16", False, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", True, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_in_half_are_finite_and_near_those_of_float32(policy, autocast):
     params, _ = make_init(TINY)(jax.random.key(1))
     tx = mpjax.with_loss_scale(optax.sgd(1.0), mpjax.StaticLossScale(128.0))
