@@ -43,9 +43,8 @@ from experiments.harness.experiment import Experiment, Task
 from experiments.harness.files import translate_os_errors, write_text
 from experiments.harness.float16_updates import with_float16_updates
 from experiments.harness.output import RESULTS, save_figure, save_table
-from experiments.harness.recorder import read_rows
 from experiments.harness.results import markdown_table
-from experiments.harness.training import train_policy
+from experiments.harness.training import train_policy, train_variant
 from experiments.harness.update_plots import updates_figure
 from experiments.harness.update_tracking import read_tracked, track_updates
 from experiments.speech_updates_table import COLUMNS, summarize
@@ -125,7 +124,6 @@ def _train(
     experiment: Experiment, config: Config, corpus: Corpus, cell: Cell, directory: Path
 ) -> dict[str, Any]:
     """Trains one run; where the gradients stay non-finite, that is its result."""
-    print(f"{cell.name}:", flush=True)
     run_config, variant = config.run_config(cell), VARIANTS[cell.variant]
     model, prepared = speech_ctc.make_model(run_config, corpus)
     task = speech_ctc.make_task(
@@ -136,23 +134,16 @@ def _train(
         has_words=corpus.has_words,
     )
     task = _with_updates(task, cell, config.weight_scale)
-    diverged = None
-    try:
-        policy = variant.policy
-        run, _ = train_policy(experiment, task, run_config, policy, directory)
-    except mpjax.NonFiniteTrainingError as error:
-        diverged, run = str(error), {}
-        print(f"{cell.name} diverged: {error}", flush=True)
-    rows = read_rows(directory / "metrics.jsonl")
+
+    def train() -> dict[str, Any]:
+        return train_policy(experiment, task, run_config, variant.policy, directory)[0]
+
+    run, rows = train_variant(train, cell.name, variant, directory)
     select = lambda kind: [row for row in rows if row["kind"] == kind]
     return {
         **run,
-        "policy": variant.policy,
-        "loss_scale": variant.loss_scale,
         **cell._asdict(),
-        "diverged": diverged,
         "learning_rate": run_config.learning_rate,
-        "num_skipped": max([row["num_skipped"] for row in select("train")], default=0),
         "val_errors": [row["val_cer"] for row in select("epoch")],
         "observed": _without_early_histograms(select("observed")),
     }

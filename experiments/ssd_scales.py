@@ -30,7 +30,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-import mpjax
 from experiments import ssd_digits
 from experiments.data.detection.examples import DetectionDataset
 from experiments.harness import results
@@ -43,6 +42,7 @@ from experiments.harness.gradient_summary import lost_share, zero_share
 from experiments.harness.output import RESULTS, save_figure, save_table
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import Result, markdown_table
+from experiments.harness.training import train_variant
 from experiments.models.detection.scale_plots import scales_figure
 from experiments.ssd_scales_table import BASELINE, COLUMNS, summarize
 
@@ -110,27 +110,16 @@ def _train(
     directory: Path,
 ) -> dict[str, Any]:
     """Trains one run; where the gradients stay non-finite, that is its result."""
-    print(f"{cell.name}:", flush=True)
     run_config, variant = config.run_config(cell), VARIANTS[cell.variant]
-    diverged = None
-    try:
-        run = ssd_digits.train(
+
+    def train() -> dict[str, Any]:
+        return ssd_digits.train(
             experiment, run_config, variant.policy, dataset, directory
         )
-    except mpjax.NonFiniteTrainingError as error:
-        diverged, run = str(error), {}
-        print(f"{cell.name} diverged: {error}", flush=True)
-    rows = read_rows(directory / "metrics.jsonl")
-    select = lambda kind: [row for row in rows if row["kind"] == kind]
-    return {
-        **run,
-        "policy": variant.policy,
-        "loss_scale": variant.loss_scale,
-        **cell._asdict(),
-        "diverged": diverged,
-        "num_skipped": max([row["num_skipped"] for row in select("train")], default=0),
-        "val_map07s": [row["val_map07"] for row in select("epoch")],
-    }
+
+    run, rows = train_variant(train, cell.name, variant, directory)
+    maps = [row["val_map07"] for row in rows if row["kind"] == "epoch"]
+    return {**run, **cell._asdict(), "val_map07s": maps}
 
 
 def _with_gradients(run: dict[str, Any], workdir: Path) -> dict[str, Any]:

@@ -24,6 +24,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("mpjax")
 
+# pytest loads these as plugins; looking for doctests it would import them as modules,
+# too, all by one name.
+collect_ignore_glob = ["**/conftest.py"]
+
 
 @pytest.fixture(scope="session")
 def executed_notebooks(tmp_path_factory) -> Path:

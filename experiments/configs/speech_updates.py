@@ -8,23 +8,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from experiments.configs import speech_ctc
 from experiments.configs.speech_ctc import Optimizer
 from experiments.data.speech.mandarin_config import MandarinConfig
-from experiments.harness.config import require_positive
+from experiments.harness.config import Variant, require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.flags import parse_names
 
 Setting = Literal["default", "small_updates"]
-
-
-class Variant(NamedTuple):
-    """A way to train.
-
-    Attributes:
-      policy: precision policy.
-      loss_scale: as in --loss-scale.
-    """
-
-    policy: str
-    loss_scale: str
 
 
 VARIANTS = {

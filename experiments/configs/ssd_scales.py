@@ -6,23 +6,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from experiments.configs import ssd_digits
 from experiments.data.detection.scenes_config import ScenesConfig
-from experiments.harness.config import require_positive
+from experiments.harness.config import Variant, require_positive
 from experiments.harness.errors import ConfigError
 from experiments.harness.flags import parse_names
 
 Setting = Literal["default", "small_gradients"]
-
-
-class Variant(NamedTuple):
-    """A way to train.
-
-    Attributes:
-      policy: precision policy.
-      loss_scale: as in --loss-scale.
-    """
-
-    policy: str
-    loss_scale: str
 
 
 VARIANTS = {

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from experiments.harness.errors import ConfigError
 from experiments.harness.flags import did_you_mean
@@ -28,6 +28,18 @@ DTYPES = ("full", "half", "f16", "bf16", "f32", "f64")
 LOSS_SCALES = ("none", "dynamic", "histogram")
 # Fields that do not affect the numbers: two runs may differ in them.
 NOT_COMPARED = ("workdir", "resume", "data_dir")
+
+
+class Variant(NamedTuple):
+    """A way to train.
+
+    Attributes:
+      policy: precision policy.
+      loss_scale: as in --loss-scale.
+    """
+
+    policy: str
+    loss_scale: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def gradients_figure(title: str, table: dict[str, Any]) -> Figure:
     _draw_histogram(bars, table)
     steps = [row["step"] for row in table["over_steps"]]
     scales = [row["loss_scale"] for row in table["runs"]]
-    styles = plot_style.line_styles([f"scale {scale:g}" for scale in scales])
+    styles = plot_style.line_styles([f"scale {_text(scale)}" for scale in scales])
     for index, style in enumerate(styles.values()):
         shares = [row["lost"][index] for row in table["over_steps"]]
         lost.plot(steps, shares, **style)
@@ -59,7 +59,7 @@ def _draw_histogram(axes: Axes, table: dict[str, Any]) -> None:
         each = share / (last - first + 1)
         axes.plot([first - 0.45, last + 0.45], [each, each], color=paper, lw=2.5)
     axes.set_yscale("log")
-    axes.set_ylim(axes.get_ylim()[0], 10)
+    axes.set_ylim(axes.get_ylim()[0], 2)
     plot_style.percent_axis(axes.yaxis)
     _draw_edges(axes, table["advised_scale"])
     ticks = np.arange(math.ceil((low + 2) / 8) * 8, max(found) + 1, 8)
@@ -81,8 +81,15 @@ def _draw_edges(axes: Axes, advised: float) -> None:
         float(PAPER_SCALE): (f"at scale {PAPER_SCALE}", plot_style.GREEN, "--"),
     }
     edges.setdefault(
-        advised, (f"at scale {advised:g}, advised", plot_style.PURPLE, ":")
+        advised, (f"at scale {_text(advised)}, advised", plot_style.PURPLE, ":")
     )
     for scale, (label, color, dashes) in edges.items():
         place = SMALLEST - 0.5 - math.log2(scale)
         axes.axvline(place, color=color, ls=dashes, lw=1.2, label=label)
+
+
+def _text(loss_scale: float) -> str:
+    """Returns a loss scale as a number, a large one as a power of two."""
+    if loss_scale < 2**14:
+        return f"{loss_scale:g}"
+    return f"2^{math.log2(loss_scale):g}"

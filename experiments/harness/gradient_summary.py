@@ -33,7 +33,7 @@ PAPER_ZERO = 0.67  # share of all values, from figure 3's caption
 PAPER_SHARES = ((-34, -33, 0.02), (-24, -24, 0.02))
 _NUM_CLASSES, _ANY_FRACTION = 6, 1  # of `ExponentHistogram`
 COLUMNS = (
-    Column("loss scale", "loss_scale", "{:g}"),
+    Column("loss scale", "loss_scale", "{:,.10g}"),
     Column("", "which"),
     Column("zero in float32", "zero_in_float32", "{:.2%}"),
     Column("zero in float16", "zero", "{:.2%}"),

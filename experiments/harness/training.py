@@ -1,5 +1,6 @@
 """Training in one policy, from an experiment's declarations to its result."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 
 import mpjax
 from experiments.harness import loop, numerics
-from experiments.harness.config import BaseConfig
+from experiments.harness.config import BaseConfig, Variant
 from experiments.harness.experiment import Experiment, Task, evaluate
+from experiments.harness.recorder import read_rows
 from experiments.harness.results import median
 from mpjax.numerics import tap
 
@@ -66,6 +68,38 @@ def train_policy(
         "final_loss_scale": float(scaling.loss_scale.loss_scale),
     }
     return values, trained.state
+
+
+def train_variant(
+    train: Callable[[], dict[str, Any]], name: str, variant: Variant, directory: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Trains one run of a comparison, in which to diverge is a result.
+
+    Args:
+      train: trains, and returns the run as plain values.
+      name: the run's name, to print.
+      variant: the way to train.
+      directory: where `train` leaves the metrics.
+
+    Returns:
+      The run with its `policy`, `loss_scale`, `num_skipped`, and `diverged`: None, or
+      why the training ended early. Then the rows of its metrics.
+
+    Raises:
+      Interrupted: after a signal, once the state is saved.
+      ExperimentError: for data, checkpoints or files that fail.
+    """
+    print(f"{name}:", flush=True)
+    diverged, run = None, {}
+    try:
+        run = train()
+    except mpjax.NonFiniteTrainingError as error:
+        diverged = str(error)
+        print(f"{name} diverged: {error}", flush=True)
+    rows = read_rows(directory / "metrics.jsonl")
+    skipped = [row["num_skipped"] for row in rows if row["kind"] == "train"]
+    own = {"diverged": diverged, "num_skipped": max(skipped, default=0)}
+    return {**run, **variant._asdict(), **own}, rows
 
 
 def _make_train_step(task: Task, tx: Any, config: BaseConfig, policy: str) -> Any:

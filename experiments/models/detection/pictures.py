@@ -161,18 +161,27 @@ def add_box(
     width: float = 1.2,
     dashes: str = "-",
 ) -> None:
-    """Draws a box, corners in shares of the image, and a text above it."""
+    """Draws a box, corners in shares of the image, and a text at its top edge.
+
+    The text stands above the box; at the image's top inside the box, and at its right
+    edge to the left.
+    """
     left, top, right, bottom = (float(x) for x in box)
     size = (right - left, bottom - top)
     patch = Rectangle((left, top), *size, fill=False, ec=color, lw=width, ls=dashes)
     axes.add_patch(patch)
+    if not text:
+        return
+    has_room_above, has_room_right = top > 0.08, left < 0.8
     axes.text(
-        left,
-        top - 0.01,
+        left if has_room_right else right,
+        top - 0.01 if has_room_above else top + 0.01,
         text,
         color=color,
         fontsize=plot_style.SMALL - 1,
-        va="bottom",
+        ha="left" if has_room_right else "right",
+        va="bottom" if has_room_above else "top",
+        bbox={"fc": "black", "ec": "none", "alpha": 0.6, "pad": 0.5},
         clip_on=True,
         parse_math=False,
     )
