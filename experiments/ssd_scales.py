@@ -10,7 +10,7 @@ and a scale of 8 matches float32. Trains the network of `ssd_digits` in float32,
 mixed_float16 unscaled, at scales of 8, 128 and 1024, with dynamic scaling and by
 histograms, and in mixed_bfloat16, with the same seeds, initial parameters and data
 order, and compares mean average precisions by seed. The default size, 3,200 scenes and
-6 epochs, is for a CPU; with JAX_COMPILATION_CACHE_DIR set, only the first seed
+3 epochs, is for a CPU; with JAX_COMPILATION_CACHE_DIR set, only the first seed
 compiles.
 
 Every run counts its activation gradients. Those of float32's first seed are drawn as in

@@ -98,11 +98,13 @@ def _map07(run: dict[str, Any]) -> float | None:
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str | None:
-    """Returns the mean and the sample deviation in per cent."""
+    """Returns the mean in per cent and, of several, the sample deviation."""
     if not values:
         return None
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f} %"
+    mean = f"{100 * statistics.mean(values):.2f}"
+    if len(values) == 1:
+        return f"{mean} %"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f} %"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

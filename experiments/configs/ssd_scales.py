@@ -70,12 +70,15 @@ class Config(ssd_digits.Config):
     num_val: int = 200
     """Further scenes, for validation."""
 
-    num_epochs: int = 6
+    num_epochs: int = 3
     """Passes over the training set."""
 
     numerics: bool = True
     """Count the exponents of activation gradients; --no-numerics leaves out what is
     known of them."""
+
+    numerics_interval: int = 10
+    """Steps from one count to the next."""
 
     batch_size: int = 32
     """Images per step, in the default setting."""

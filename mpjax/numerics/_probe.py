@@ -20,6 +20,7 @@ from mpjax._jaxpr.flatten import (
 from mpjax._jaxpr.loops import Scan, While
 from mpjax._jaxpr.primitives import Kind, facts_of
 from mpjax._tree import is_floating
+from mpjax._xla_cpu.convolutions import put_channels_last
 from mpjax.numerics._eqn_context import EqnContext
 from mpjax.numerics._histogram import ExponentHistogram, exponent_histogram
 from mpjax.numerics._tap import (
@@ -148,9 +149,12 @@ class Probe:
         closed = jax.make_jaxpr(flat)(*arrays)
         body = _jaxpr.consts_as_inputs(closed)
         interpreter = _Interpreter(self._matched, self._count)
+        # XLA:CPU runs other convolutions many times slower inside a conditional.
+        adds_transposes = is_sampled and "transpose" not in self._matched
+        counted_body = put_channels_last(body) if adds_transposes else body
 
         def counted(*args):
-            call, labels = interpreter.make(body, EqnContext())
+            call, labels = interpreter.make(counted_body, EqnContext())
             _, counts = call(*args)
             return _collect(labels, counts)
 
