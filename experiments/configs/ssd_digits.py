@@ -32,7 +32,7 @@ class Config(DetectionConfig):
     depth: int = 0
     """Further 3 x 3 convolutions at the end of each stage of the trunk."""
 
-    num_epochs: int = 12
+    num_epochs: int = 5
     """Passes over the training set. With --resume there can be more than before: the
     run goes on past its old end."""
 
