@@ -32,7 +32,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "NUM_EPOCHS": 6,
         "MATMUL_SIZES": (64, 128, 256),
     },
-    "3_loss_scaling": {"NUM_UNITS": 64, "NUM_EXAMPLES": 1024, "NUM_STEPS": 600},
+    "3_loss_scaling": {
+        "NUM_UNITS": 64,
+        "NUM_EXAMPLES": 1024,
+        "NUM_STEPS": 600,
+        "NUM_SCENES": 64,
+        "DIGITS": "digits",
+    },
     "4_mandarin_speech": {
         "NUM_TRAIN": 300,
         "NUM_TEST": 20,
