@@ -157,6 +157,7 @@ def make_tasks(
         policy,
         autocast=config.autocast,
         normalization=config.normalization,
+        loss_factor=config.loss_factor,
         has_coco=config.dataset == "coco",
     )
     task = make_task(
@@ -166,6 +167,7 @@ def make_tasks(
         evaluation,
         num_epochs=config.num_epochs,
         normalization=config.normalization,
+        loss_factor=config.loss_factor,
         init=make_init_from(config, model),
         numerics_interval=config.numerics_interval if config.numerics else None,
     )

@@ -16,7 +16,7 @@ compiles.
 Every run counts its activation gradients. Those of float32's first seed are drawn as in
 Figure 3, in a second result file. `--setting small_gradients` is another setting, made
 so that gradients are small: a deeper trunk, a loss divided by default boxes times
-batch, and twice the batch.
+batch and by 256 besides, and twice the batch.
 """
 
 from experiments.configs.ssd_scales import VARIANTS, Cell, Config

@@ -60,6 +60,10 @@ class Config(DetectionConfig):
     paper; or anchors, all default boxes of the batch, which makes gradients smaller by
     orders of magnitude."""
 
+    loss_factor: float = 1.0
+    """The loss is multiplied by it, as where it is one of several tasks' losses. Adam's
+    steps do not depend on it, the range that gradients need does."""
+
     init_weights: Path | None = None
     """Safetensors file with weights of the trunk to start from, such as the
     trunk.safetensors that each policy of another run leaves. Names are conv1_1.kernel,
@@ -84,7 +88,7 @@ class Config(DetectionConfig):
         """
         super().__post_init__()
         require_positive(self, "num_epochs", "batch_size", "learning_rate")
-        require_positive(self, "max_grad_norm", "numerics_interval")
+        require_positive(self, "max_grad_norm", "numerics_interval", "loss_factor")
         require(self.depth >= 0, "--depth", "0 or more", self)
         require(self.weight_decay >= 0, "--weight-decay", "0 or more", self)
         require(0 <= self.momentum < 1, "--momentum", "from 0 to less than 1", self)

@@ -77,6 +77,7 @@ def make_task(
     *,
     num_epochs: int,
     normalization: Normalization = "matches",
+    loss_factor: float = 1.0,
     init: Callable[[jax.Array], tuple[Any, Any]] | None = None,
     numerics_interval: int | None = None,
 ) -> Task:
@@ -89,6 +90,7 @@ def make_task(
       evaluate: an `Evaluation` of the model on the images.
       num_epochs: passes over the training images.
       normalization: what the loss is divided by.
+      loss_factor: what the loss is multiplied by.
       init: as in `Task`; by default the model's own.
       numerics_interval: as in `Task`.
     """
@@ -98,7 +100,7 @@ def make_task(
         num_epochs=num_epochs,
         init=init or make_init(model),
         tx=tx,
-        loss_fn=make_loss_fn(model, normalization),
+        loss_fn=make_loss_fn(model, normalization, loss_factor),
         evaluate=evaluate,
         data=data.in_words(),
         facts={
@@ -127,7 +129,7 @@ def make_init(model: SSD) -> Callable[..., Any]:
 
 
 def make_loss_fn(
-    model: SSD, normalization: Normalization = "matches"
+    model: SSD, normalization: Normalization = "matches", factor: float = 1.0
 ) -> Callable[..., Any]:
     """Returns `loss_fn(params, batch, key) -> (loss, aux)`.
 
@@ -140,7 +142,9 @@ def make_loss_fn(
         del key
         _, _, sums = sums_fn(params, batch)
         parts = {"localization": sums.localization, "confidence": sums.confidence}
-        losses = {k: normalize(sums, v, normalization) for k, v in parts.items()}
+        losses = {
+            k: normalize(sums, v, normalization, factor) for k, v in parts.items()
+        }
         aux = {f"{name}_loss": loss for name, loss in losses.items()}
         return sum(losses.values()), {**aux, "num_matches": sums.num_matches}
 
@@ -182,6 +186,7 @@ class Evaluation:
         *,
         autocast: bool,
         normalization: Normalization = "matches",
+        loss_factor: float = 1.0,
         has_coco: bool = False,
     ):
         """Compiles nothing yet.
@@ -192,12 +197,14 @@ class Evaluation:
           policy: the precision policy to evaluate in.
           autocast: how the policy is applied; see `mpjax.make_eval_step`.
           normalization: what the loss is divided by.
+          loss_factor: what the loss is multiplied by.
           has_coco: whether to evaluate by COCO's rules, too.
         """
         self.found: list[Found] = []
         self.by_class: dict[str, AveragePrecision] = {}
         self._data = data
         self._normalization: Normalization = normalization
+        self._loss_factor = loss_factor
         self._has_coco = has_coco
         self.eval_step = make_eval_step(model, policy, autocast=autocast)
 
@@ -237,7 +244,7 @@ class Evaluation:
         per_image = total.num_anchors / (len(sums) * batches.batch_size)
         total = total._replace(num_anchors=per_image * batches.num_examples)
         both = total.localization + total.confidence
-        return float(normalize(total, both, self._normalization))
+        return float(normalize(total, both, self._normalization, self._loss_factor))
 
 
 def to_found(detections: Detections) -> list[Found]:

@@ -54,7 +54,10 @@ def multibox_sums(offsets: jax.Array, logits: jax.Array, targets: Targets) -> Lo
 
 
 def normalize(
-    sums: LossSums, losses: jax.Array, normalization: Normalization
+    sums: LossSums,
+    losses: jax.Array,
+    normalization: Normalization,
+    factor: float = 1.0,
 ) -> jax.Array:
     """Returns a loss per match, 0 without matches; or per default box.
 
@@ -62,6 +65,7 @@ def normalize(
       sums: of the batch.
       losses: one of its sums of losses, or both together.
       normalization: what to divide by.
+      factor: what to multiply by.
 
     Raises:
       ValueError: for another normalization.
@@ -72,7 +76,7 @@ def normalize(
             f"normalization must be one of {names}, got {normalization!r}."
         )
     num = sums.num_matches if normalization == "matches" else sums.num_anchors
-    return losses / jnp.maximum(num, 1)
+    return factor * losses / jnp.maximum(num, 1)
 
 
 def hard_negatives(

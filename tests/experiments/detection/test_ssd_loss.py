@@ -117,6 +117,7 @@ def test_the_loss_is_per_match_or_per_default_box():
     sums = LossSums(*map(np.float32, (6.0, 2.0)), np.int32(4), np.int32(100))
     assert float(normalize(sums, sums.localization, "matches")) == 1.5
     assert float(normalize(sums, sums.confidence, "anchors")) == np.float32(0.02)
+    assert float(normalize(sums, sums.localization, "matches", 0.5)) == 0.75
     with pytest.raises(ValueError, match="matches, anchors, got 'images'"):
         normalize(sums, sums.confidence, "images")
 
