@@ -13,6 +13,7 @@ COLUMNS = (
     Column("result", "result"),
     Column("details", "page"),
 )
+_SSD_SCALES = "cpu_amx_bf16_jax0.12.0.1"
 Run = dict[str, Any]
 Runs = Callable[[str], list[Run]]  # of a result file, by name
 
@@ -85,6 +86,28 @@ def _updates(runs: Runs) -> str:
     )
 
 
+def _detector(runs: Runs) -> str:
+    found = {r["variant"]: r for r in runs(f"ssd_scales_{_SSD_SCALES}")}
+    differences = ", ".join(
+        f"{found[name]['difference']} {title}"
+        for name, title in (
+            ("unscaled", "in float16 unscaled"),
+            ("scale_8", "scaled by 8"),
+            ("dynamic", "dynamically"),
+        )
+    )
+    small = {
+        r["variant"]: r for r in runs(f"ssd_scales_small_gradients_{_SSD_SCALES}")
+    }
+    unscaled = small["unscaled"]
+    return (
+        f"points of mAP to float32's {found['float32']['map07']}: {differences}; with "
+        f"gradients made small, {unscaled['num_diverged']} of {unscaled['num_seeds']} "
+        "unscaled runs diverge, and dynamic scaling differs by "
+        f"{small['dynamic']['difference']}"
+    )
+
+
 def _gradients(runs: Runs) -> str:
     ratios = [
         r["error_autocast"] / r["error_hand_cast"]
@@ -139,6 +162,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Runs], str]], ...] = (
     ("DeepConvNet, 10 epochs", "precisions", _convnet),
     ("Mandarin speech, 3 epochs", "speech", _speech),
     ("float16 weights updated in float16 (paper: +80 %)", "speech", _updates),
+    ("Loss scales of a detector, 3 seeds", "detection", _detector),
     ("Gradients against float64", "accuracy", _gradients),
     ("Temporaries of a step, compiled for an H100", "memory", _memory),
     ("A step of the MLP, CPU with bfloat16", "speed", _speed),
