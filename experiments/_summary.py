@@ -96,9 +96,7 @@ def _detector(runs: Runs) -> str:
             ("dynamic", "dynamically"),
         )
     )
-    small = {
-        r["variant"]: r for r in runs(f"ssd_scales_small_gradients_{_SSD_SCALES}")
-    }
+    small = {r["variant"]: r for r in runs(f"ssd_scales_small_gradients_{_SSD_SCALES}")}
     unscaled = small["unscaled"]
     return (
         f"points of mAP to float32's {found['float32']['map07']}: {differences}; with "
