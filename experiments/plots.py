@@ -34,6 +34,7 @@ from experiments.benchmarks import (
     loss_curves,
     loss_scales,
     memory,
+    scaling,
     speed,
 )
 from experiments.harness import precisions
@@ -51,6 +52,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     _memory_by_hand.NAME: _memory_by_hand.draw,
     mnist_convnet.PRECISIONS_NAME: precisions.draw,
     mnist_mlp.NUMERICS_NAME: lambda t: numerics_figure(t["title"], t["runs"]),
+    scaling.NAME: scaling.draw,
     speech_updates.NAME: speech_updates.draw,
     ssd_digits.GRADIENTS_NAME: ssd_scales.draw_gradients,
     ssd_scales.NAME: ssd_scales.draw,

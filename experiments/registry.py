@@ -55,6 +55,11 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "Memory of a training step in mixed precision, over batch sizes.",
         ),
         Command(
+            "experiments.benchmarks.scaling",
+            "Memory, communication and modelled step times of language models on 1 to "
+            "512 GPUs.",
+        ),
+        Command(
             "experiments.benchmarks.accuracy",
             "Gradient errors of autocast and of casting by hand, and their step times.",
         ),

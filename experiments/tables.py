@@ -40,6 +40,7 @@ from experiments.benchmarks import (
     memory,
     parity,
     recurrence,
+    scaling,
     speech_profile,
     speed,
 )
@@ -64,6 +65,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     mnist_mlp.NUMERICS_NAME: numerics_summary.COLUMNS,
     parity.NAME: parity.COLUMNS,
     recurrence.NAME: recurrence.COLUMNS,
+    scaling.NAME: scaling.COLUMNS,
     speech_profile.NAME: speech_profile.COLUMNS,
     speech_ctc.NAME: speech_ctc.make_experiment().columns(),
     speech_updates.NAME: speech_updates_table.COLUMNS,

@@ -300,7 +300,7 @@ def make_train_step(
             new_state = jax.lax.with_sharding_constraint(new_state, shardings)
         return new_state, metrics
 
-    return JittedStep(train_step, donate=donate)
+    return JittedStep(train_step, donate=donate, mesh=mesh)
 
 
 def make_eval_step(
@@ -357,7 +357,7 @@ def make_eval_step(
         evaluate = eval_fn if casts else autocast_function(eval_fn, rules)
         return rules.default.cast_to_output(evaluate(*args))
 
-    return JittedStep(eval_step, donate=False)
+    return JittedStep(eval_step, donate=False, mesh=mesh)
 
 
 def _widen(params: Any, rules: PolicyRules, casts: bool) -> Any:

@@ -19,16 +19,21 @@ class JittedStep:
     """A jitted `(state, batch) -> ...` whose errors say what to do.
 
     Everything that a jitted function has, such as `lower`, is there too.
+
+    Attributes:
+      mesh: the mesh that the step was made for, or None.
     """
 
-    def __init__(self, step: Callable[..., Any], *, donate: bool):
+    def __init__(self, step: Callable[..., Any], *, donate: bool, mesh: Any):
         """Jits a step.
 
         Args:
           step: takes a state and a batch.
           donate: whether it may reuse the memory of the state.
+          mesh: the mesh that the step was made for, or None.
         """
         functools.update_wrapper(self, step)
+        self.mesh = mesh
         self._step = step
         self._jitted = jax.jit(step, donate_argnums=(0,) if donate else ())
 

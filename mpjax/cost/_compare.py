@@ -1,20 +1,24 @@
-"""One training step under several policies: costs, and the largest batch that fits."""
+"""A training step under several policies, on several meshes: costs, largest batch."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from mpjax._report import plain_table, print_report, rich_group, rich_table
 from mpjax._tree import is_half
 from mpjax.cost._analyze import CostReport, analyze
 from mpjax.cost._compile import compile_for, peak_bytes
-from mpjax.cost._devices import Device, get_device
+from mpjax.cost._devices import Device
+from mpjax.cost._mesh import choose_device, choose_mesh, describe_mesh, place_args
 
 _COLUMNS = (
     "policy",
+    "batch",
     "arguments, MB",
     "temporaries, MB",
     "peak, MB",
@@ -25,24 +29,28 @@ _COLUMNS = (
     "bound by",
     "largest batch",
 )
+_MESH_COLUMNS = ("sent, MB", "best, ms", "worst, ms")
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyCosts:
     """Costs by policy; `print(costs)`, `costs.print()`, `costs.to_dict()`.
 
+    On meshes the names are those of policy and mesh, `float32, data=64 x fsdp=8`; each
+    report is that of one device, and a batch is that of the whole mesh.
+
     Attributes:
       device: name of the device.
-      batch_size: batch size of the reports.
       reports: a `CostReport` per policy.
+      batch_sizes: batch size of each report.
       largest_batch: number of examples that fit, per policy; None if the device's
         memory is unknown.
       memory_fraction: the share of the device's memory that counts as usable.
     """
 
     device: str
-    batch_size: int
     reports: dict[str, CostReport]
+    batch_sizes: dict[str, int]
     largest_batch: dict[str, int | None]
     memory_fraction: float
 
@@ -50,10 +58,13 @@ class PolicyCosts:
         """Returns the costs as plain values, ready for JSON."""
         return {
             "device": self.device,
-            "batch_size": self.batch_size,
             "memory_fraction": self.memory_fraction,
             "policies": {
-                name: report.to_dict() | {"largest_batch": self.largest_batch[name]}
+                name: report.to_dict()
+                | {
+                    "batch_size": self.batch_sizes[name],
+                    "largest_batch": self.largest_batch[name],
+                }
                 for name, report in self.reports.items()
             },
         }
@@ -63,38 +74,47 @@ class PolicyCosts:
         print_report(self)
 
     def __rich__(self) -> Any:
-        return rich_group(self._title(), rich_table(_COLUMNS, self._rows()))
+        return rich_group(self._title(), rich_table(self._columns(), self._rows()))
 
     def __str__(self) -> str:
-        return f"{self._title()}\n{plain_table(_COLUMNS, self._rows())}"
+        return f"{self._title()}\n{plain_table(self._columns(), self._rows())}"
 
     def _title(self) -> str:
-        usable = f"{100 * self.memory_fraction:g} % of its memory usable"
-        return f"{self.device}, batch {self.batch_size}, {usable}"
+        return f"{self.device}, {100 * self.memory_fraction:g} % of its memory usable"
+
+    def _columns(self) -> tuple[str, ...]:
+        return _COLUMNS + (_MESH_COLUMNS if self._has_meshes() else ())
+
+    def _has_meshes(self) -> bool:
+        return any(report.mesh for report in self.reports.values())
 
     def _rows(self) -> list[tuple[str, ...]]:
         first = next(iter(self.reports.values())).peak_bytes
-        return [
-            (
+        rows = []
+        for name, r in self.reports.items():
+            row = (
                 name,
+                str(self.batch_sizes[name]),
                 _mb(r.argument_bytes),
                 _mb(r.temporary_bytes),
                 _mb(r.peak_bytes),
                 f"{r.peak_bytes / first:.2f}",
                 f"{100 * half_share(r):.0f} %",
                 _mb(r.moved_bytes),
-                "-" if r.roofline_s is None else f"{1e3 * r.roofline_s:.3g}",
+                _ms(r.roofline_s),
                 r.bound or "-",
                 f"{self.largest_batch[name] or '-'}",
             )
-            for name, r in self.reports.items()
-        ]
+            on_mesh = (_mb(r.sent_bytes), _ms(r.best_s), _ms(r.worst_s))
+            rows.append(row + (on_mesh if self._has_meshes() else ()))
+        return rows
 
 
 def compare(
-    make: Callable[[str], tuple[Any, ...]],
+    make: Callable[..., tuple[Any, ...]],
     policies: Sequence[str],
     *,
+    meshes: Sequence[Mesh] | None = None,
     device: str | Device | None = None,
     memory_fraction: float = 0.75,
 ) -> PolicyCosts:
@@ -106,9 +126,12 @@ def compare(
     batch size.
 
     Args:
-      make: `make(policy) -> (step, *args)`; the last argument is the batch, whose
-        leaves have the examples along axis 0. Arguments may be `jax.ShapeDtypeStruct`.
+      make: `make(policy) -> (step, *args)`, with meshes `make(policy, mesh)`; the last
+        argument is the batch, whose leaves have the examples along axis 0. Arguments
+        may be `jax.ShapeDtypeStruct`.
       policies: names to call `make` with.
+      meshes: meshes to call it with, such as those of `device_mesh`, all of one kind of
+        device.
       device: as for `analyze`.
       memory_fraction: the share of the device's memory that may be used; JAX reserves
         0.75 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
@@ -117,8 +140,9 @@ def compare(
       A `PolicyCosts`.
 
     Raises:
-      ValueError: without policies, for a batch whose leaves differ in their first axis,
-        for a memory_fraction outside of (0, 1], or for an unknown device.
+      ValueError: without policies or with no meshes, for a batch whose leaves differ in
+        their first axis, for batch sizes that differ between policies, for a
+        memory_fraction outside of (0, 1], or for an unknown device.
       MissingPluginError: as for `analyze`.
       RuntimeError: as for `analyze`.
 
@@ -136,27 +160,36 @@ def compare(
     """
     if not policies:
         raise ValueError("policies is empty; expected names such as 'mixed_float16'.")
+    if meshes is not None and not meshes:
+        raise ValueError("meshes is empty; leave it out to compare on one device.")
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction={memory_fraction} must be in (0, 1].")
-    target = get_device(device)
-    usable = int(memory_fraction * (target.memory_bytes or 0))
-    reports, largest, sizes = {}, {}, set()
-    for policy in policies:
-        step, *args = make(policy)
-        batch_size = size_of(args[-1])
-        sizes.add(batch_size)
-        report = reports[policy] = analyze(step, *args, device=target)
-        largest[policy] = (
-            _largest_batch(target, step, args, report.peak_bytes, usable)
-            if usable
-            else None
-        )
-    if len(sizes) > 1:
-        raise ValueError(f"make gave batches of different sizes: {sorted(sizes)}.")
+    reports: dict[str, CostReport] = {}
+    batch_sizes: dict[str, int] = {}
+    largest: dict[str, int | None] = {}
+    for mesh in meshes or [None]:
+        names = []
+        for policy in policies:
+            on_mesh = () if mesh is None else (mesh,)
+            step, *args = make(policy, *on_mesh)
+            name = policy if mesh is None else f"{policy}, {describe_mesh(mesh.shape)}"
+            batch_sizes[name] = size_of(args[-1])
+            target = choose_device(device, step, args)
+            report = reports[name] = analyze(step, *args, device=target)
+            usable = int(memory_fraction * (target.memory_bytes or 0))
+            largest[name] = (
+                _largest_batch(target, step, args, report.peak_bytes, usable)
+                if usable
+                else None
+            )
+            names.append(name)
+        _refuse_several("batches of different sizes", {batch_sizes[n] for n in names})
+    devices = {report.device for report in reports.values()}
+    _refuse_several("steps for different devices", devices)
     return PolicyCosts(
-        device=target.name,
-        batch_size=sizes.pop(),
+        device=devices.pop(),
         reports=reports,
+        batch_sizes=batch_sizes,
         largest_batch=largest,
         memory_fraction=memory_fraction,
     )
@@ -186,10 +219,19 @@ def size_of(batch: Any) -> int:
 
 
 def resized(batch: Any, batch_size: int) -> Any:
-    """Returns the shapes and dtypes of a batch with another number of examples."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch
-    )
+    """Returns the shapes and dtypes of a batch with another number of examples.
+
+    A `NamedSharding` stays.
+    """
+
+    def resize(x):
+        sharding = getattr(x, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            sharding = None
+        shape = (batch_size, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(resize, batch)
 
 
 def _largest_batch(
@@ -197,6 +239,7 @@ def _largest_batch(
 ) -> int:
     """Follows the secant of memory over batch size, then confirms by compiling."""
     *rest, batch = args
+    num_pieces = _num_pieces(device, step, args)
 
     def peak_at(batch_size: int) -> int:
         return peak_bytes(compile_for(device, step, *rest, resized(batch, batch_size)))
@@ -208,7 +251,8 @@ def _largest_batch(
     for _ in range(6):
         slope = max((high_peak - low_peak) / (high - low), 1e-9)
         guess = int(low + (usable - low_peak) / slope)
-        guess -= guess % 8 if guess >= 64 else 0
+        multiple = math.lcm(8, num_pieces)
+        guess -= guess % (multiple if guess >= max(64, multiple) else num_pieces)
         if guess <= fits or guess < 1:
             break
         low, low_peak, high, high_peak = high, high_peak, guess, peak_at(guess)
@@ -221,5 +265,28 @@ def _largest_batch(
     return fits
 
 
+def _num_pieces(device: Device, step: Any, args: list) -> int:
+    """Returns in how many pieces the mesh splits the first axis of the batch."""
+    mesh = choose_mesh(device, step, args)
+    if mesh is None:
+        return 1
+    batch = place_args(step, tuple(args), mesh)[-1]
+    pieces = [
+        x.shape[0] // x.sharding.shard_shape(x.shape)[0]
+        for x in jax.tree.leaves(batch)
+        if x.sharding is not None
+    ]
+    return math.lcm(*pieces)
+
+
+def _refuse_several(what: str, values: set) -> None:
+    if len(values) > 1:
+        raise ValueError(f"make gave {what}: {sorted(values)}.")
+
+
 def _mb(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3g}"

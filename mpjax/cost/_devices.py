@@ -24,6 +24,11 @@ class Device:
       target: fields of XLA's GpuDeviceInfoProto to compile for; None for a device of
         this machine.
       device_kind: JAX's name for it, `jax.Device.device_kind`.
+      num_per_node: number of devices in a node; None if unknown.
+      node_bandwidth_bytes_per_s: what a device sends at most to others of its node, by
+        NVLink; what it receives at the same time does not count. None if unknown.
+      network_bandwidth_bytes_per_s: likewise to other nodes, by its share of the node's
+        network adapters.
     """
 
     name: str
@@ -32,6 +37,9 @@ class Device:
     peak_flops_per_s: dict[str, float] = dataclasses.field(default_factory=dict)
     target: dict[str, Any] | None = None
     device_kind: str = ""
+    num_per_node: int | None = None
+    node_bandwidth_bytes_per_s: float | None = None
+    network_bandwidth_bytes_per_s: float | None = None
 
     def matmul_flops_per_s(self, dtype: str, float32_matmul_precision: str) -> Any:
         """Returns the peak FLOP/s of matmuls in a dtype; None if unknown.
@@ -56,6 +64,21 @@ class Device:
         """Returns the peak FLOP/s of other operations in a dtype; None if unknown."""
         return self.peak_flops_per_s.get("float64" if dtype == "float64" else "float32")
 
+    def link_bytes_per_s(self, num_nodes: int, num_sharing: int) -> float | None:
+        """Returns how fast a device sends in a collective; None if unknown.
+
+        Args:
+          num_nodes: number of nodes that the collective connects.
+          num_sharing: number of devices of a node that share what leaves it.
+        """
+        node, network = (
+            self.node_bandwidth_bytes_per_s,
+            self.network_bandwidth_bytes_per_s,
+        )
+        if num_nodes == 1 or node is None or network is None:
+            return node if num_nodes == 1 else None
+        return min(node, num_sharing * network)
+
 
 def device_names() -> list[str]:
     """Returns the names of the devices that have a data file."""
@@ -78,7 +101,8 @@ def get_device(device: str | Device | None) -> Device:
     if isinstance(device, Device):
         return device
     if device is None:
-        return _present(jax.devices()[0].device_kind)
+        present = find_device(jax.devices()[0].device_kind)
+        return dataclasses.replace(present, target=None)
     if device.lower() not in device_names():
         raise ValueError(
             f"unknown device {device!r}; known are {', '.join(device_names())}. For "
@@ -87,17 +111,21 @@ def get_device(device: str | Device | None) -> Device:
     return _read(device.lower())
 
 
-def _present(device_kind: str) -> Device:
+def find_device(device_kind: str) -> Device:
+    """Returns the device that JAX names so, which may have no data file."""
     for name in device_names():
         if _read(name).device_kind == device_kind:
-            return dataclasses.replace(_read(name), target=None)
+            return _read(name)
     return Device(name=device_kind, device_kind=device_kind)
 
 
 @functools.cache
 def _read(name: str) -> Device:
     data = tomllib.loads((_FOLDER / f"{name}.toml").read_text())
-    peak = {k: v for k, v in data["peak_flops_per_s"].items() if k != "source"}
+    peak, links = (
+        {k: v for k, v in data[table].items() if k != "source"}
+        for table in ("peak_flops_per_s", "links")
+    )
     return Device(
         name=data["name"],
         memory_bytes=data["memory_bytes"],
@@ -105,4 +133,5 @@ def _read(name: str) -> Device:
         peak_flops_per_s=peak,
         target=data["target"],
         device_kind=data["device_kind"],
+        **links,
     )

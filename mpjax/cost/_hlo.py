@@ -20,8 +20,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 _BITS = re.compile(r"\d+")
 
-# Operations that move nothing: new names for existing memory, and the first half of
-# asynchronous operations.
+# Operations that move nothing: new names for existing memory, and what only starts or
+# ends an asynchronous operation.
 _FREE = frozenset(
     [
         "parameter",
@@ -32,13 +32,8 @@ _FREE = frozenset(
         "after-all",
         "partition-id",
         "replica-id",
-        "copy-start",
-        "all-reduce-start",
-        "all-gather-start",
-        "async-start",
         "async-update",
         "fusion-done",
-        "collective-permute-start",
         "opt-barrier",
     ]
 )
@@ -56,9 +51,10 @@ _ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 
 
 class Instruction(NamedTuple):
-    """One line of HLO."""
+    """One line of HLO; dtype and sizes are those of its result."""
 
     name: str
+    dtype: str
     num_elements: int
     num_bytes: int
     op: str
@@ -80,37 +76,51 @@ def moved_bytes(text: str) -> int:
     Args:
       text: `compiled.as_text()`.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     return _computation_bytes(computations, entry)
+
+
+def control_flow(computations: dict, i: Instruction) -> tuple[int, list[str]]:
+    """Returns how often an instruction runs other computations, and which.
+
+    Several are the branches of a conditional, one of which runs.
+    """
+    called = [name for name in _CALLED.findall(i.rest) if name in computations]
+    if i.op == "while":
+        trips = _TRIPS.search(i.rest)
+        body = re.search(r"body=%?([\w.\-]+)", i.rest)
+        return int(trips[1]) if trips else 1, [body[1]] if body else []
+    if i.op == "conditional":
+        branches = _BRANCHES.search(i.rest)
+        names = branches[1].split(",") if branches else called
+        return 1, [name.strip().lstrip("%") for name in names]
+    return 1, called[:1] if i.op in ("call", "async-start") else []
 
 
 def _computation_bytes(computations: dict, name: str) -> int:
     body = computations[name]
-    sizes = {i.name: i.num_bytes for i in body}
+    sizes: dict[str, int] = {}
+    for i in body:
+        # What ends an asynchronous operation moves its operands and its result.
+        is_started = _only_starts(i) or i.op == "async-update"
+        reads = sum(sizes.get(name, 0) for name in i.operands)
+        sizes[i.name] = reads if is_started else i.num_bytes
     return sum(_instruction_bytes(computations, i, sizes) for i in body)
+
+
+def _only_starts(i: Instruction) -> bool:
+    return i.op.endswith("-start") and i.op != "fusion-start"
 
 
 def _instruction_bytes(
     computations: dict, i: Instruction, sizes: dict[str, int]
 ) -> int:
-    if i.op in _FREE:
+    if i.op in _FREE or _only_starts(i):
         return 0
+    times, names = control_flow(computations, i)
+    if names:
+        return times * max(_computation_bytes(computations, name) for name in names)
     called = [name for name in _CALLED.findall(i.rest) if name in computations]
-    if i.op == "while":
-        trips = _TRIPS.search(i.rest)
-        body = re.search(r"body=%?([\w.\-]+)", i.rest)
-        times = int(trips[1]) if trips else 1
-        return times * _computation_bytes(computations, body[1]) if body else 0
-    if i.op == "conditional":
-        branches = _BRANCHES.search(i.rest)
-        names = (
-            [n.strip().lstrip("%") for n in branches[1].split(",")]
-            if branches
-            else called
-        )
-        return max((_computation_bytes(computations, n) for n in names), default=0)
-    if i.op == "call" and called:
-        return _computation_bytes(computations, called[0])
     if i.op in ("fusion", "fusion-start") and called:
         return _fusion_bytes(computations, called[0], i, sizes)
     reads = [sizes.get(name, 0) for name in i.operands]
@@ -211,7 +221,8 @@ def _parameter_number(parameter: Instruction) -> int:
     return int(parameter.rest.partition(")")[0])
 
 
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the computations of a compiled module by name, and the entry's name."""
     computations: dict[str, list[Instruction]] = {}
     entry, body = "", None
     for line in text.splitlines():
@@ -219,11 +230,8 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if found and body is not None:
             root, name, shape, op, rest = found.groups()
             operands = tuple(_NAME.findall(_arguments(rest)))
-            num_elements, num_bytes = _sizes(shape)
             body.append(
-                Instruction(
-                    name, num_elements, num_bytes, op, operands, rest, bool(root)
-                )
+                Instruction(name, *_sizes(shape), op, operands, rest, bool(root))
             )
         elif line.rstrip().endswith("{") and "->" in line:
             is_entry = line.startswith("ENTRY ")
@@ -243,14 +251,15 @@ def _arguments(rest: str) -> str:
     return rest
 
 
-def _sizes(shape: str) -> tuple[int, int]:
-    """Returns the elements and the bytes of a shape, of a tuple all together."""
+def _sizes(shape: str) -> tuple[str, int, int]:
+    """Returns dtype, elements and bytes; of a tuple the first dtype, and the sums."""
+    arrays = _ARRAY.findall(shape)
     num_elements = num_bytes = 0
-    for dtype, dims in _ARRAY.findall(shape):
+    for dtype, dims in arrays:
         size = math.prod(int(d) for d in dims.split(",") if d)
         num_elements += size
         num_bytes += size * _bits(dtype) // 8
-    return num_elements, num_bytes
+    return arrays[0][0] if arrays else "", num_elements, num_bytes
 
 
 def _bits(dtype: str) -> int:

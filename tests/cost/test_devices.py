@@ -29,7 +29,7 @@ def test_every_data_file_is_complete():
             cycles * target["clock_rate_ghz"], rel=0.05
         )
         text = (Path(_compile.__file__).parent / "devices" / f"{name}.toml").read_text()
-        assert text.count("source = ") == 2
+        assert text.count("source = ") == 3
 
 
 def test_bfloat16_on_a_v100_runs_at_the_peak_of_float32():

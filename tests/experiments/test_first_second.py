@@ -17,7 +17,8 @@ from experiments.benchmarks import (
     real_models,
     workloads,
 )
-from experiments.configs import accuracy, memory, speed
+from experiments.benchmarks import scaling as scaling_benchmark
+from experiments.configs import accuracy, memory, scaling, speed
 from experiments.configs import loss_curves as loss_curves_config
 from experiments.configs import loss_scales as loss_scales_config
 from experiments.configs import mnist_convnet as mnist_convnet_config
@@ -86,6 +87,11 @@ BAD_VALUES = {
     ],
     "experiments.benchmarks.memory": [
         ["--workloads", "mpl"],
+        ["--device", "h1000"],
+    ],
+    "experiments.benchmarks.scaling": [
+        ["--models", "gpt_70b"],
+        ["--num-gpus", "12"],
         ["--device", "h1000"],
     ],
     "experiments.benchmarks.accuracy": [["--workloads", "lama"]],
@@ -181,6 +187,7 @@ def test_the_names_that_are_checked_early_are_all_that_there_are():
     assert set(memory.BATCH_SIZES) <= set(workloads.WORKLOADS)
     assert tuple(real_models.REAL_MODELS) == memory.REAL_MODELS
     assert ("present", *mpjax.cost.device_names()) == memory.DEVICES
+    assert tuple(scaling_benchmark.MODELS) == scaling.MODELS
     assert tuple(_accuracy_real.MODELS) == accuracy.ALL_MODELS
     assert tuple(loss_curves.TASKS) == loss_curves_config.TASKS
     assert tuple(loss_scales.TASKS) == loss_scales_config.NETWORKS
