@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import jmp
 
+from mpjax._rules import PathRules
 from mpjax._tree import path_name
 
 PRESETS: Mapping[str, str] = MappingProxyType(
@@ -72,7 +73,7 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
         ) from error
 
 
-class PolicyRules:
+class PolicyRules(PathRules[jmp.Policy]):
     """Policies by name: ordered rules, the first match wins.
 
     A rule is a regular expression and a policy. The expression is searched
@@ -101,30 +102,13 @@ class PolicyRules:
             policy.
           TypeError: for rules that are not pairs.
         """
+        super().__init__(rules, get_policy, kind="policy")
         self.default = get_policy(default)
-        self._rules = []
-        self._used: set[str] = set()
-        if isinstance(rules, (str, Mapping)) or any(len(rule) != 2 for rule in rules):
-            raise TypeError(
-                "rules must be a list of pairs, [(pattern, policy), ...], got "
-                f"{rules!r}."
-            )
-        for pattern, policy in rules:
-            try:
-                self._rules.append((re.compile(pattern), get_policy(policy)))
-            except re.error as error:
-                raise ValueError(
-                    f"rule pattern {pattern!r} is not a regular expression: {error}. "
-                    "Escape special characters, or use '.*' for 'anything'."
-                ) from error
 
     def policy_for(self, path: str) -> jmp.Policy:
         """Returns the policy of the first rule found in `path`, or the default."""
-        for pattern, policy in self._rules:
-            if pattern.search(path):
-                self._used.add(pattern.pattern)
-                return policy
-        return self.default
+        policy = self._find(path)
+        return self.default if policy is None else policy
 
     def has_rule_for(self, path: str) -> bool:
         """Whether some rule is found in `path`, so that the default does not count."""
@@ -133,11 +117,6 @@ class PolicyRules:
     def policies(self) -> tuple[jmp.Policy, ...]:
         """Returns the policies of all rules, in their order, then the default."""
         return (*(policy for _, policy in self._rules), self.default)
-
-    def unused_rules(self) -> tuple[str, ...]:
-        """Returns the patterns that have matched nothing yet, in their order."""
-        patterns = (pattern.pattern for pattern, _ in self._rules)
-        return tuple(pattern for pattern in patterns if pattern not in self._used)
 
     def __repr__(self) -> str:
         rules = [(pattern.pattern, str(policy)) for pattern, policy in self._rules]

@@ -1,5 +1,6 @@
 """A functional train step that leaves the training state as it was on an overflow."""
 
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, Self
@@ -7,11 +8,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mpjax._autocast import autocast as autocast_function
 from mpjax._struct import pytree_dataclass, replace_fields
 from mpjax._train.checks import (
     check_ema,
+    check_layout,
     check_optimizer,
     check_options,
     check_params,
@@ -20,6 +23,7 @@ from mpjax._train.checks import (
     warn_of_collections,
     warn_of_half_params,
     warn_of_unused,
+    warn_of_unused_layout,
 )
 from mpjax._train.explain import JittedStep
 from mpjax._train.gradients import (
@@ -44,7 +48,13 @@ from mpjax.policy import (
     cast_to_compute,
     resolve,
 )
-from mpjax.sharding import batch_sharding, state_sharding
+from mpjax.sharding import (
+    LayoutRules,
+    batch_sharding,
+    check_batch,
+    check_placement,
+    state_sharding,
+)
 
 LABELS = r"(?i)label|target|(^|/)y$"
 
@@ -161,7 +171,8 @@ def make_train_step(
     num_microbatches: int = 1,
     loss_weight: Callable[[Any], Any] | None = None,
     ema_decay: float | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
+    layout: LayoutRules | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     checkpoint_policy: str | Callable[..., bool] | None = None,
     donate: bool = True,
@@ -199,6 +210,8 @@ def make_train_step(
         `ema=True`.
       mesh: devices to split the batch over; see `mpjax.sharding`. The state is placed
         with `shard_state` first.
+      layout: rules by which the mesh splits parameters, the same as `shard_state` got;
+        None for the built-in layout.
       axis_name: for a step inside `shard_map`: the axes over which gradients, loss,
         model state and floating aux are averaged, integer aux added up.
       checkpoint_policy: which residuals the forward pass saves; the backward pass
@@ -219,15 +232,17 @@ def make_train_step(
       the entries of `aux` (under `aux` where it is not a dictionary).
 
     Raises:
-      TypeError: if `loss_fn` or `loss_weight` is no function, `tx` no optimizer or
-        `mesh` no mesh; at the first call, if `loss_fn` returns none of these forms, or
-        the state is no `TrainState`.
-      ValueError: for a number out of range, an unknown policy, or float64 without x64;
-        at the first call, for a batch that cannot be cut, a loss or weight that is not
-        a scalar, a loss that depends on no trained parameter, a new model state of
-        other keys or shapes, an aux that uses a metric's name, a state of another
-        optimizer, with an EMA but no decay, or the reverse; and for a state that was
-        given to a step before, with `donate`.
+      TypeError: if `loss_fn` or `loss_weight` is no function, `tx` no optimizer, `mesh`
+        no mesh or `layout` no rules; at the first call, if `loss_fn` returns none of
+        these forms, or the state is no `TrainState`.
+      ValueError: for a number out of range, an unknown policy, float64 without x64, or
+        a layout without a mesh; at the first call, for a batch that cannot be cut or
+        split over the mesh, a rule of `layout` that does not fit its parameter, a loss
+        or weight that is not a scalar, a loss that depends on no trained parameter, a
+        new model state of other keys or shapes, an aux that uses a metric's name, a
+        state of another optimizer, with an EMA but no decay, or the reverse; for a
+        state that is placed otherwise than `mesh` and `layout` say; and for one that
+        was given to a step before, with `donate`.
     """
     rules = resolve(policy)
     if not callable(loss_fn):
@@ -242,6 +257,7 @@ def make_train_step(
     if ema_decay is not None and not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
     check_options(mesh, no_cast_inputs)
+    check_layout(mesh, layout)
     if loss_weight is not None and not callable(loss_weight):
         raise TypeError(
             "loss_weight must be a function of a batch, such as lambda batch: "
@@ -265,7 +281,9 @@ def make_train_step(
             check_params(state.params, rules)
         key, step_key = jax.random.split(state.key)
         if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+            batch = _over_devices(batch, mesh)
+            state = _laid_out(state, mesh, layout)
+            warn_of_unused_layout(layout)
         params, frozen = split_params(state.params, state.trainable)
         warn_of_half_params(params, rules, state.opt_state)
         model_state = state.model_state
@@ -296,11 +314,13 @@ def make_train_step(
         value_fn = differentiable_loss(gradients, scale)
         new_state, metrics = apply_gradients(state, out, tx, ema_decay, key, value_fn)
         if mesh is not None:
-            shardings = state_sharding(new_state, mesh)
-            new_state = jax.lax.with_sharding_constraint(new_state, shardings)
+            new_state = _laid_out(new_state, mesh, layout)
         return new_state, metrics
 
-    return JittedStep(train_step, donate=donate, mesh=mesh)
+    check = None
+    if mesh is not None:
+        check = functools.partial(_check_placed, mesh=mesh, layout=layout)
+    return JittedStep(train_step, donate=donate, mesh=mesh, check_placement=check)
 
 
 def make_eval_step(
@@ -308,7 +328,7 @@ def make_eval_step(
     *,
     policy: PolicyLike | PolicyRules = "mixed_float16",
     autocast: bool = True,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: Mesh | None = None,
     use_ema: bool = False,
     no_cast_inputs: str = LABELS,
 ) -> JittedStep:
@@ -343,7 +363,7 @@ def make_eval_step(
             raise ValueError("use_ema=True needs TrainState.create(..., ema=True).")
         params = state.ema_params if use_ema else state.params
         if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+            batch = _over_devices(batch, mesh)
         if casts:
             params = cast_to_compute(rules, params, root="params")
             batch = cast_to_compute(rules, batch, root="batch", no_cast=no_cast_inputs)
@@ -358,6 +378,21 @@ def make_eval_step(
         return rules.default.cast_to_output(evaluate(*args))
 
     return JittedStep(eval_step, donate=False, mesh=mesh)
+
+
+def _check_placed(state: Any, *, mesh: Mesh, layout: LayoutRules | None) -> None:
+    check_state(state, TrainState)
+    check_placement(state, mesh, layout=layout)
+
+
+def _laid_out(state: Any, mesh: Mesh, layout: LayoutRules | None) -> Any:
+    shardings = state_sharding(state, mesh, layout=layout)
+    return jax.lax.with_sharding_constraint(state, shardings)
+
+
+def _over_devices(batch: Any, mesh: Mesh) -> Any:
+    check_batch(batch, mesh)
+    return jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
 
 
 def _widen(params: Any, rules: PolicyRules, casts: bool) -> Any:

@@ -13,7 +13,7 @@ from mpjax._train.trainable import split_params
 from mpjax._tree import is_floating, is_half, path_name
 from mpjax.optimizer import takes_half
 from mpjax.policy import PolicyRules
-from mpjax.sharding import batch_sharding
+from mpjax.sharding import LayoutRules, batch_sharding
 
 
 def refuse_other_than_arrays(**trees: Any) -> None:
@@ -72,6 +72,33 @@ def check_options(mesh: Any, no_cast_inputs: Any) -> None:
         raise ValueError(
             f"no_cast_inputs={no_cast_inputs!r} is not a regular expression: {error}."
         ) from error
+
+
+def check_layout(mesh: Any, layout: Any) -> None:
+    """Raises TypeError or ValueError for a layout that is none, or without a mesh."""
+    if layout is None:
+        return
+    if not isinstance(layout, LayoutRules):
+        raise TypeError(
+            "layout must be mpjax.sharding.LayoutRules([(pattern, PartitionSpec), "
+            f"...]), got {describe(layout)}."
+        )
+    if mesh is None:
+        raise ValueError(
+            "layout= says how a mesh splits the parameters, but mesh=None: pass the "
+            "mesh too."
+        )
+
+
+def warn_of_unused_layout(layout: LayoutRules | None) -> None:
+    """Warns while tracing of layout rules that match no parameter."""
+    unused = () if layout is None else layout.unused_rules()
+    if unused:
+        warnings.warn(
+            f"the layout rules {', '.join(map(repr, unused))} match no path of a "
+            "parameter, which looks like params/Dense_0/kernel.",
+            stacklevel=2,
+        )
 
 
 def check_state(state: Any, kind: type) -> None:

@@ -24,22 +24,34 @@ class JittedStep:
       mesh: the mesh that the step was made for, or None.
     """
 
-    def __init__(self, step: Callable[..., Any], *, donate: bool, mesh: Any):
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        *,
+        donate: bool,
+        mesh: Any,
+        check_placement: Callable[[Any], None] | None = None,
+    ):
         """Jits a step.
 
         Args:
           step: takes a state and a batch.
           donate: whether it may reuse the memory of the state.
           mesh: the mesh that the step was made for, or None.
+          check_placement: takes a state; raises an error if its arrays are placed
+            otherwise than the step keeps them. None if they may be anywhere.
         """
         functools.update_wrapper(self, step)
         self.mesh = mesh
         self._step = step
+        self._check_placement = check_placement
+        self._placed: list[Any] = []
         self._jitted = jax.jit(step, donate_argnums=(0,) if donate else ())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the step."""
         try:
+            self._check_new_placement(args, kwargs)
             return self._jitted(*args, **kwargs)
         except Exception as error:
             _refuse_other_arguments(self._step, args, kwargs, error)
@@ -49,6 +61,24 @@ class JittedStep:
             _explain_carry(self._step, args, kwargs, error)
             _explain_merge(error)
             raise
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """Lowers the step for arrays or shapes, as `lower` of a jitted function."""
+        self._check_new_placement(args, kwargs)
+        return self._jitted.lower(*args, **kwargs)
+
+    def _check_new_placement(self, args: Any, kwargs: Any) -> None:
+        """Checks where a state is placed, unless the last one was placed like it."""
+        if self._check_placement is None:
+            return
+        state = args[0] if args else kwargs.get("state")
+        placed = [
+            (getattr(x, "shape", None), getattr(x, "sharding", None))
+            for x in jax.tree.leaves(state)
+        ]
+        if placed != self._placed:
+            self._check_placement(state)
+            self._placed = placed
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the jitted function."""
