@@ -47,6 +47,7 @@ from mpjax.policy import (
 from mpjax.sharding import batch_sharding, state_sharding
 
 LABELS = r"(?i)label|target|(^|/)y$"
+REDUCE_DTYPES = ("float32", "compute")
 
 
 @pytree_dataclass(static=("trainable",))
@@ -163,6 +164,7 @@ def make_train_step(
     ema_decay: float | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    reduce_dtype: str = "float32",
     checkpoint_policy: str | Callable[..., bool] | None = None,
     donate: bool = True,
     no_cast_inputs: str = LABELS,
@@ -201,6 +203,13 @@ def make_train_step(
         with `shard_state` first.
       axis_name: for a step inside `shard_map`: the axes over which gradients, loss,
         model state and floating aux are averaged, integer aux added up.
+      reduce_dtype: the dtype in which the devices of `mesh` or `axis_name` add up their
+        parts of a gradient. "float32": what goes nowhere but to a gradient is float32
+        from the sum over the batch on, with autocast or without it; the operands of
+        a matmul stay half, and so does what fsdp gathers. The part of a convolution is
+        rounded once, on its device. "compute": the dtype that computes it, half for
+        matmuls, which halves what the devices send. Without several devices nothing
+        changes.
       checkpoint_policy: which residuals the forward pass saves; the backward pass
         rematerializes the others. A name in `jax.checkpoint_policies` such as
         "dots_saveable" (matmuls alone), or a function of that kind. None saves all.
@@ -222,12 +231,12 @@ def make_train_step(
       TypeError: if `loss_fn` or `loss_weight` is no function, `tx` no optimizer or
         `mesh` no mesh; at the first call, if `loss_fn` returns none of these forms, or
         the state is no `TrainState`.
-      ValueError: for a number out of range, an unknown policy, or float64 without x64;
-        at the first call, for a batch that cannot be cut, a loss or weight that is not
-        a scalar, a loss that depends on no trained parameter, a new model state of
-        other keys or shapes, an aux that uses a metric's name, a state of another
-        optimizer, with an EMA but no decay, or the reverse; and for a state that was
-        given to a step before, with `donate`.
+      ValueError: for a number out of range, an unknown policy or `reduce_dtype`, or
+        float64 without x64; at the first call, for a batch that cannot be cut, a loss
+        or weight that is not a scalar, a loss that depends on no trained parameter, a
+        new model state of other keys or shapes, an aux that uses a metric's name, a
+        state of another optimizer, with an EMA but no decay, or the reverse; and for a
+        state that was given to a step before, with `donate`.
     """
     rules = resolve(policy)
     if not callable(loss_fn):
@@ -242,12 +251,19 @@ def make_train_step(
     if ema_decay is not None and not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
     check_options(mesh, no_cast_inputs)
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise ValueError(
+            f"reduce_dtype={reduce_dtype!r} must be 'float32', or 'compute' for the "
+            "dtype that the policy computes in."
+        )
     if loss_weight is not None and not callable(loss_weight):
         raise TypeError(
             "loss_weight must be a function of a batch, such as lambda batch: "
             f"batch['mask'].sum(), got {loss_weight!r}."
         )
 
+    is_shared = axis_name is not None or (mesh is not None and mesh.size > 1)
+    is_widened = is_shared and reduce_dtype == "float32"
     casts = not (autocast and can_autocast(rules))
     loss_fn = checkpointed(refuse_scaled_loss(loss_fn), checkpoint_policy)
 
@@ -288,6 +304,8 @@ def make_train_step(
                 rules=None if casts else rules,
                 loss_weight=loss_weight,
                 axis_name=axis_name,
+                mesh=mesh,
+                is_widened=is_widened,
             )
 
         out = gradients(params)
