@@ -57,6 +57,7 @@ from mpjax.sharding import (
 )
 
 LABELS = r"(?i)label|target|(^|/)y$"
+REDUCE_DTYPES = ("float32", "compute")
 
 
 @pytree_dataclass(static=("trainable",))
@@ -174,6 +175,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     layout: LayoutRules | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    reduce_dtype: str = "float32",
     checkpoint_policy: str | Callable[..., bool] | None = None,
     donate: bool = True,
     no_cast_inputs: str = LABELS,
@@ -214,6 +216,13 @@ def make_train_step(
         None for the built-in layout.
       axis_name: for a step inside `shard_map`: the axes over which gradients, loss,
         model state and floating aux are averaged, integer aux added up.
+      reduce_dtype: the dtype in which the devices of `mesh` or `axis_name` add up their
+        parts of a gradient. "float32": what goes nowhere but to a gradient is float32
+        from the sum over the batch on, with autocast or without it; the operands of
+        a matmul stay half, and so does what fsdp gathers. The part of a convolution is
+        rounded once, on its device. "compute": the dtype that computes it, half for
+        matmuls, which halves what the devices send. Without several devices nothing
+        changes.
       checkpoint_policy: which residuals the forward pass saves; the backward pass
         rematerializes the others. A name in `jax.checkpoint_policies` such as
         "dots_saveable" (matmuls alone), or a function of that kind. None saves all.
@@ -235,8 +244,8 @@ def make_train_step(
       TypeError: if `loss_fn` or `loss_weight` is no function, `tx` no optimizer, `mesh`
         no mesh or `layout` no rules; at the first call, if `loss_fn` returns none of
         these forms, or the state is no `TrainState`.
-      ValueError: for a number out of range, an unknown policy, float64 without x64, or
-        a layout without a mesh; at the first call, for a batch that cannot be cut or
+      ValueError: for a number out of range, an unknown policy or `reduce_dtype`, float64
+        without x64, or a layout without a mesh; at the first call, for a batch that cannot be cut or
         split over the mesh, a rule of `layout` that does not fit its parameter, a loss
         or weight that is not a scalar, a loss that depends on no trained parameter, a
         new model state of other keys or shapes, an aux that uses a metric's name, a
@@ -258,12 +267,19 @@ def make_train_step(
         raise ValueError(f"ema_decay={ema_decay} must be between 0 and 1.")
     check_options(mesh, no_cast_inputs)
     check_layout(mesh, layout)
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise ValueError(
+            f"reduce_dtype={reduce_dtype!r} must be 'float32', or 'compute' for the "
+            "dtype that the policy computes in."
+        )
     if loss_weight is not None and not callable(loss_weight):
         raise TypeError(
             "loss_weight must be a function of a batch, such as lambda batch: "
             f"batch['mask'].sum(), got {loss_weight!r}."
         )
 
+    is_shared = axis_name is not None or (mesh is not None and mesh.size > 1)
+    is_widened = is_shared and reduce_dtype == "float32"
     casts = not (autocast and can_autocast(rules))
     loss_fn = checkpointed(refuse_scaled_loss(loss_fn), checkpoint_policy)
 
@@ -306,6 +322,8 @@ def make_train_step(
                 rules=None if casts else rules,
                 loss_weight=loss_weight,
                 axis_name=axis_name,
+                mesh=mesh,
+                is_widened=is_widened,
             )
 
         out = gradients(params)

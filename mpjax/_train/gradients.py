@@ -1,5 +1,6 @@
 """Scaled gradients of a loss, cast by policy, over microbatches and devices."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from mpjax._autocast.hoist import hoist_casts_out_of_scans
 from mpjax._jaxpr.passes import apply_passes
 from mpjax._train.loss import DerivativeCheck
 from mpjax._train.means import Gradients, mean_over_devices, weigh, weigh_pieces
+from mpjax._train.reductions import widen_gradients
 from mpjax._train.trainable import merge_params
 from mpjax._tree import (
     float0_to_zeros,
@@ -40,6 +42,8 @@ def scaled_gradients(
     rules: PolicyRules | None,
     loss_weight: Callable[[Any], Any] | None,
     axis_name: Any,
+    mesh: Any,
+    is_widened: bool,
 ) -> Gradients:
     """Differentiates the scaled loss over one batch, in one or several pieces.
 
@@ -56,6 +60,8 @@ def scaled_gradients(
       loss_weight: `batch -> scalar`, what the loss of a piece counts; None if all count
         alike.
       axis_name: axes of the surrounding `shard_map`, or None.
+      mesh: the devices that XLA splits the batch over, or None.
+      is_widened: whether gradients are float32 before devices add them up.
 
     Returns:
       Gradients, loss and floating aux are means over pieces and devices, integer aux
@@ -86,8 +92,12 @@ def scaled_gradients(
         loss = check.observe(to_full(loss))
         return scale.scale(loss), (loss, model_state, aux)
 
-    # A CPU keeps a float16 gradient in float32 anyway.
-    is_unfused = rules is not None and rules.default.compute_dtype != jnp.float16
+    # A CPU keeps a float16 gradient in float32 anyway; a widened one is float32.
+    is_unfused = (
+        rules is not None
+        and not is_widened
+        and rules.default.compute_dtype != jnp.float16
+    )
 
     def piece_gradients(trained, frozen, model_state, batch, key) -> Gradients:
         grads, (loss, new_state, aux) = jax.grad(
@@ -141,6 +151,12 @@ def scaled_gradients(
         args = (*args, weights and weights.of_pieces)
     if rules is not None:
         gradients = autocast(gradients, rules)
+    if is_widened:
+        num_gradients = len(jax.tree.leaves(params[0]))
+        widen = functools.partial(
+            widen_gradients, num_gradients=num_gradients, mesh=mesh
+        )
+        gradients = apply_passes(gradients, widen)
     out = gradients(*args)
     check.require_derivative()
     if is_cut or axis_name is not None:

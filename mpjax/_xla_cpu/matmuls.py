@@ -136,11 +136,15 @@ def with_unit_axes(dot: Any) -> list[Any]:
 def in_float32_on_cpu(dot: Any) -> list[Any]:
     """Returns equations for a matmul that a CPU computes in float32, and rounds.
 
+    A CPU has no bfloat16 matmul with a float32 result; that is computed so, too.
+
     Args:
-      dot: an equation; unchanged unless it is a `dot_general` in bfloat16.
+      dot: an equation; unchanged unless it is a `dot_general` of bfloat16 operands.
     """
-    if dot.primitive.name != "dot_general" or not _is_bfloat16(dot):
+    is_bfloat16 = {dtype_of(x) for x in dot.invars} == {_BFLOAT16}
+    if dot.primitive.name != "dot_general" or not is_bfloat16:
         return [dot]
+    out_dtype = dtype_of(dot.outvars[0])
 
     def half(x, y):
         return dot.primitive.bind(x, y, **dot.params)
@@ -150,7 +154,7 @@ def in_float32_on_cpu(dot: Any) -> list[Any]:
     def wide(x, y):
         params = dot.params | {"preferred_element_type": jnp.dtype(jnp.float32)}
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        return dot.primitive.bind(x, y, **params).astype(_BFLOAT16)
+        return dot.primitive.bind(x, y, **params).astype(out_dtype)
 
     def matmul(x, y):
         return jax.lax.platform_dependent(x, y, cpu=wide, default=half)
