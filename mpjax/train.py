@@ -244,14 +244,14 @@ def make_train_step(
       TypeError: if `loss_fn` or `loss_weight` is no function, `tx` no optimizer, `mesh`
         no mesh or `layout` no rules; at the first call, if `loss_fn` returns none of
         these forms, or the state is no `TrainState`.
-      ValueError: for a number out of range, an unknown policy or `reduce_dtype`, float64
-        without x64, or a layout without a mesh; at the first call, for a batch that cannot be cut or
-        split over the mesh, a rule of `layout` that does not fit its parameter, a loss
-        or weight that is not a scalar, a loss that depends on no trained parameter, a
-        new model state of other keys or shapes, an aux that uses a metric's name, a
-        state of another optimizer, with an EMA but no decay, or the reverse; for a
-        state that is placed otherwise than `mesh` and `layout` say; and for one that
-        was given to a step before, with `donate`.
+      ValueError: for a number out of range, an unknown policy or `reduce_dtype`,
+        float64 without x64, or a layout without a mesh; at the first call, for a batch
+        that cannot be cut or split over the mesh, a rule of `layout` that does not fit
+        its parameter, a loss or weight that is not a scalar, a loss that depends on no
+        trained parameter, a new model state of other keys or shapes, an aux that uses a
+        metric's name, a state of another optimizer, with an EMA but no decay, or the
+        reverse; for a state that is placed otherwise than `mesh` and `layout` say; and
+        for one that was given to a step before, with `donate`.
     """
     rules = resolve(policy)
     if not callable(loss_fn):
