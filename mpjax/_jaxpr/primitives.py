@@ -108,6 +108,9 @@ class Facts:
       sums_axes: whether it adds up, or multiplies, all elements along some axes.
       accumulates: whether it adds up, or multiplies, along one axis, keeping every
         partial result.
+      adds_up: whether it adds up many numbers of its operand: along axes, in windows,
+        or where indices meet.
+      adds_devices: whether it adds up what devices hold.
       is_sensitive: whether its relative error is many times that of its operand, or it
         overflows early, so that half precision harms it.
       is_proportional: whether its result is proportional to each of its operands, or to
@@ -141,6 +144,8 @@ class Facts:
     is_sum: bool = False
     sums_axes: bool = False
     accumulates: bool = False
+    adds_up: bool = False
+    adds_devices: bool = False
     is_sensitive: bool = False
     is_proportional: bool = False
     tests_equality: bool = False
@@ -218,16 +223,26 @@ _define(
 
 # Sums, also those over devices. A gather is here because its gradient is a sum.
 _define(
-    "reduce_sum reduce_prod", kind=Kind.FLOAT32, flops=Flops.PER_INPUT, sums_axes=True
+    "reduce_sum",
+    kind=Kind.FLOAT32,
+    flops=Flops.PER_INPUT,
+    sums_axes=True,
+    adds_up=True,
 )
+_define("reduce_prod", kind=Kind.FLOAT32, flops=Flops.PER_INPUT, sums_axes=True)
 _define(
-    "cumsum cumprod cumlogsumexp",
+    "cumsum",
     kind=Kind.FLOAT32,
     flops=Flops.PER_INPUT,
     accumulates=True,
+    adds_up=True,
 )
-_define("reduce_window_sum reduce_scatter", kind=Kind.FLOAT32, flops=Flops.PER_INPUT)
-_define("psum psum_invariant", kind=Kind.FLOAT32)
+_define(
+    "cumprod cumlogsumexp", kind=Kind.FLOAT32, flops=Flops.PER_INPUT, accumulates=True
+)
+_define("reduce_window_sum", kind=Kind.FLOAT32, flops=Flops.PER_INPUT, adds_up=True)
+_define("reduce_scatter", kind=Kind.FLOAT32, flops=Flops.PER_INPUT, adds_devices=True)
+_define("psum psum_invariant", kind=Kind.FLOAT32, adds_devices=True)
 _define("gather", kind=Kind.FLOAT32, flops=Flops.NONE, is_slice=True)
 
 # Arithmetic: rounds its result, or depends on its operand's last bit.
@@ -384,9 +399,10 @@ _define(
     flops=Flops.NONE,
 )
 _define(
-    "scatter scatter-add scatter-mul scatter-min scatter-max scatter-sub",
+    "scatter scatter-mul scatter-min scatter-max scatter-sub",
     reduces_by_jaxpr=True,
 )
+_define("scatter-add", reduces_by_jaxpr=True, adds_up=True)
 _define(
     """
     shift_left shift_right_logical shift_right_arithmetic population_count clz mulhi

@@ -36,8 +36,6 @@ from mpjax._xla_cpu import switch
 from mpjax._xla_cpu.matmuls import in_float32_on_cpu
 
 _FLOAT32 = np.dtype(np.float32)
-_SUMS = ("reduce_sum", "reduce_window_sum", "cumsum", "scatter-add")
-_OVER_DEVICES = ("psum", "psum_invariant", "reduce_scatter")
 
 
 def widen_gradients(jaxpr: Any, num_gradients: int, mesh: Any) -> Any:
@@ -202,7 +200,7 @@ class _JaxprWidening:
             self._new[eqn.outvars[0]] = self._actual(eqn.invars[0])
         elif is_wide and _may_return_float32(eqn):
             self._matmul(eqn)
-        elif is_wide and (_passes_on(eqn) or eqn.primitive.name in _SUMS):
+        elif is_wide and (_passes_on(eqn) or facts_of(eqn).adds_up):
             invars = [self._full(x, eqn) for x in eqn.invars]
             self._write(eqn, invars=invars, params=_params_in_float32(eqn), uses=uses)
         else:
@@ -332,12 +330,12 @@ def _is_cast(eqn: Any) -> bool:
 
 def _passes_on(eqn: Any) -> bool:
     """Whether it moves, chooses or combines numbers one by one, or over devices."""
-    name = eqn.primitive.name
+    name, facts = eqn.primitive.name, facts_of(eqn)
     if name == "reduce_sum":  # A sum over axes of length 1 adds nothing.
         return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
-    is_rounding = name in ("optimization_barrier", "reduce_precision")
-    is_arithmetic = facts_of(eqn).kind is Kind.PROMOTE and not is_rounding
-    return is_arithmetic or name in _OVER_DEVICES
+    is_as_written = name == "optimization_barrier" or name == "reduce_precision"
+    is_arithmetic = facts.kind is Kind.PROMOTE and not is_as_written
+    return is_arithmetic or facts.adds_devices
 
 
 def _may_return_float32(eqn: Any) -> bool:

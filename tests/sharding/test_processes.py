@@ -53,7 +53,10 @@ def run_both(name):
     ["fsdp", pytest.param("tensor over processes", marks=pytest.mark.slow)],
 )
 def test_two_processes_train_like_one(name):
-    """Bitwise, by their own examples and by whole batches; one overflow skips both."""
+    """By their own examples and by whole batches; one overflow skips both.
+
+    Processes may add up in another order than the devices of one.
+    """
     both = run_both(name)
     mesh, layout = two_processes.make_mesh(name), two_processes.make_layout(name)
     state, step = two_processes.start(mesh, layout)
@@ -69,7 +72,8 @@ def test_two_processes_train_like_one(name):
         assert result["same"]
         assert result["params"] == both[0]["params"]
         for path, x in result["params"].items():
-            np.testing.assert_array_equal(np.float32(x), state.params[path])
+            expected = np.asarray(state.params[path])
+            np.testing.assert_array_max_ulp(np.float32(x), expected, maxulp=4)
         where = f"into {num_parts} parts, {num_own} of them in process {index}"
         assert "w differs between process 0 and process 1" in result["unequal"]
         assert where in result["odd"]
