@@ -10,6 +10,7 @@ It is a pass of its own, not a decision of autocast, since it also holds without
 autocast, and for what the user writes in half.
 """
 
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -183,8 +184,9 @@ class _JaxprWidening:
             self._full(x) if use.widens(x) else self._actual(x)
             for x, use in zip(body.outvars, outputs, strict=True)
         ]
-        eqns = zip(self._eqns, body.eqns, strict=False)
-        if not self._new and all(new is old for new, old in eqns):
+        old, new = [*body.eqns, *body.outvars], [*self._eqns, *outvars]
+        is_same = len(new) == len(old) and all(map(operator.is_, new, old))
+        if is_same and not self._new:
             return jaxpr
         invars = list(map(self._actual, body.invars))
         return with_equations(jaxpr, invars=invars, outvars=outvars, eqns=self._eqns)
@@ -296,11 +298,10 @@ class _JaxprWidening:
         ]
         new = eqn.replace(invars=invars, outvars=outvars, params=params)
         is_same = all(
-            a is b
-            for a, b in zip(
+            map(
+                operator.is_,
                 [*invars, *outvars, *inner_jaxprs(new)],
                 [*eqn.invars, *eqn.outvars, *inner_jaxprs(eqn)],
-                strict=True,
             )
         )
         self._eqns.append(eqn if is_same else new)
