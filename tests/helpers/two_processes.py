@@ -1,6 +1,6 @@
 """Trains in one of two processes of two CPU devices each; prints JSON.
 
-    python tests/helpers/two_processes.py INDEX PORT MESH
+    python tests/helpers/two_processes.py INDEX PORT CASE
 
 tests/sharding/test_processes.py starts both, and trains the same on four devices of its
 own process.
@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -27,31 +30,38 @@ BATCH_SIZE = 16
 SPIKE_AT = 2  # A step whose first example, of one device, is Inf.
 
 
-def make_mesh(name):
-    """Returns a mesh of four devices, the first two being those of process 0."""
-    devices = np.array(jax.devices()[:4]).reshape(2, 2)
-    if name == "tensor over processes":
-        return jax.sharding.Mesh(devices.T, ("data", "tensor"))
-    return jax.sharding.Mesh(devices, ("data", "fsdp"))
+def start(case):
+    """Returns mesh, layout, state and step of a case, alike in every process.
 
-
-def make_layout(name):
-    spec = jax.sharding.PartitionSpec(None, "tensor")
-    rules = [("w0", spec)] if name == "tensor over processes" else []
-    return sharding.LayoutRules(rules)
-
-
-def start(mesh, layout):
-    """Returns a state, and a step that all processes must compile alike."""
+    Args:
+      case: "plain", two matrices; "rich", with BatchNorm, dropout and an EMA; "tensor",
+        rich, with an axis `tensor` that spans the processes.
+    """
+    # Of the four devices, two belong to process 0.
+    devices, layout = np.array(jax.devices()[:4]).reshape(2, 2), None
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp"))
+    if case == "tensor":
+        mesh = jax.sharding.Mesh(devices.T, ("data", "tensor"))
+        layout = sharding.LayoutRules([("w0", PartitionSpec(None, "tensor"))])
     params, model_state, loss_fn = batch_norm_model()
-    tx = mpjax.with_loss_scale(rich_optimizer(), mpjax.DynamicLossScale(2.0**6))
+    inner, ema_decay = rich_optimizer(), 0.9
+    if case == "plain":
+        params = {name: params[name] for name in ("w0", "w1")}
+        model_state, loss_fn = None, plain_loss
+        inner, ema_decay = optax.adam(1e-2), None
+    tx = mpjax.with_loss_scale(inner, mpjax.DynamicLossScale(2.0**6))
     state = mpjax.TrainState.create(
-        params=params, tx=tx, model_state=model_state, ema=True
+        params=params, tx=tx, model_state=model_state, ema=ema_decay is not None
     )
     step = mpjax.make_train_step(
-        loss_fn, tx, ema_decay=0.9, mesh=mesh, layout=layout, donate=False
+        loss_fn, tx, ema_decay=ema_decay, mesh=mesh, layout=layout, donate=False
     )
-    return sharding.shard_state(state, mesh, layout=layout), step
+    return mesh, layout, sharding.shard_state(state, mesh, layout=layout), step
+
+
+def plain_loss(params, batch, key):
+    predicted = jax.nn.relu(batch["x"] @ params["w0"]) @ params["w1"]
+    return jnp.mean((predicted[:, 0] - batch["label"]) ** 2)
 
 
 def train(state, step, place):
@@ -86,15 +96,13 @@ def error_of(function, *args, **kwargs):
     return None
 
 
-def main(index, port, name):
+def main(index, port, case):
     """Trains by examples of its own, then by whole batches, and misuses both."""
     jax.distributed.initialize(
         f"127.0.0.1:{port}", 2, index, initialization_timeout=300
     )
-    mesh, layout = make_mesh(name), make_layout(name)
-    state, step = start(mesh, layout)
-    is_shared = "tensor" in mesh.axis_names
-    share = slice(None) if is_shared else slice(8 * index, 8 * index + 8)
+    mesh, layout, state, step = start(case)
+    share = slice(None) if case == "tensor" else slice(8 * index, 8 * index + 8)
 
     def place_own(batch):
         own = jax.tree.map(lambda x: np.asarray(x)[share], batch)

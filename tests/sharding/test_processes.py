@@ -18,7 +18,7 @@ SCRIPT = Path(two_processes.__file__)
 TIMEOUT_S = 600
 
 
-def run_both(name):
+def run_both(case):
     """Returns what the two processes print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,7 +26,7 @@ def run_both(name):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     runs = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(index), str(port), name],
+            [sys.executable, SCRIPT, str(index), str(port), case],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -49,21 +49,24 @@ def run_both(name):
     jax.device_count() < 4, reason="needs four devices; conftest makes them on a CPU"
 )
 @pytest.mark.parametrize(
-    "name",
-    ["fsdp", pytest.param("tensor over processes", marks=pytest.mark.slow)],
+    "case",
+    [
+        "plain",
+        pytest.param("rich", marks=pytest.mark.slow),
+        pytest.param("tensor", marks=pytest.mark.slow),
+    ],
 )
-def test_two_processes_train_like_one(name):
+def test_two_processes_train_like_one(case):
     """By their own examples and by whole batches; one overflow skips both.
 
     Processes may add up in another order than the devices of one.
     """
-    both = run_both(name)
-    mesh, layout = two_processes.make_mesh(name), two_processes.make_layout(name)
-    state, step = two_processes.start(mesh, layout)
+    both = run_both(case)
+    mesh, _, state, step = two_processes.start(case)
     state, rows, _ = two_processes.train(
         state, step, lambda batch: sharding.shard_batch(batch, mesh)
     )
-    num_parts, num_own = (2, 2) if name != "fsdp" else (4, 2)
+    num_parts, num_own = (2, 2) if case == "tensor" else (4, 2)
     for index, result in enumerate(both):
         assert result["rows"] == rows
         assert [row[1] for row in rows] == [True, True, False, True]
