@@ -76,7 +76,7 @@ def test_two_processes_train_like_one(case):
         assert result["params"] == both[0]["params"]
         for path, x in result["params"].items():
             expected = np.asarray(state.params[path])
-            np.testing.assert_array_max_ulp(np.float32(x), expected, maxulp=4)
+            np.testing.assert_allclose(np.float32(x), expected, rtol=1e-5, atol=1e-7)
         where = f"into {num_parts} parts, {num_own} of them in process {index}"
         assert "w differs between process 0 and process 1" in result["unequal"]
         assert where in result["odd"]
