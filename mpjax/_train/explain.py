@@ -72,6 +72,8 @@ class JittedStep:
         if self._check_placement is None:
             return
         state = args[0] if args else kwargs.get("state")
+        # jaxlib 0.10 crashes on deleted arrays of several devices.
+        _refuse_deleted(state)
         placed = [
             (getattr(x, "shape", None), getattr(x, "sharding", None))
             for x in jax.tree.leaves(state)
@@ -101,9 +103,18 @@ def _refuse_other_arguments(
 
 
 def _refuse_donated(args: Any, kwargs: Any, error: Exception) -> None:
-    leaves = jax.tree.leaves((args, kwargs))
-    is_deleted = lambda x: isinstance(x, jax.Array) and getattr(x, "is_deleted", bool)()
-    if "deleted" in str(error) and any(map(is_deleted, leaves)):
+    if "deleted" in str(error):
+        _refuse_deleted((args, kwargs), error)
+
+
+def _refuse_deleted(tree: Any, error: Exception | None = None) -> None:
+    """Raises ValueError if an array of a tree was given to a step that reused it."""
+
+    def is_deleted(x):
+        is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        return is_array and x.is_deleted()
+
+    if any(map(is_deleted, jax.tree.leaves(tree))):
         raise ValueError(
             "this state was given to a step before, which reused its memory (donation):"
             " go on with the state that the step returned, state, metrics = "

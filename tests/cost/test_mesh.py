@@ -284,7 +284,7 @@ def test_matmuls_in_the_code_of_each_h100_are_its_share():
     mesh = cost.device_mesh("h100", {"fsdp": 8})
     args = make("mixed_bfloat16", mesh, width=WIDTH, batch_size=BATCH_SIZE)
     text = compile_for(cost.get_device("h100"), *args).as_text()
-    shapes = re.findall(r"= bf16\[(\d+),(\d+)\]\S* (?:dot|custom-call)\(", text)
+    shapes = re.findall(r"= (?:bf16|f32)\[(\d+),(\d+)\]\S* (?:dot|custom-call)\(", text)
     sizes = [int(m) * int(n) for m, n in shapes]
     rows = BATCH_SIZE // 8
     flops = sum(2 * n * (rows if n == WIDTH**2 else WIDTH) for n in sizes)
