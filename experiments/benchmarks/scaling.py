@@ -1,6 +1,6 @@
 """Memory, communication and modelled step times of language models on 1 to 512 GPUs.
 
-    python -m experiments.benchmarks.scaling      # 15 min on 2 cores, no GPU needed
+    python -m experiments.benchmarks.scaling      # 25 min on 2 cores, no GPU needed
     python -m experiments.benchmarks.scaling --models gpt_1.3b --num-gpus 8 64
 
 Compiles whole training steps for a cluster that this machine need not have
@@ -159,6 +159,7 @@ def draw(table: dict[str, Any]) -> Figure:
     models = list(dict.fromkeys(run["model"] for run in runs))
     title = (
         f"A training step on many GPUs, modelled from code for {table['compiled_for']}"
+        ": all communication overlaps (broad), none does (dotted)"
     )
     figure = plot_style.new_figure(6.4, title)
     panels = figure.subplots(3, len(models), sharex=True, sharey="row", squeeze=False)
@@ -175,9 +176,11 @@ def draw(table: dict[str, Any]) -> Figure:
         peak.axhline(table["memory_gb"], color=plot_style.BLACK, lw=1, ls=":")
         left = column == 0
         decorate(peak, model, None, "peak of a GPU, GB" if left else None)
-        decorate(time, "", None, "modelled time, ms" if left else None)
-        decorate(efficiency, "", "GPUs", "weak scaling" if left else None)
+        decorate(time, "", None, "modelled step, ms" if left else None)
+        decorate(efficiency, "", "GPUs", "efficiency" if left else None)
         plot_style.log2_axis(efficiency.xaxis)
+        gpus = sorted({run["num_gpus"] for run in runs})
+        efficiency.set_xticks(gpus, [f"{num:,}" for num in gpus])
     for axes in panels[:2, 0]:
         plot_style.log_axis(axes.yaxis)
     panels[2, 0].set_ylim(0, 1.1)
@@ -188,11 +191,11 @@ def draw(table: dict[str, Any]) -> Figure:
 def _draw_range(
     axes: Axes, runs: list[dict[str, Any]], key: str, style: dict[str, Any]
 ) -> None:
-    """Draws the best case as a curve, and what lies between it and the worst."""
+    """Draws the best case as a broad curve with dots, the worst as a thin one."""
     gpus = [run["num_gpus"] for run in runs]
     best, worst = ([run[f"{case}_{key}"] for run in runs] for case in ("best", "worst"))
     axes.plot(gpus, best, **plot_style.dots(style))
-    axes.fill_between(gpus, best, worst, color=style["color"], alpha=0.2, lw=0)
+    axes.plot(gpus, worst, color=style["color"], ls=":", lw=1.4, zorder=9)
 
 
 def _measure_on(

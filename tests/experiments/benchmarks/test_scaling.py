@@ -6,9 +6,11 @@ from helpers import figures
 from experiments.benchmarks import scaling
 from experiments.harness.errors import ConfigError
 from experiments.harness.files import read_json
+from experiments.harness.output import RESULTS
 from mpjax import cost
 
 TINY = {"width": 256, "num_layers": 3, "num_heads": 4, "vocabulary_size": 1024}
+SENT = ("all-gather_gb", "reduce-scatter_gb", "all-reduce_gb", "other_gb")
 
 
 def rows(best_ms, worst_ms):
@@ -36,7 +38,9 @@ def test_the_plot_has_every_policy():
     figure = scaling.draw(table | {"runs": runs})
     figures.check(figure)
     peak, time, efficiency = figures.panels(figure)
-    assert len(time.get_lines()) == len(efficiency.get_lines()) == len(scaling.POLICIES)
+    num_curves = 2 * len(scaling.POLICIES)
+    assert len(time.get_lines()) == len(efficiency.get_lines()) == num_curves
+    assert figures.tick_labels(efficiency.xaxis) == ["1", "8", "64"]
     assert len(peak.get_lines()) == len(scaling.POLICIES) + 1
 
 
@@ -47,6 +51,20 @@ def test_bad_flags_are_reported():
         scaling.Config(device="present")
     with pytest.raises(ConfigError, match=r"some of gpt_1\.3b.*got 'gpt_70b'"):
         scaling.Config(models="gpt_70b")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("scaling_*.json")))
+def test_what_a_committed_row_says_follows_from_its_parts(path):
+    table = read_json(path)
+    for run in table["runs"]:
+        sent_gb = sum(c["sent_bytes"] for c in run["collectives"]) / 1e9
+        seconds = sum(c["seconds"] for c in run["collectives"])
+        roofline_ms = max(run["compute_ms"], run["memory_ms"])
+        assert run["fits"] == (run["peak_gb"] <= table["memory_gb"])
+        assert sum(run[key] for key in SENT) == pytest.approx(sent_gb)
+        assert run["communication_ms"] == pytest.approx(1e3 * seconds)
+        assert run["best_ms"] == pytest.approx(max(roofline_ms, 1e3 * seconds))
+        assert run["worst_ms"] == pytest.approx(roofline_ms + 1e3 * seconds)
 
 
 @pytest.mark.h100
