@@ -338,7 +338,9 @@ def make_train_step(
     check = None
     if mesh is not None:
         check = functools.partial(_check_placed, mesh=mesh, layout=layout)
-    return JittedStep(train_step, donate=donate, mesh=mesh, check_placement=check)
+    return JittedStep(
+        train_step, donate=donate, mesh=mesh, layout=layout, check_placement=check
+    )
 
 
 def make_eval_step(

@@ -22,6 +22,7 @@ class JittedStep:
 
     Attributes:
       mesh: the mesh that the step was made for, or None.
+      layout: the rules by which it splits parameters, or None.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class JittedStep:
         *,
         donate: bool,
         mesh: Any,
+        layout: Any = None,
         check_placement: Callable[[Any], None] | None = None,
     ):
         """Jits a step.
@@ -38,11 +40,12 @@ class JittedStep:
           step: takes a state and a batch.
           donate: whether it may reuse the memory of the state.
           mesh: the mesh that the step was made for, or None.
+          layout: the rules by which it splits parameters, or None.
           check_placement: takes a state; raises an error if its arrays are placed
             otherwise than the step keeps them. None if they may be anywhere.
         """
         functools.update_wrapper(self, step)
-        self.mesh = mesh
+        self.mesh, self.layout = mesh, layout
         self._step = step
         self._check_placement = check_placement
         self._placed: list[Any] = []

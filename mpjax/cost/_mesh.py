@@ -64,14 +64,15 @@ def place_args(step: Any, args: tuple, mesh: Mesh) -> tuple:
     """Returns the shapes of a step's arguments, with their shardings on a mesh.
 
     What is sharded by names of axes stays so. Of a step with a mesh, the rest of the
-    state is placed by `state_sharding` and that of the batch by `batch_sharding`; the
-    rest of other functions' arguments is left to XLA.
+    state is placed by `state_sharding` with the step's layout, and that of the batch by
+    `batch_sharding`; the rest of other functions' arguments is left to XLA.
     """
     defaults: Any = jax.tree.map(lambda _: None, args)
     if getattr(step, "mesh", None) is not None:
         state, *batches = args
         rest = jax.tree.map(lambda _: batch_sharding(mesh), batches)
-        defaults = state_sharding(state, mesh), *rest
+        layout = getattr(step, "layout", None)
+        defaults = state_sharding(state, mesh, layout=layout), *rest
 
     def place(x, default):
         if not (hasattr(x, "shape") and hasattr(x, "dtype")):

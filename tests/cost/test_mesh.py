@@ -133,6 +133,21 @@ def test_arguments_keep_their_shardings():
 
 
 @needs_eight
+def test_shapes_are_placed_by_the_layout_of_the_step():
+    mesh = cpu_mesh(data=2, tensor=4)
+    layout = sharding.LayoutRules([("", P(None, "tensor"))])
+    plain, state, batch = make("float32", mesh)
+    tx = mpjax.with_loss_scale(optax.adam(1e-3))
+    step = mpjax.make_train_step(
+        loss_fn, tx, policy="float32", mesh=mesh, layout=layout
+    )
+    split = cost.analyze(step, state, batch).argument_bytes
+    whole = cost.analyze(plain, state, batch).argument_bytes
+    weights = 3 * NUM_LAYERS * 64**2 * 4  # and two moments of each
+    assert whole - split == weights * 3 // 4
+
+
+@needs_eight
 def test_shard_map_tells_its_mesh():
     mesh = sharding.auto_mesh(cpu_mesh(data=8))
     add = jax.shard_map(
