@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from mpjax._jaxpr.core import dtype_of, is_float32, is_jaxpr, is_var, open_jaxpr
 from mpjax._report import short_source
@@ -114,7 +115,7 @@ def _refuse_deleted(tree: Any, error: Exception | None = None) -> None:
     """Raises ValueError if an array of a tree was given to a step that reused it."""
 
     def is_deleted(x):
-        is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        is_array = isinstance(x, jax.Array) and not isinstance(x, Tracer)
         return is_array and x.is_deleted()
 
     if any(map(is_deleted, jax.tree.leaves(tree))):
