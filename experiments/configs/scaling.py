@@ -49,7 +49,7 @@ class Config:
         is_whole = lambda n: 0 < n < NUM_PER_NODE or (n > 0 and n % NUM_PER_NODE == 0)
         if not self.num_gpus or not all(map(is_whole, self.num_gpus)):
             raise ConfigError(
-                "--num-gpus must be below 8 or multiples of 8, for one number or "
+                "--num-gpus must be from 1 to 7, or multiples of 8, one number or "
                 f"several, got {self.num_gpus}."
             )
 

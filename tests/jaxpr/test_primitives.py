@@ -389,6 +389,19 @@ def test_an_addition_adds_or_subtracts(name):
     np.testing.assert_array_equal(out, a - b if name == "sub" else a + b)
 
 
+@pytest.mark.parametrize("name", with_fact("adds_up"))
+def test_a_sum_adds_up_several_numbers(name):
+    eqn = equation(name)
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    arrays = [np.asarray(x) for x in operands(eqn)]
+    ones = [np.ones_like(x) if is_float(x) else x for x in arrays]
+    (total,), (twice,) = (
+        results(eqn, [k * x if is_float(x) else x for x in ones]) for k in (1, 2)
+    )
+    assert total.max() > 1
+    np.testing.assert_array_equal(twice, 2 * total)
+
+
 @pytest.mark.parametrize("name", with_fact("sums_axes") + with_fact("accumulates"))
 def test_a_reduction_combines_all_along_its_axes(name):
     eqn = equation(name)
