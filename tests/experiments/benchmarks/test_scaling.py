@@ -45,9 +45,7 @@ def test_the_plot_has_every_policy():
 
 
 def test_bad_flags_are_reported():
-    with pytest.raises(
-        ConfigError, match=r"from 1 to 7.*got \(8, 12\)"
-    ):
+    with pytest.raises(ConfigError, match=r"from 1 to 7.*got \(8, 12\)"):
         scaling.Config(num_gpus=(8, 12))
     with pytest.raises(ConfigError, match=r"one of a100.*got 'present'"):
         scaling.Config(device="present")
