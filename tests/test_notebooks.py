@@ -368,7 +368,7 @@ def test_it_runs_and_draws(name, executed, executed_notebooks):
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     assert notebooks.texts(executed, "stderr") == ""
-    draws = re.compile(r"plt\.subplots\(|\bImage\(workdir")
+    draws = re.compile(r"plt\.subplots\(|\bImage\(")
     for cell in cells:
         num_pictures = len(notebooks.images(cell))
         assert num_pictures == len(draws.findall(cell.source)), cell.source
