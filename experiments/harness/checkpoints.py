@@ -2,6 +2,8 @@
 
 A state is stored as a flat dictionary of plain arrays by name, so that a checkpoint
 does not depend on the classes that made it; beside it stands the position in the data.
+Each process writes the parts of arrays that it has, and all together make one
+checkpoint, which any number of devices and processes restores.
 """
 
 import contextlib
@@ -15,11 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.harness.errors import CheckpointError, first_line
 from experiments.harness.files import write_json
+from experiments.harness.processes import first, is_first, largest
 
 
 class Checkpoint(NamedTuple):
@@ -37,7 +41,7 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The newest checkpoints of one run."""
+    """The newest checkpoints of one run; all processes make, use and close it."""
 
     def __init__(self, directory: Path, *, keep: int, read_only: bool = False):
         """Opens the directory, and makes it where there is none.
@@ -71,17 +75,17 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
             meta=ocp.args.JsonSave(
-                {"sha256": _digest(arrays, data_state), "data_state": data_state}
+                {"digest": _digest(arrays, data_state), "data_state": data_state}
             ),
         )
         try:
             # Checked first, because orbax's threads report a full disk at length.
-            free_bytes = shutil.disk_usage(self.directory).free
+            free_bytes = first(lambda: shutil.disk_usage(self.directory).free)
             if free_bytes < sum(array.nbytes for array in arrays.values()):
                 raise OSError(f"{free_bytes / 2**20:.1f} MiB are free on the disk")
             self._manager.save(step, args=args, force=True)
             self._manager.wait_until_finished()
-            self._write_checksums()
+            first(self._write_checksums)
         except Exception as error:  # orbax and its writers raise anything
             raise CheckpointError(
                 f"cannot write checkpoint {step} to {self.directory}: "
@@ -108,13 +112,10 @@ class Checkpoints:
         if self._manager is None:
             return None
         damaged: dict[int, str] = {}
-        for step in sorted(self._steps_on_disk(), reverse=True):
-            try:
-                checkpoint = self._read(step, template)
-            except _OldFormatError as error:
-                raise CheckpointError(str(error)) from error
-            except Exception as error:  # orbax and its readers raise anything
-                damaged[step] = first_line(error)
+        for step in sorted(first(self._steps_on_disk), reverse=True):
+            checkpoint, damage = self._try(step, template)
+            if checkpoint is None:
+                damaged[step] = damage
                 continue
             self._set_aside(damaged, step)
             return checkpoint
@@ -151,9 +152,22 @@ class Checkpoints:
             item_handlers=handlers if self._read_only else None,
         )
 
+    def _try(self, step: int, template: Any) -> tuple[Checkpoint | None, str]:
+        """Returns a checkpoint, or None and what is wrong, alike in all processes."""
+        checkpoint, damage = None, first(lambda: self._damaged_file(step))
+        if damage is None:
+            try:
+                checkpoint = self._read(step, template)
+            except _OldFormatError as error:
+                raise CheckpointError(str(error)) from error
+            except Exception as error:  # orbax and its readers raise anything
+                damage = first_line(error)
+        if largest(checkpoint is None):
+            return None, damage or "another process cannot read it"
+        return checkpoint, ""
+
     def _read(self, step: int, template: Any) -> Checkpoint:
         assert self._manager is not None
-        self._check_files(step)
         like = self._stored(step) if template is None else to_arrays(template)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(like),
@@ -161,13 +175,13 @@ class Checkpoints:
         )
         restored = self._manager.restore(step, args=args)
         arrays, meta = restored["state"], restored["meta"]
-        if meta == {"sha256": digest(arrays)}:
+        if meta.keys() != {"digest", "data_state"}:
             raise _OldFormatError(
                 f"checkpoint {step} in {self.directory} is of an older version, which "
-                "did not keep the position in the data; finish the run with that "
-                "version, or start again in another --workdir."
+                "this one cannot check; finish the run with that version, or start "
+                "again in another --workdir."
             )
-        if _digest(arrays, meta["data_state"]) != meta["sha256"]:
+        if _digest(arrays, meta["data_state"]) != meta["digest"]:
             raise ValueError("its content does not match its checksum")
         state = arrays if template is None else from_arrays(template, arrays)
         return Checkpoint(step, state, meta["data_state"])
@@ -188,14 +202,14 @@ class Checkpoints:
         }
         write_json(self._checksum_file, checksums)
 
-    def _check_files(self, step: int) -> None:
+    def _damaged_file(self, step: int) -> str | None:
         """Finds a damaged file before orbax's threads do, which report it at length."""
         expected = self._checksums().get(str(step), {})
         got = _file_checksums(self.directory / str(step))
         for name, checksum in expected.items():
             if got.get(name) != checksum:
-                what = "is changed" if name in got else "is missing"
-                raise ValueError(f"its file {name} {what}")
+                return f"its file {name} {'is changed' if name in got else 'is missing'}"
+        return None
 
     def _checksums(self) -> dict[str, dict[str, str]]:
         """Returns checksums by step and file; none if they were never written."""
@@ -218,6 +232,10 @@ class Checkpoints:
                 print(text, file=sys.stderr, flush=True)
             return
         self.close()
+        first(lambda: self._move(damaged, intact))
+        self._manager = self._open()
+
+    def _move(self, damaged: dict[int, str], intact: int) -> None:
         for step, reason in damaged.items():
             target = _free_name(self.directory.parent / f"damaged-checkpoint-{step}")
             (self.directory / str(step)).rename(target)
@@ -228,7 +246,6 @@ class Checkpoints:
                 file=sys.stderr,
                 flush=True,
             )
-        self._manager = self._open()
 
 
 def to_arrays(state: Any) -> dict[str, Any]:
@@ -260,12 +277,47 @@ def digest(arrays: dict[str, Any]) -> str:
 
 
 class _OldFormatError(Exception):
-    """A checkpoint without the position in the data."""
+    """A checkpoint whose content cannot be checked."""
 
 
 def _digest(arrays: dict[str, Any], data_state: Any) -> str:
-    text = json.dumps(data_state, sort_keys=True)
-    return digest({**arrays, "data_state": np.frombuffer(text.encode(), np.uint8)})
+    """Returns the SHA-256 of names, dtypes, shapes, checksums and a position.
+
+    It does not depend on how the arrays lie on devices; all processes call it.
+    """
+    sums = jax.device_get(_checksums(arrays))
+    lines = [
+        f"{name} {x.dtype} {x.shape} {int(sums[name])}"
+        for name, x in sorted(arrays.items())
+    ]
+    lines.append(json.dumps(data_state, sort_keys=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns a checksum of the bits of each array, uint32, exact in any order.
+
+    A word of 32 bits counts by an odd number that depends on its place, so that another
+    value in one place, or two exchanged, is found.
+    """
+    return jax.tree.map(_checksum, arrays)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag])
+    bits = jnp.dtype(x.dtype).itemsize * 8
+    words = jax.lax.bitcast_convert_type(x, f"uint{min(bits, 32)}").astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place = place * jnp.uint32(size) + index
+    # The odd numbers are those of Knuth's multiplicative hash of the place.
+    odd = (place * jnp.uint32(2654435769)) | jnp.uint32(1)
+    return jnp.sum(words * odd, dtype=jnp.uint32)
 
 
 def _file_checksums(directory: Path) -> dict[str, str]:

@@ -72,10 +72,33 @@ def run_module(name: str, config_type: type, *, doc: str | None) -> NoReturn:
     def main(config):
         if isinstance(config, BaseConfig):
             config.check_paths(name.rpartition(".")[2])
-        importlib.import_module(name).main(config)
+            if config.mesh is not None or config.distributed:
+                return _run_on_devices(name, config)
+        return importlib.import_module(name).main(config)
 
     run(main, config_type, doc=doc)
     sys.exit()
+
+
+def _run_on_devices(name: str, config: BaseConfig) -> None:
+    """Runs a command in one of several processes, or on a mesh."""
+    import mpjax
+    from experiments.harness import processes
+    from experiments.harness.devices import make_devices
+
+    processes.start(config)
+    make_devices(config)  # an error in the mesh is said before data are read
+    try:
+        importlib.import_module(name).main(config)
+    except Interrupted as error:
+        if processes.is_first():
+            raise
+        sys.exit(error.exit_code)  # all were stopped, and the first one says so
+    except (ExperimentError, mpjax.NonFiniteTrainingError):
+        raise
+    except Exception as error:
+        processes.end_alone(error)
+        raise
 
 
 def fail(message: str, exit_code: int) -> NoReturn:

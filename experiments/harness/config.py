@@ -26,8 +26,17 @@ PRESETS = (
 DTYPES = ("full", "half", "f16", "bf16", "f32", "f64")
 # Loss scales without numbers; `static` has one.
 LOSS_SCALES = ("none", "dynamic", "histogram")
-# Fields that do not affect the numbers: two runs may differ in them.
-NOT_COMPARED = ("workdir", "resume", "data_dir")
+# How the devices of a run are found and used; sums over them may round otherwise.
+DEVICES = (
+    "mesh",
+    "distributed",
+    "coordinator",
+    "num_processes",
+    "process_index",
+    "start_timeout_s",
+)
+# Fields in which two equal runs may differ, so that a run goes on elsewhere.
+NOT_COMPARED = ("workdir", "resume", "data_dir", *DEVICES)
 
 
 class Variant(NamedTuple):
@@ -90,6 +99,27 @@ class BaseConfig:
     """Stop training after this many steps in a row with non-finite gradients at the
     smallest loss scale."""
 
+    mesh: str | None = None
+    """Train on several devices: data=4 splits each batch, fsdp=4 parameters and
+    optimizer state too, data=2,fsdp=4 both; -1 stands for the devices that are left."""
+
+    distributed: bool = False
+    """Train in several processes, each started with the same command, and a --workdir
+    that all see. Slurm, Open MPI and Kubernetes tell them of each other; elsewhere the
+    next three flags do. Without --mesh, data=-1."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, a free port that the others can reach."""
+
+    num_processes: int | None = None
+    """How many processes there are."""
+
+    process_index: int | None = None
+    """Which of them this one is, from 0."""
+
+    start_timeout_s: int = 300
+    """Seconds after which a process gives up waiting for the others to start."""
+
     def __post_init__(self):
         """Checks the settings.
 
@@ -108,6 +138,7 @@ class BaseConfig:
             raise ConfigError(
                 "--resume needs --workdir: name the directory of the run to continue."
             )
+        _check_processes(self)
 
     def check_paths(self, experiment: str) -> None:
         """Checks what the flags name on the disk, before anything slow is imported.
@@ -252,6 +283,36 @@ def split_policies(text: str) -> list[str]:
         else:
             names.append(piece)
     return names
+
+
+def _check_processes(config: BaseConfig) -> None:
+    """Raises ConfigError unless the flags of --distributed go together."""
+    require_positive(config, "start_timeout_s")
+    flags = {
+        "--coordinator": config.coordinator,
+        "--num-processes": config.num_processes,
+        "--process-index": config.process_index,
+    }
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given and not config.distributed:
+        raise ConfigError(f"{given[0]} is for --distributed; add it.")
+    if given and len(given) < len(flags):
+        missing = [flag for flag in flags if flag not in given]
+        raise ConfigError(
+            f"{given[0]} needs {' and '.join(missing)} too; leave all out under Slurm, "
+            "Open MPI or Kubernetes."
+        )
+    if config.coordinator is not None:
+        host, _, port = config.coordinator.rpartition(":")
+        is_address = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+        require(is_address, "--coordinator", "HOST:PORT", config)
+        require_positive(config, "num_processes")
+        require(
+            0 <= (config.process_index or 0) < (config.num_processes or 0),
+            "--process-index",
+            f"from 0 to {(config.num_processes or 0) - 1}",
+            config,
+        )
 
 
 def default_workdir(experiment: str) -> Path:

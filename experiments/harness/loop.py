@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from tqdm.auto import tqdm
@@ -16,10 +16,13 @@ import mpjax
 from experiments.harness import numerics
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import BaseConfig
+from experiments.harness.devices import Devices
 from experiments.harness.errors import DataError
 from experiments.harness.experiment import Experiment, Task, evaluate
+from experiments.harness.processes import Poll, is_first
 from experiments.harness.recorder import Recorder, weighted_mean
-from experiments.harness.stop import StopRequest, on_signals
+from experiments.harness.stop import Interrupted, StopRequest, on_signals
+from experiments.harness.workdir import CHECKPOINTS
 from mpjax.numerics import NonFinite, find_nonfinite
 
 MAX_STEPS_IN_FLIGHT = 2  # steps that the host may be ahead of the device
@@ -34,9 +37,11 @@ class Run:
       name: shown by the progress bar.
       experiment: what to measure.
       task: the data, and how to evaluate.
-      state: the initial `TrainState`.
+      state: the initial `TrainState`, on the devices.
       train_step: as `mpjax.make_train_step` returns it.
       loss_scale: as given to `with_loss_scale`.
+      devices: where state and batches are.
+      local_step: the same step for one device, to look for an Inf or NaN.
     """
 
     name: str
@@ -45,6 +50,8 @@ class Run:
     state: mpjax.TrainState
     train_step: Any
     loss_scale: Any
+    devices: Devices
+    local_step: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,7 @@ def train(run: Run, config: BaseConfig, directory: Path) -> Trained:
       DataError: if the data end before the training.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(directory / "checkpoints", keep=config.num_checkpoints)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.num_checkpoints)
     try:
         step, state = 0, run.state
         if checkpoint := checkpoints.restore(run.state):
@@ -138,6 +145,7 @@ class _Loop:
         # Steps that the device may not have done yet: their numbers and metrics.
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.newest: tuple[Any, Any] | None = None  # state and batch of the last step
+        self.poll = Poll()
         limit = config.max_consecutive_skipped
         self.guard = mpjax.NonFiniteGuard(run.loss_scale, max_consecutive_skipped=limit)
         for row in recorder.select("train")[-limit:]:
@@ -147,13 +155,14 @@ class _Loop:
         """Compiles the step and runs it until `num_steps` are done."""
         if first_step >= self.task.num_steps:
             return Trained(state, self.recorder.rows, 0.0)
-        batch = next(self.task.batches, None)
+        batches = map(self.run.devices.put_batch, self.task.batches)
+        batch = next(batches, None)
         if batch is None:
             raise self._data_ended(first_step)
         train_step = _CompiledSteps(self.run.train_step)
         train_step.compile(state, batch)
         jax.block_until_ready((state, batch))
-        batches = itertools.chain([batch], self.task.batches)
+        batches = itertools.chain([batch], batches)
         with _progress_bar(self.run, first_step) as bar:
             state = self._steps(train_step, first_step, state, batches, bar)
         return Trained(state, self.recorder.rows, train_step.compile_s)
@@ -176,6 +185,7 @@ class _Loop:
             self.newest = state, batch
             self._wait(bar)
             last = step == task.num_steps
+            signal_number = self.poll.largest(self.stop.signal_number or 0)
             if step % task.steps_per_epoch == 0 or last:
                 jax.block_until_ready(state)
                 elapsed_s = train_step.clock_s() - epoch_start
@@ -185,8 +195,8 @@ class _Loop:
                 epoch_start, epoch_first = train_step.clock_s(), step
             if last:
                 return state
-            if self.stop.requested:
-                self._interrupt(bar, step, state)
+            if signal_number:
+                self._interrupt(bar, step, state, signal_number)
         raise self._data_ended(step)
 
     def _data_ended(self, step: int) -> DataError:
@@ -199,7 +209,9 @@ class _Loop:
         """Lets the host run ahead of the device by a few steps and no more."""
         if len(self.pending) > MAX_STEPS_IN_FLIGHT:
             jax.block_until_ready(self.pending[-1 - MAX_STEPS_IN_FLIGHT][1])
-        if time.perf_counter() - bar.last_drain_s > REFRESH_S:
+        # Several processes must find an Inf or NaN at the same step.
+        is_due = time.perf_counter() - bar.last_drain_s > REFRESH_S
+        if is_due or self.poll.has_several:
             self._drain(bar, keep=MAX_STEPS_IN_FLIGHT)
 
     def _drain(self, bar, *, keep: int) -> None:
@@ -219,7 +231,9 @@ class _Loop:
         """Looks for the operation that made the last step's Inf or NaN."""
         assert self.newest is not None
         tqdm.write("looking for the first Inf or NaN ...", file=sys.stdout)
-        return find_nonfinite(self.run.train_step)(*self.newest)
+        return find_nonfinite(self.run.local_step)(
+            *self.run.devices.whole(self.newest)
+        )
 
     def _end_epoch(self, step: int, state: mpjax.TrainState, ms_per_step: float):
         """Evaluates, records and prints the epoch, and saves a checkpoint."""
@@ -228,13 +242,17 @@ class _Loop:
         rows = self.recorder.select("train", after=(epoch - 1) * size)
         averaged = {"loss", "grad_norm", *self.run.experiment.metric_names()}
         row = {n: weighted_mean(rows, n) for n in rows[0] if n in averaged}
-        row |= evaluate(self.run.experiment, self.task, state, "val")
+        observe = self.task.observe
+        whole = self.run.devices.whole_state(
+            state, has_optimizer=observe is not None
+        )
+        row |= evaluate(self.run.experiment, self.task, whole, "val")
         row |= {"loss_scale": rows[-1]["loss_scale"]}
         row |= {"num_skipped": rows[-1]["num_skipped"], "ms_per_step": ms_per_step}
         row = {"epoch": epoch, **row}
         self.recorder.write("epoch", step, row)
-        if self.task.observe is not None:
-            observed = {"epoch": epoch, **self.task.observe(state)}
+        if observe is not None:
+            observed = {"epoch": epoch, **observe(whole)}
             self.recorder.write("observed", step, observed)
         self.recorder.flush()
         self._save(step, state)
@@ -245,7 +263,9 @@ class _Loop:
     def _save(self, step: int, state: mpjax.TrainState) -> None:
         self.checkpoints.save(step, state, self.task.batches.get_state())
 
-    def _interrupt(self, bar, step: int, state: mpjax.TrainState) -> None:
+    def _interrupt(
+        self, bar, step: int, state: mpjax.TrainState, signal_number: int
+    ) -> NoReturn:
         jax.block_until_ready(state)
         self._drain(bar, keep=0)
         self.recorder.flush()
@@ -254,7 +274,7 @@ class _Loop:
         kept = f"saved after step {step}"
         if not self.config.num_checkpoints:
             kept = f"nothing was saved after step {step} (--num-checkpoints 0)"
-        self.stop.check(kept, self.config.resume_flags())
+        raise Interrupted(signal_number, kept, self.config.resume_flags())
 
 
 class _CompiledSteps:
@@ -305,7 +325,7 @@ def _progress_bar(run: Run, first_step: int) -> _ProgressBar:
         total=run.task.num_steps,
         initial=first_step,
         unit="step",
-        disable=None,
+        disable=None if is_first() else True,
         leave=False,
         dynamic_ncols=True,
         smoothing=0.1,

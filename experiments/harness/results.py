@@ -19,7 +19,8 @@ from experiments.harness.command import command_line
 from experiments.harness.config import BaseConfig, compute_dtype
 from experiments.harness.emulation import Hardware, emulation_note
 from experiments.harness.files import read_json, translate_os_errors, write_json
-from experiments.harness.stop import on_signals
+from experiments.harness.processes import largest
+from experiments.harness.stop import Interrupted, on_signals
 from experiments.harness.workdir import extension_note, open_workdir
 
 # Names in /proc/cpuinfo, the widest first.
@@ -111,30 +112,34 @@ def run_policies(
     with (
         open_workdir(config, experiment) as workdir,
         on_signals() as stop,
-        translate_os_errors(workdir),
+        translate_os_errors(workdir.path),
     ):
-        config = dataclasses.replace(config, workdir=workdir)
-        made_in = environment()
-        file = workdir / "result.json"
+        config = dataclasses.replace(config, workdir=workdir.path)
+        made_in = environment() | {"mesh": config.mesh}
+        file = workdir.path / "result.json"
         if not file.exists():
             made_in["notes"] = _notes(config)
             for note in made_in["notes"]:
                 print(f"note: {note}", flush=True)
         runs = []
         for name in config.policy_names() if names is None else names:
-            directory = workdir / name
+            directory = workdir.path / name
             done = directory / "result.json"
             if not done.exists():
-                stop.check(f"not yet begun with {name}", config.resume_flags())
-                directory.mkdir(exist_ok=True)
+                if number := largest(stop.signal_number or 0):
+                    kept = f"not yet begun with {name}"
+                    raise Interrupted(number, kept, config.resume_flags())
+                workdir.make_directory(name)
                 write_json(done, train_one(config, name, directory))
             elif config.resume:
                 print(f"{name}: finished before, not run again", flush=True)
             runs.append(read_json(done))
         if not file.exists() or (names is not None and read_json(file)["runs"] != runs):
-            result = Result(experiment, workdir, config.comparable(), made_in, runs)
+            result = Result(
+                experiment, workdir.path, config.comparable(), made_in, runs
+            )
             write_json(file, result.to_json())
-        return Result(**read_json(file) | {"workdir": workdir})
+        return Result(**read_json(file) | {"workdir": workdir.path})
 
 
 def _notes(config: BaseConfig) -> list[str]:
@@ -154,6 +159,7 @@ def environment(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
         "platform": device.platform,
         "machine": machine(),
         "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "backend": device.client.platform_version,

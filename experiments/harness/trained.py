@@ -10,7 +10,7 @@ from experiments.harness.checkpoints import Checkpoints, from_arrays, to_arrays
 from experiments.harness.config import BaseConfig, split_policies
 from experiments.harness.errors import CheckpointError, ConfigError, WorkdirError
 from experiments.harness.files import read_json
-from experiments.harness.workdir import check_is_run
+from experiments.harness.workdir import CHECKPOINTS, check_is_run
 
 
 class Weights(NamedTuple):
@@ -92,7 +92,7 @@ class TrainedRun(NamedTuple):
         return Weights(policy, checkpoint.step, variables)
 
     def _checkpoints(self, policy: str) -> Path:
-        return self.path / policy / "checkpoints"
+        return self.path / policy / CHECKPOINTS
 
     def _no_checkpoint(self, policies: str) -> CheckpointError:
         why = "train until the end of an epoch, or stop it with Ctrl-C, which saves one"

@@ -1,5 +1,6 @@
 """Training in one policy, from an experiment's declarations to its result."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import mpjax
 from experiments.harness import loop, numerics
 from experiments.harness.config import BaseConfig, Variant
+from experiments.harness.devices import Devices, make_devices
 from experiments.harness.experiment import Experiment, Task, evaluate
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import median
@@ -29,26 +31,35 @@ def train_policy(
 
     Returns:
       The run as plain values (its settings, the metrics of the test set and of the last
-      epoch, times, skipped steps), and the final state.
+      epoch, times, skipped steps), and the final state; with --mesh on one device of
+      this process, without the optimizer's state.
 
     Raises:
       Interrupted: after a signal, once the state is saved.
       NonFiniteTrainingError: if the gradients stay non-finite.
       ExperimentError: for data, checkpoints or files that fail.
     """
+    devices = make_devices(config)
+    task = dataclasses.replace(task, batches=devices.own_part(task.batches))
     loss_scale = config.make_loss_scale(policy)
     tx = mpjax.with_loss_scale(task.tx, loss_scale)
-    state = task.make_state(tx, policy, config.seed)
+    state = devices.put_state(task.make_state(tx, policy, config.seed))
     num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
     print(
         f"{policy}, loss scale {config.loss_scale_name(policy)}: {num_parameters:,} "
-        f"parameters, {task.data}, {jax.devices()[0].device_kind}",
+        f"parameters, {task.data}, {devices}",
         flush=True,
     )
-    train_step = _make_train_step(task, tx, config, policy)
-    run = loop.Run(policy, experiment, task, state, train_step, loss_scale)
+    train_step = _make_train_step(task, tx, config, policy, devices)
+    local_step = train_step
+    if devices.mesh is not None:
+        local_step = _make_train_step(task, tx, config, policy, Devices())
+    run = loop.Run(
+        policy, experiment, task, state, train_step, loss_scale, devices, local_step
+    )
     trained = loop.train(run, config, directory)
-    test = evaluate(experiment, task, trained.state, "test")
+    state = devices.whole_state(trained.state, has_optimizer=False)
+    test = evaluate(experiment, task, state, "test")
     _print_test(experiment, policy, test, trained.compile_s)
     epochs = [row for row in trained.rows if row["kind"] == "epoch"]
     last = epochs[-1] if epochs else {}
@@ -67,7 +78,7 @@ def train_policy(
         "num_skipped": int(scaling.num_skipped),
         "final_loss_scale": float(scaling.loss_scale.loss_scale),
     }
-    return values, trained.state
+    return values, state
 
 
 def train_variant(
@@ -102,9 +113,12 @@ def train_variant(
     return {**run, **variant._asdict(), **own}, rows
 
 
-def _make_train_step(task: Task, tx: Any, config: BaseConfig, policy: str) -> Any:
+def _make_train_step(
+    task: Task, tx: Any, config: BaseConfig, policy: str, devices: Devices
+) -> Any:
     loss_fn, interval = task.loss_fn, task.numerics_interval
-    options = {"policy": policy, "autocast": config.autocast, **task.step_options}
+    options = {"policy": policy, "autocast": config.autocast, "mesh": devices.mesh}
+    options |= task.step_options
     if interval is None:
         return mpjax.make_train_step(loss_fn, tx, **options)
     step = mpjax.make_train_step(tap(loss_fn), tx, **options)

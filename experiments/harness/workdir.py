@@ -1,10 +1,13 @@
 """The directory of a run: one configuration, one process at a time."""
 
+import atexit
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 
@@ -12,15 +15,42 @@ from experiments.harness.config import BaseConfig, default_workdir
 from experiments.harness.errors import WorkdirError
 from experiments.harness.files import read_json, translate_os_errors, write_json
 
+CHECKPOINTS = "checkpoints"
 _EXTENDED_FROM = "extended_from"  # in config.json: a setting's earlier values, by name
 
 
+class Workdir(NamedTuple):
+    """The directory of a run, as one of its processes sees it.
+
+    The first process works in the run's own directory. Every other one works in a copy
+    of its own, which is deleted at the end, so that all run the same program and none
+    writes over another; only checkpoints are one for all.
+
+    Attributes:
+      path: where this process reads and writes.
+      shared: the run's own directory.
+    """
+
+    path: Path
+    shared: Path
+
+    def make_directory(self, name: str) -> Path:
+        """Returns the directory of one run of a comparison, made where it is missing."""
+        directory = self.path / name
+        directory.mkdir(exist_ok=True)
+        if self.path != self.shared:
+            (directory / CHECKPOINTS).symlink_to(
+                (self.shared / name / CHECKPOINTS).resolve()
+            )
+        return directory
+
+
 @contextlib.contextmanager
-def open_workdir(config: BaseConfig, experiment: str) -> Iterator[Path]:
+def open_workdir(config: BaseConfig, experiment: str) -> Iterator[Workdir]:
     """Makes or reopens the run's directory and holds its lock during the block.
 
     A resumed run may be longer than it was (`BaseConfig.EXTENSIBLE`); then its results
-    are removed, to be made again after the new end.
+    are removed, to be made again after the new end. All processes call it.
 
     Args:
       config: names the directory (by default a new one below `runs`) and says whether
@@ -29,8 +59,27 @@ def open_workdir(config: BaseConfig, experiment: str) -> Iterator[Path]:
 
     Raises:
       WorkdirError: if the directory holds another configuration, holds a run without
-        --resume, holds no run with --resume, is in use, or cannot be written.
+        --resume, holds no run with --resume, is in use, cannot be written, or is not
+        seen by all processes.
     """
+    from experiments.harness import processes  # imports JAX
+
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> str:
+            return str(stack.enter_context(_locked(config, experiment)))
+
+        path = Path(processes.first(enter))
+        processes.check_shared(path)
+        own = path
+        if not processes.is_first():
+            own = _copy(path)
+        processes.wait_for_all()  # the first one goes on to write
+        yield Workdir(own, path)
+
+
+@contextlib.contextmanager
+def _locked(config: BaseConfig, experiment: str) -> Iterator[Path]:
     path = (config.workdir or default_workdir(experiment)).expanduser()
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
@@ -53,6 +102,18 @@ def open_workdir(config: BaseConfig, experiment: str) -> Iterator[Path]:
         yield path
     finally:
         lock.release()
+
+
+def _copy(path: Path) -> Path:
+    """Returns a copy of a run's directory, without checkpoints and events.
+
+    It is deleted when the process ends, because reports are made after the run.
+    """
+    own = Path(tempfile.mkdtemp(prefix="mpjax-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    ignored = shutil.ignore_patterns(CHECKPOINTS, "tensorboard", ".*")
+    shutil.copytree(path, own, ignore=ignored, dirs_exist_ok=True)
+    return own
 
 
 def extension_note(path: Path) -> str | None:
@@ -196,7 +257,7 @@ def _extend(path: Path, config: BaseConfig, experiment: str, grown: list[str]) -
     wanted = _settings(config, experiment)
     finished = sorted(path.glob("*/result.json"))
     for file in finished:
-        steps = (file.parent / "checkpoints").glob("[0-9]*")
+        steps = (file.parent / CHECKPOINTS).glob("[0-9]*")
         if not any(step.name.isdigit() for step in steps):
             raise WorkdirError(
                 f"{file.parent} has no checkpoint to go on from, because it ran with "

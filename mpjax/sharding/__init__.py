@@ -11,6 +11,7 @@ from mpjax.sharding._batch import (
     batch_sharding,
     check_batch,
     global_batch,
+    process_share,
     shard_batch,
 )
 from mpjax.sharding._layout import (
@@ -32,6 +33,7 @@ __all__ = [
     "check_placement",
     "global_batch",
     "make_mesh",
+    "process_share",
     "shard_batch",
     "shard_state",
     "state_sharding",

@@ -69,7 +69,7 @@ def global_batch(batch: Any, mesh: Mesh, *, batch_size: int | None = None) -> An
         the devices of this process need.
     """
     sharding = batch_sharding(mesh)
-    num_parts, num_own = _num_parts(mesh), _num_own_parts(mesh)
+    num_parts, num_own = _num_parts(mesh), len(_own_parts(mesh))
     where = (
         f"the mesh {dict(mesh.shape)} splits a batch into {num_parts} parts, {num_own} "
         f"of them in process {jax.process_index()}"
@@ -99,6 +99,35 @@ def global_batch(batch: Any, mesh: Mesh, *, batch_size: int | None = None) -> An
     return jax.tree_util.tree_map_with_path(make, batch)
 
 
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns which part of every batch this process reads, for `global_batch`.
+
+    Processes whose devices hold the same part, as where `tensor` spans them, have the
+    same share.
+
+    Args:
+      mesh: the devices, of all processes.
+
+    Returns:
+      A pair of index and count: of a batch in `count` equal blocks of examples, this
+      process reads block number `index`.
+
+    Raises:
+      ValueError: if the mesh has no device of this process, or those it has are no
+        such block.
+    """
+    num_parts, own = _num_parts(mesh), _own_parts(mesh)
+    num_own = len(own)
+    count, remainder = divmod(num_parts, num_own)
+    if remainder or own[0] % num_own or own[-1] - own[0] != num_own - 1:
+        raise ValueError(
+            f"of the {num_parts} parts of a batch on the mesh {dict(mesh.shape)}, "
+            f"process {jax.process_index()} holds {own}, which are no equal block: "
+            "order the devices of the mesh by process, as make_mesh does."
+        )
+    return own[0] // num_own, count
+
+
 def check_batch(batch: Any, mesh: Mesh) -> None:
     """Raises ValueError unless every array of a batch can be split over the mesh.
 
@@ -122,18 +151,18 @@ def _num_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in BATCH_AXES)
 
 
-def _num_own_parts(mesh: Mesh) -> int:
-    """Returns how many parts of a batch the devices of this process hold.
+def _own_parts(mesh: Mesh) -> list[int]:
+    """Returns the numbers of the parts of a batch that devices of this process hold.
 
     Raises:
       ValueError: if the mesh has none of its devices.
     """
     shape = (_num_parts(mesh),)
     indices = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
-    num_own = len({index[0].start for index in indices if index is not None})
-    if not num_own:
+    own = sorted({index[0].start or 0 for index in indices if index is not None})
+    if not own:
         raise ValueError(
             f"process {jax.process_index()} has no device of the mesh "
             f"{dict(mesh.shape)}: make the mesh larger, or start fewer processes."
         )
-    return num_own
+    return own

@@ -1,0 +1,221 @@
+"""The processes of one run: started together, of one mind, and not hung.
+
+All functions are for one process, too, and then do nothing. With several, those that
+say "all call it" must be called by every process, in the same order.
+"""
+
+import collections
+import json
+import os
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.harness.config import BaseConfig
+from experiments.harness.errors import (
+    ConfigError,
+    ExperimentError,
+    WorkdirError,
+    first_line,
+)
+
+T = TypeVar("T")
+
+# Seconds without a sign of life after which a process counts as lost.
+HEARTBEAT_TIMEOUT_S = 60
+# Seconds that the first process to end waits for the others.
+SHUTDOWN_TIMEOUT_S = 30
+# Seconds that a file of one process may take to be seen by another.
+VISIBLE_TIMEOUT_S = 30
+
+
+def start(config: BaseConfig) -> None:
+    """Connects this process to the others of --distributed; before any computation.
+
+    Output of all but the first process is dropped from then on, errors are not.
+
+    Raises:
+      ConfigError: if no cluster is found, or the others do not start in time.
+    """
+    if not config.distributed or jax.distributed.is_initialized():
+        return
+    # It would catch SIGTERM in place of `experiments.harness.stop`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_index,
+            initialization_timeout=config.start_timeout_s,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(_not_started(config, error)) from error
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def first(make: Callable[[], T]) -> T:
+    """Calls a function in the first process; all call it.
+
+    Args:
+      make: returns JSON values.
+
+    Returns:
+      What it returned, in every process.
+
+    Raises:
+      ExperimentError: in every process, if it raised one.
+    """
+    if jax.process_count() == 1:
+        return make()
+    error, said = None, {}
+    if is_first():
+        try:
+            said = {"value": make()}
+        except ExperimentError as raised:
+            error = raised
+            said = {"error": str(raised), "exit_code": raised.exit_code}
+    said = _broadcast(said)
+    if error is not None:
+        raise error
+    if "error" in said:
+        error = ExperimentError(said["error"])
+        error.exit_code = said["exit_code"]
+        raise error
+    return said["value"]
+
+
+def largest(value: int) -> int:
+    """Returns the largest of the values that the processes give; all call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def wait_for_all() -> None:
+    """Returns when every process has called it."""
+    largest(0)
+
+
+def check_shared(path: Path) -> None:
+    """Checks that all processes see one directory; all call it.
+
+    Raises:
+      WorkdirError: in every process, if one does not see what the first one writes.
+    """
+    if jax.process_count() == 1:
+        return
+    token = first(lambda: secrets.token_hex(8))
+    file = path / f".shared-{token}"
+    if is_first():
+        file.touch()
+    deadline = time.monotonic() + VISIBLE_TIMEOUT_S
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = multihost_utils.process_allgather(np.asarray(file.exists()))
+    if is_first():
+        file.unlink()
+    blind = np.flatnonzero(~np.asarray(seen)).tolist()
+    if blind:
+        raise WorkdirError(
+            f"process {blind[0]} does not see what process 0 writes in {path}: all "
+            "processes write checkpoints there, so name a --workdir on a file system "
+            "that all of them share."
+        )
+
+
+class Poll:
+    """Asks in every step whether any process wants to stop; waits for none of them.
+
+    An answer comes `DELAY` questions later, at the same step in every process.
+
+    Attributes:
+      has_several: whether there are several processes.
+    """
+
+    DELAY = 2
+
+    def __init__(self):
+        """Asks nothing yet."""
+        self._answers: collections.deque[jax.Array] = collections.deque()
+        self.has_several = jax.process_count() > 1
+        if self.has_several:
+            mesh = Mesh(np.array(jax.devices()), ("all",))
+            self._sharding = NamedSharding(mesh, PartitionSpec("all"))
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self._max = jax.jit(jax.numpy.max, out_shardings=everywhere)
+
+    def largest(self, value: int) -> int:
+        """Returns the largest value of an earlier step, 0 before; all call it."""
+        if not self.has_several:
+            return value
+        values = np.full(self._sharding.mesh.size, value, np.int32)
+        asked = jax.make_array_from_callback(
+            values.shape, self._sharding, values.__getitem__
+        )
+        self._answers.append(self._max(asked))
+        if len(self._answers) <= self.DELAY:
+            return 0
+        return int(self._answers.popleft())
+
+
+def end_alone(error: BaseException) -> None:
+    """Ends this one of several processes after an error that the others do not know.
+
+    At a usual exit JAX would wait for them, and they for this one.
+    """
+    if jax.process_count() == 1:
+        return
+    traceback.print_exception(error)
+    print(
+        f"process {jax.process_index()} of {jax.process_count()} stopped "
+        f"({first_line(error)}). The others end when they miss it; start all of them "
+        "again with --resume.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _broadcast(value: Any) -> Any:
+    """Returns the first process's JSON value in every process."""
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(data.size)))
+    padded = np.zeros(size, np.uint8)
+    if is_first():
+        padded[:] = data
+    sent = multihost_utils.broadcast_one_to_all(padded)
+    return json.loads(np.asarray(sent).astype(np.uint8).tobytes())
+
+
+def _not_started(config: BaseConfig, error: Exception) -> str:
+    reason = first_line(error)
+    if config.coordinator is None:
+        return (
+            f"--distributed found no cluster ({reason}). Start the processes by Slurm, "
+            "Open MPI or Kubernetes, or name --coordinator HOST:PORT, --num-processes "
+            "and --process-index."
+        )
+    return (
+        f"process {config.process_index} of {config.num_processes} did not find the "
+        f"others at {config.coordinator} within {config.start_timeout_s} s ({reason}). "
+        "See that all were started, with the same --coordinator and --num-processes "
+        "and each with its own --process-index, that the host and port can be reached, "
+        "and that the port is free; --start-timeout-s waits longer."
+    )
