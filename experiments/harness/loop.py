@@ -185,7 +185,7 @@ class _Loop:
             self.newest = state, batch
             self._wait(bar)
             last = step == task.num_steps
-            signal_number = self.poll.largest(self.stop.signal_number or 0)
+            signal_number = self.poll.largest(self.stop.signal_number or 0, (state, metrics))
             if step % task.steps_per_epoch == 0 or last:
                 jax.block_until_ready(state)
                 elapsed_s = train_step.clock_s() - epoch_start

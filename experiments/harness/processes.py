@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -32,8 +33,11 @@ T = TypeVar("T")
 
 # Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT_TIMEOUT_S = 60
+# Seconds by which JAX's own timeout at the start is longer than ours.
+START_MARGIN_S = 60
 # Seconds that the first process to end waits for the others.
 SHUTDOWN_TIMEOUT_S = 30
+_CPU_SCHEDULE = "xla_cpu_enable_concurrency_optimized_scheduler"
 # Seconds that a file of one process may take to be seen by another.
 VISIBLE_TIMEOUT_S = 30
 
@@ -48,21 +52,39 @@ def start(config: BaseConfig) -> None:
     """
     if not config.distributed or jax.distributed.is_initialized():
         return
+    _order_messages()
     # It would catch SIGTERM in place of `experiments.harness.stop`.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX's own timeout aborts the process, without a word of what to do.
+    timer = threading.Timer(config.start_timeout_s, _give_up, [config])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             config.coordinator,
             config.num_processes,
             config.process_index,
-            initialization_timeout=config.start_timeout_s,
+            initialization_timeout=config.start_timeout_s + START_MARGIN_S,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(_not_started(config, error)) from error
+        raise ConfigError(_not_started(config, first_line(error))) from error
+    finally:
+        timer.cancel()
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def _order_messages() -> None:
+    """Makes XLA:CPU send one message after the other, so that processes agree on which.
+
+    Its usual schedule runs what does not wait for each other at once, in another order
+    in each process, and a step hangs. XLA reads the flag when it first compiles.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _CPU_SCHEDULE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_CPU_SCHEDULE}=false"
 
 
 def is_first() -> bool:
@@ -141,9 +163,11 @@ def check_shared(path: Path) -> None:
 
 
 class Poll:
-    """Asks in every step whether any process wants to stop; waits for none of them.
+    """Asks after every step whether any process wants to stop.
 
-    An answer comes `DELAY` questions later, at the same step in every process.
+    On GPUs it waits for none: an answer comes `DELAY` questions later, at the same step
+    in every process. On CPUs it waits for the step and for the answer, because there
+    computations that do not wait for each other run at once, and their messages mix.
 
     Attributes:
       has_several: whether there are several processes.
@@ -155,22 +179,31 @@ class Poll:
         """Asks nothing yet."""
         self._answers: collections.deque[jax.Array] = collections.deque()
         self.has_several = jax.process_count() > 1
+        self._waits = jax.default_backend() == "cpu"
         if self.has_several:
             mesh = Mesh(np.array(jax.devices()), ("all",))
             self._sharding = NamedSharding(mesh, PartitionSpec("all"))
             everywhere = NamedSharding(mesh, PartitionSpec())
             self._max = jax.jit(jax.numpy.max, out_shardings=everywhere)
 
-    def largest(self, value: int) -> int:
-        """Returns the largest value of an earlier step, 0 before; all call it."""
+    def largest(self, value: int, after: Any) -> int:
+        """Returns the largest value of all, or of an earlier step, 0 before.
+
+        Args:
+          value: 0 or more.
+          after: what the step has put out. All processes call it with those of the
+            same step.
+        """
         if not self.has_several:
             return value
+        if self._waits:
+            jax.block_until_ready(after)
         values = np.full(self._sharding.mesh.size, value, np.int32)
         asked = jax.make_array_from_callback(
             values.shape, self._sharding, values.__getitem__
         )
         self._answers.append(self._max(asked))
-        if len(self._answers) <= self.DELAY:
+        if len(self._answers) <= (0 if self._waits else self.DELAY):
             return 0
         return int(self._answers.popleft())
 
@@ -204,8 +237,13 @@ def _broadcast(value: Any) -> Any:
     return json.loads(np.asarray(sent).astype(np.uint8).tobytes())
 
 
-def _not_started(config: BaseConfig, error: Exception) -> str:
-    reason = first_line(error)
+def _give_up(config: BaseConfig) -> None:
+    reason = f"waited for {config.start_timeout_s} s"
+    print(f"error: {_not_started(config, reason)}", file=sys.stderr, flush=True)
+    os._exit(ConfigError.exit_code)
+
+
+def _not_started(config: BaseConfig, reason: str) -> str:
     if config.coordinator is None:
         return (
             f"--distributed found no cluster ({reason}). Start the processes by Slurm, "
@@ -214,8 +252,8 @@ def _not_started(config: BaseConfig, error: Exception) -> str:
         )
     return (
         f"process {config.process_index} of {config.num_processes} did not find the "
-        f"others at {config.coordinator} within {config.start_timeout_s} s ({reason}). "
-        "See that all were started, with the same --coordinator and --num-processes "
-        "and each with its own --process-index, that the host and port can be reached, "
-        "and that the port is free; --start-timeout-s waits longer."
+        f"others by {config.coordinator} ({reason}). See that all were started, with "
+        "the same --coordinator and --num-processes and each with its own "
+        "--process-index, that the host and port can be reached, and that the port is "
+        "free; --start-timeout-s waits longer."
     )

@@ -1,0 +1,152 @@
+"""Runs in two processes on loopback: the result of one, and what is lost with one."""
+
+import itertools
+import json
+import signal
+import time
+
+import jax
+import pytest
+from helpers import device_runs
+
+TIMEOUT_S = 300
+LOST_S = 120  # until the others end, after one process was killed
+LONG = "experiments.mnist_mlp --dataset digits --num-units 32 --batch-size 64 "
+LONG += "--num-epochs 100000 --policy float32"
+
+needs_devices = pytest.mark.skipif(
+    jax.device_count() < 4, reason="needs four devices; conftest makes them on a CPU"
+)
+
+
+def run_cases(*cases):
+    """Runs cases in two processes, and returns their output."""
+    text = json.dumps(cases)
+    command = lambda index, port: (device_runs.__file__, index, port, text)
+    with device_runs.two_processes(command) as started:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+
+def long_run(workdir, *more):
+    """Returns the command of a run that does not end by itself."""
+    flags = [*LONG.split(), "--workdir", workdir, *more]
+
+    def command(index, port):
+        cluster = ["--distributed", "--coordinator", f"127.0.0.1:{port}"]
+        cluster += ["--num-processes", "2", "--process-index", index]
+        return ["-m", *flags, *cluster]
+
+    return command
+
+
+def wait_for_checkpoint(workdir, started):
+    checkpoints = workdir / "float32" / "checkpoints.json"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not checkpoints.exists():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in started), [
+            process.communicate()[0] for process in started
+        ]
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@needs_devices
+def test_two_processes_train_like_one(tmp_path):
+    """Each reads its part of the batches; the first one writes what all need."""
+    policies = ("float32", "mixed_float16")
+    cases = [
+        (name, {"workdir": str(tmp_path / name / p), "policy": p, "mesh": mesh})
+        for (name, mesh), p in itertools.product(
+            zip(device_runs.NAMES, (None, "data=2,fsdp=2", "fsdp=4"), strict=True),
+            policies,
+        )
+    ]
+    codes, outputs = run_cases(*cases)
+    assert codes == [0, 0], outputs
+    for name in device_runs.NAMES:
+        expected = {}
+        for policy in policies:
+            workdir = tmp_path / name / f"{policy} alone"
+            device_runs.run(name, device_runs.config(name, workdir, policy))
+            expected[policy] = device_runs.weights(workdir / policy)
+            found = device_runs.weights(tmp_path / name / policy / policy)
+            limit = 1e-6
+            if policy == "mixed_float16":
+                limit = device_runs.distance(expected[policy], expected["float32"])
+            assert device_runs.distance(found, expected[policy]) < limit
+            files = sorted(path.name for path in (tmp_path / name / policy).iterdir())
+            assert files == sorted(path.name for path in workdir.iterdir())
+    longer = {"num_epochs": 3, "resume": True}
+    settings = device_runs.config(
+        "mnist_mlp", tmp_path / "mnist_mlp" / "float32", "float32", **longer
+    )
+    device_runs.run("mnist_mlp", settings)
+    workdir = tmp_path / "three epochs"
+    settings = device_runs.config("mnist_mlp", workdir, "float32", num_epochs=3)
+    device_runs.run("mnist_mlp", settings)
+    found = device_runs.weights(tmp_path / "mnist_mlp" / "float32" / "float32")
+    expected = device_runs.weights(workdir / "float32")
+    assert device_runs.distance(found, expected) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_processes_name_the_same_overflow(tmp_path):
+    changes = {"workdir": str(tmp_path), "policy": "float32", **device_runs.DIVERGES}
+    codes, outputs = run_cases(("mnist_mlp", changes))
+    assert 0 not in codes
+    for output in outputs:
+        assert "NonFiniteTrainingError" in output
+        assert "overflow" in output
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both(tmp_path):
+    """Both save the same step, from which one process alone goes on."""
+    with device_runs.two_processes(long_run(tmp_path)) as started:
+        wait_for_checkpoint(tmp_path, started)
+        started[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+    assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2
+    assert "stopped by SIGTERM; saved after step" in outputs[0]
+    assert "error" not in outputs[1]
+    steps = [path.name for path in (tmp_path / "float32" / "checkpoints").iterdir()]
+    assert max(map(int, steps)) % 18 != 0 or f"step {max(steps)}" in outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
+    """The other one says what it lost, and what to do."""
+    with device_runs.two_processes(long_run(tmp_path)) as started:
+        wait_for_checkpoint(tmp_path, started)
+        started[killed].kill()
+        output, _ = started[1 - killed].communicate(timeout=LOST_S)
+    assert started[1 - killed].returncode not in (0, None)
+    assert "Gloo" in output or "JAX distributed service" in output
+    weights = device_runs.weights(tmp_path / "float32")
+    assert weights
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_in_vain_says_so(tmp_path, index):
+    command = long_run(tmp_path, "--start-timeout-s", 2)
+    with device_runs.two_processes(command, indices=(index,)) as (alone,):
+        output, _ = alone.communicate(timeout=60)
+    assert alone.returncode == 2
+    assert f"process {index} of 2 did not find the others" in output
+    assert "--start-timeout-s" in output
+
+
+@pytest.mark.slow
+def test_a_directory_that_is_not_shared_is_refused(tmp_path):
+    """Each process is given a directory of its own."""
+    def command(index, port):
+        return long_run(tmp_path / str(index))(index, port)
+    
+    with device_runs.two_processes(command) as started:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+    assert [process.returncode for process in started] == [1, 1]
+    for output in outputs:
+        assert "process 1 does not see what process 0 writes" in output
