@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from experiments.harness.errors import CheckpointError, first_line
 from experiments.harness.files import write_json
-from experiments.harness.processes import first, is_first, largest
+from experiments.harness.processes import first, largest
 
 
 class Checkpoint(NamedTuple):
@@ -208,7 +208,9 @@ class Checkpoints:
         got = _file_checksums(self.directory / str(step))
         for name, checksum in expected.items():
             if got.get(name) != checksum:
-                return f"its file {name} {'is changed' if name in got else 'is missing'}"
+                return (
+                    f"its file {name} {'is changed' if name in got else 'is missing'}"
+                )
         return None
 
     def _checksums(self) -> dict[str, dict[str, str]]:

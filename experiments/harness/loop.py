@@ -185,7 +185,9 @@ class _Loop:
             self.newest = state, batch
             self._wait(bar)
             last = step == task.num_steps
-            signal_number = self.poll.largest(self.stop.signal_number or 0, (state, metrics))
+            signal_number = self.poll.largest(
+                self.stop.signal_number or 0, (state, metrics)
+            )
             if step % task.steps_per_epoch == 0 or last:
                 jax.block_until_ready(state)
                 elapsed_s = train_step.clock_s() - epoch_start
@@ -231,9 +233,7 @@ class _Loop:
         """Looks for the operation that made the last step's Inf or NaN."""
         assert self.newest is not None
         tqdm.write("looking for the first Inf or NaN ...", file=sys.stdout)
-        return find_nonfinite(self.run.local_step)(
-            *self.run.devices.whole(self.newest)
-        )
+        return find_nonfinite(self.run.local_step)(*self.run.devices.whole(self.newest))
 
     def _end_epoch(self, step: int, state: mpjax.TrainState, ms_per_step: float):
         """Evaluates, records and prints the epoch, and saves a checkpoint."""
@@ -243,9 +243,7 @@ class _Loop:
         averaged = {"loss", "grad_norm", *self.run.experiment.metric_names()}
         row = {n: weighted_mean(rows, n) for n in rows[0] if n in averaged}
         observe = self.task.observe
-        whole = self.run.devices.whole_state(
-            state, has_optimizer=observe is not None
-        )
+        whole = self.run.devices.whole_state(state, has_optimizer=observe is not None)
         row |= evaluate(self.run.experiment, self.task, whole, "val")
         row |= {"loss_scale": rows[-1]["loss_scale"]}
         row |= {"num_skipped": rows[-1]["num_skipped"], "ms_per_step": ms_per_step}

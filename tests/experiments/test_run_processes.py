@@ -142,9 +142,10 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path, index):
 @pytest.mark.slow
 def test_a_directory_that_is_not_shared_is_refused(tmp_path):
     """Each process is given a directory of its own."""
+
     def command(index, port):
         return long_run(tmp_path / str(index))(index, port)
-    
+
     with device_runs.two_processes(command) as started:
         outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
     assert [process.returncode for process in started] == [1, 1]
