@@ -35,7 +35,7 @@ class Workdir(NamedTuple):
     shared: Path
 
     def make_directory(self, name: str) -> Path:
-        """Returns the directory of one run of a comparison, made where it is missing."""
+        """Returns the directory of one run of a comparison, made if it is missing."""
         directory = self.path / name
         directory.mkdir(exist_ok=True)
         if self.path != self.shared:

@@ -1,4 +1,4 @@
-"""Short runs of three experiments, on one device, on a mesh, or in one of two processes.
+"""Short runs of three experiments: on one device, on a mesh, in two processes.
 
     python tests/helpers/device_runs.py INDEX PORT CASES
 
