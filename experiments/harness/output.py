@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from experiments.harness import results
 from experiments.harness.files import translate_os_errors, write_json
 from experiments.harness.plot_style import write_png
+from experiments.harness.processes import is_first
 from experiments.harness.results import Column
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -20,6 +21,8 @@ def save_table(
 ) -> None:
     """Writes a table as JSON, its directory included, and prints it.
 
+    Of several processes only the first one writes.
+
     Args:
       path: path of the result file.
       table: contents of the file; its `runs` are the rows.
@@ -29,6 +32,8 @@ def save_table(
     Raises:
       WorkdirError: if the file cannot be written.
     """
+    if not is_first():
+        return
     with translate_os_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, table)
@@ -37,11 +42,13 @@ def save_table(
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Writes a figure as PNG.
+    """Writes a figure as PNG, in the first of several processes.
 
     Raises:
       WorkdirError: if the file cannot be written.
     """
+    if not is_first():
+        return
     with translate_os_errors(path.parent):
         write_png(path, figure)
 
