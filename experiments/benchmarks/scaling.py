@@ -1,6 +1,6 @@
 """Memory, communication and modelled step times of language models on 1 to 512 GPUs.
 
-    python -m experiments.benchmarks.scaling      # 25 min on 2 cores, no GPU needed
+    python -m experiments.benchmarks.scaling      # 35 min on 2 cores, no GPU needed
     python -m experiments.benchmarks.scaling --models gpt_1.3b --num-gpus 8 64
 
 Compiles whole training steps for a cluster that this machine need not have
@@ -14,6 +14,9 @@ each of which is rematerialized in the backward pass. Parameters and optimizer s
 split over the eight GPUs of a node (`fsdp`) and replicated over nodes (`data`); the
 batch is split over all. Activations are pinned to the split of the batch: left to
 itself, XLA splits some of them over their units, and sends many times as much.
+
+Gradients are reduced in float32, the default of `mpjax.make_train_step`, and in half
+policies in the compute dtype too, for comparison.
 
 The number of sequences on each GPU stays the same (weak scaling). Efficiency is the
 modelled time on the fewest GPUs over that on many: best where all communication
@@ -64,6 +67,7 @@ _YES_OR_NO = {True: "yes", False: "no"}.__getitem__
 COLUMNS = (
     Column("model", "model"),
     Column("policy", "policy"),
+    Column("reduced in", "reduce_dtype"),
     Column("GPUs", "num_gpus", "{:,}"),
     Column("batch", "batch_size", "{:,}"),
     Column("peak, GB", "peak_gb", "{:.1f}"),
@@ -133,15 +137,22 @@ def measure(name: str, workload: Workload, config: Config) -> list[dict[str, Any
       A row of the table for each policy and number of GPUs; see COLUMNS.
     """
     runs = []
-    cases = [(policy, num) for policy in POLICIES for num in sorted(config.num_gpus)]
-    for policy, num_gpus in tqdm(cases, desc=f"compiling {name}", disable=None):
+    cases = [
+        (policy, num, reduce_dtype)
+        for policy in POLICIES
+        for reduce_dtype in ("float32", "compute")
+        for num in sorted(config.num_gpus)
+        if reduce_dtype == "float32" or (policy != "float32" and num > 1)
+    ]
+    for case in tqdm(cases, desc=f"compiling {name}", disable=None):
+        policy, num_gpus, reduce_dtype = case
         num_split = min(num_gpus, NUM_PER_NODE)
         axes = {"data": num_gpus // num_split, "fsdp": num_split}
         batch_size = num_gpus * config.batch_size_per_gpu
         run = {"model": name, "policy": policy, "num_gpus": num_gpus, "mesh": axes}
-        run["batch_size"] = batch_size
+        run |= {"batch_size": batch_size, "reduce_dtype": reduce_dtype}
         mesh = cost.device_mesh(config.device, axes)
-        run |= _measure_on(mesh, workload, policy, batch_size)
+        run |= _measure_on(mesh, workload, policy, reduce_dtype, batch_size)
         first = next((r for r in runs if r["policy"] == policy), run)
         for key in ("best", "worst"):
             run[f"{key}_efficiency"] = first["best_ms"] / run[f"{key}_ms"]
@@ -152,10 +163,12 @@ def measure(name: str, workload: Workload, config: Config) -> list[dict[str, Any
 def draw(table: dict[str, Any]) -> Figure:
     """Draws memory, step time and efficiency over the number of GPUs, per model.
 
+    The rows are those of gradients reduced in float32.
+
     Args:
       table: what the result file holds.
     """
-    runs = table["runs"]
+    runs = [run for run in table["runs"] if run["reduce_dtype"] == "float32"]
     models = list(dict.fromkeys(run["model"] for run in runs))
     title = (
         f"A training step on many GPUs, modelled from code for {table['compiled_for']}"
@@ -199,11 +212,11 @@ def _draw_range(
 
 
 def _measure_on(
-    mesh: Mesh, workload: Workload, policy: str, batch_size: int
+    mesh: Mesh, workload: Workload, policy: str, reduce_dtype: str, batch_size: int
 ) -> dict[str, Any]:
     """Compiles a step on a mesh; returns what a row says of it."""
     pinned = _pin_activations(workload, mesh)
-    step, state = make_step(pinned, policy, mesh=mesh)
+    step, state = make_step(pinned, policy, mesh=mesh, reduce_dtype=reduce_dtype)
     make_batch = lambda key: workload.make_batch(key, batch_size)
     batch = jax.eval_shape(make_batch, jax.random.key(0))
     report = cost.analyze(step, state, batch)
@@ -223,7 +236,7 @@ def _measure_on(
         "peak_gb": report.peak_bytes / 1e9,
         "fits": report.peak_bytes <= (report.memory_bytes or 0),
         **{f"{name}_gb": gb for name, gb in sent.items()},
-        "other_gb": report.sent_bytes / 1e9 - sum(sent.values()),
+        "other_gb": max(0.0, report.sent_bytes / 1e9 - sum(sent.values())),
         **{f"{name}_ms": None if s is None else 1e3 * s for name, s in seconds.items()},
         "attention": attention_in(workload, jaxpr),
         "collectives": [

@@ -20,6 +20,7 @@ def rows(best_ms, worst_ms):
         {
             "model": "gpt_1.3b",
             "policy": policy,
+            "reduce_dtype": "float32",
             "num_gpus": num_gpus,
             "peak_gb": 40 / num_gpus,
             "best_ms": best,
@@ -69,7 +70,10 @@ def test_what_a_committed_row_says_follows_from_its_parts(path):
 
 @pytest.mark.h100
 def test_a_small_model_on_one_and_sixteen_gpus(tmp_path, monkeypatch, capsys):
-    """Weights are gathered twice, forward and backward, and gradients reduced once."""
+    """Weights are gathered twice, forward and backward, and gradients reduced once.
+
+    Reduced in half they are half as many bytes.
+    """
     monkeypatch.setitem(scaling.MODELS, "gpt_1.3b", TINY)
     output = tmp_path / "scaling.json"
     config = scaling.Config(
@@ -79,9 +83,15 @@ def test_a_small_model_on_one_and_sixteen_gpus(tmp_path, monkeypatch, capsys):
     assert read_json(output) == table
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "compiled for" in capsys.readouterr().out
-    assert len(table["runs"]) == 2 * len(scaling.POLICIES)
+    in_half = [run for run in table["runs"] if run["reduce_dtype"] == "compute"]
+    in_full = [run for run in table["runs"] if run["reduce_dtype"] == "float32"]
+    assert [run["policy"] for run in in_half] == list(scaling.POLICIES[1:])
+    assert len(in_full) == 2 * len(scaling.POLICIES)
+    for half, full in zip(in_half, in_full[3::2], strict=True):
+        assert half["policy"] == full["policy"]
+        assert half["reduce-scatter_gb"] < 0.6 * full["reduce-scatter_gb"]
     num_weights = 3 * 12 * 256**2
-    for one, many in zip(table["runs"][::2], table["runs"][1::2], strict=True):
+    for one, many in zip(in_full[::2], in_full[1::2], strict=True):
         assert one["communication_ms"] == one["all-gather_gb"] == 0
         assert one["best_efficiency"] == one["worst_efficiency"] == 1
         assert one["fits"]
