@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import time
 
@@ -140,14 +141,36 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path, index):
 
 
 @pytest.mark.slow
-def test_a_directory_that_is_not_shared_is_refused(tmp_path):
-    """Each process is given a directory of its own."""
+def test_what_slurm_says_is_enough(tmp_path):
+    """By the variables that JAX reads, on one node."""
 
-    def command(index, port):
-        return long_run(tmp_path / str(index))(index, port)
+    def slurm(index):
+        return {
+            "SLURM_JOB_ID": str(os.getpid()),  # JAX takes the port from it
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+        }
 
-    with device_runs.two_processes(command) as started:
+    flags = [*LONG.split(), "--num-epochs", "1", "--workdir", tmp_path / "run"]
+    command = lambda *_: ["-m", *flags, "--distributed"]
+    with device_runs.two_processes(command, variables=slurm) as started:
         outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
-    assert [process.returncode for process in started] == [1, 1]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert "data=4 of cpu in 2 processes" in outputs[0]
+
+
+@pytest.mark.weekly
+def test_a_directory_that_is_not_shared_is_refused(tmp_path):
+    """A relative path means another directory in each process."""
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+    with device_runs.two_processes(
+        long_run("run"), directory=lambda index: tmp_path / str(index)
+    ) as started:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+    assert [process.returncode for process in started] == [1, 1], outputs
     for output in outputs:
         assert "process 1 does not see what process 0 writes" in output

@@ -15,8 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[level]) for level in (2, 1)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import pytest
@@ -94,26 +95,31 @@ def distance(found, expected):
 
 
 @contextlib.contextmanager
-def two_processes(command, indices=(0, 1)):
+def two_processes(
+    command, indices=(0, 1), variables=lambda index: {}, directory=lambda index: ROOT
+):
     """Starts two processes of two CPU devices each, and kills them at the end.
 
     Args:
       command: `(index, port) -> arguments of Python`.
       indices: those that are started.
+      variables: `index -> further environment variables`.
+      directory: `index -> working directory`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = "--xla_force_host_platform_device_count=2"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = str(ROOT)
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command(index, port))],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
-            cwd=Path(__file__).parents[2],
+            env={**environment, **variables(index)},
+            cwd=directory(index),
         )
         for index in indices
     ]
