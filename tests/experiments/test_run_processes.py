@@ -1,6 +1,5 @@
 """Runs in two processes on loopback: the result of one, and what is lost with one."""
 
-import itertools
 import json
 import os
 import signal
@@ -52,44 +51,46 @@ def wait_for_checkpoint(workdir, started):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
 @needs_devices
-def test_two_processes_train_like_one(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param("mnist_mlp", None, marks=pytest.mark.slow),
+        pytest.param("speech_ctc", "data=2,fsdp=2", marks=pytest.mark.weekly),
+        pytest.param("ssd_digits", "fsdp=4", marks=pytest.mark.weekly),
+    ],
+)
+def test_two_processes_train_like_one(tmp_path, name, mesh):
     """Each reads its part of the batches; the first one writes what all need."""
     policies = ("float32", "mixed_float16")
     cases = [
-        (name, {"workdir": str(tmp_path / name / p), "policy": p, "mesh": mesh})
-        for (name, mesh), p in itertools.product(
-            zip(device_runs.NAMES, (None, "data=2,fsdp=2", "fsdp=4"), strict=True),
-            policies,
-        )
+        (name, {"workdir": str(tmp_path / p), "policy": p, "mesh": mesh})
+        for p in policies
     ]
     codes, outputs = run_cases(*cases)
     assert codes == [0, 0], outputs
-    for name in device_runs.NAMES:
-        expected = {}
-        for policy in policies:
-            workdir = tmp_path / name / f"{policy} alone"
-            device_runs.run(name, device_runs.config(name, workdir, policy))
-            expected[policy] = device_runs.weights(workdir / policy)
-            found = device_runs.weights(tmp_path / name / policy / policy)
-            limit = 1e-6
-            if policy == "mixed_float16":
-                limit = device_runs.distance(expected[policy], expected["float32"])
-            assert device_runs.distance(found, expected[policy]) < limit
-            files = sorted(path.name for path in (tmp_path / name / policy).iterdir())
-            assert files == sorted(path.name for path in workdir.iterdir())
-    longer = {"num_epochs": 3, "resume": True}
-    settings = device_runs.config(
-        "mnist_mlp", tmp_path / "mnist_mlp" / "float32", "float32", **longer
-    )
-    device_runs.run("mnist_mlp", settings)
-    workdir = tmp_path / "three epochs"
-    settings = device_runs.config("mnist_mlp", workdir, "float32", num_epochs=3)
-    device_runs.run("mnist_mlp", settings)
-    found = device_runs.weights(tmp_path / "mnist_mlp" / "float32" / "float32")
-    expected = device_runs.weights(workdir / "float32")
-    assert device_runs.distance(found, expected) < 1e-6
+    expected = {}
+    for policy in policies:
+        alone = tmp_path / f"{policy} alone"
+        device_runs.run(name, device_runs.config(name, alone, policy))
+        expected[policy] = device_runs.weights(alone / policy)
+        found = device_runs.weights(tmp_path / policy / policy)
+        limit = 1e-6
+        if policy == "mixed_float16":
+            limit = device_runs.distance(expected[policy], expected["float32"])
+        assert device_runs.distance(found, expected[policy]) < limit
+        files = sorted(path.name for path in (tmp_path / policy).iterdir())
+        assert files == sorted(path.name for path in alone.iterdir())
+    if name == "mnist_mlp":
+        longer = {"num_epochs": 3, "resume": True}
+        for workdir in (tmp_path / "float32", tmp_path / "float32 alone"):
+            settings = device_runs.config(name, workdir, "float32", **longer)
+            device_runs.run(name, settings)
+        found, one = (
+            device_runs.weights(tmp_path / workdir / "float32")
+            for workdir in ("float32", "float32 alone")
+        )
+        assert device_runs.distance(found, one) < 1e-6
 
 
 @pytest.mark.slow

@@ -15,10 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import numpy as np
 import pytest
 from helpers import cli_runs, detection_runs, speech_runs
@@ -28,6 +24,7 @@ from experiments.data.mnist import ImageDataset
 from experiments.harness import processes
 from experiments.harness.recorder import read_rows
 
+ROOT = Path(__file__).parents[2]
 DIVERGES = {"learning_rate": 1e30, "max_consecutive_skipped": 3}
 NAMES = ("mnist_mlp", "speech_ctc", "ssd_digits")
 
@@ -111,7 +108,7 @@ def two_processes(
         port = free.getsockname()[1]
     flags = "--xla_force_host_platform_device_count=2"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command(index, port))],
