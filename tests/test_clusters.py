@@ -25,7 +25,7 @@ def check_shell(text):
 def flags_of(text):
     """Returns the settings that the one command of an experiment gives."""
     text = text.replace("\\\n", " ")
-    (command,) = re.findall(r"python -m experiments\.ssd_digits ([^;\n]*)", text)
+    (command,) = re.findall(r"python -m experiments\.ssd_digits ([^;|\n]*)", text)
     command = re.sub(r'"\$\{resume\[@\]\}"|\$resume', "--resume", command)
     args = shlex.split(command.replace("$run", "/run"))
     return tyro.cli(Config, args=args)

@@ -15,9 +15,13 @@ resume=()
 if [ -e "$run/config.json" ]; then resume=(--resume); fi
 
 # JAX finds the other processes, and each its GPU, by Slurm's variables. A process that
-# dies ends the step; --requeue starts it again, from the last checkpoint.
-if ! srun --kill-on-bad-exit=1 python -m experiments.ssd_digits \
+# dies ends all; the job starts again from the last checkpoint, five times at most, but
+# not where flags or data are wrong (2).
+status=0
+srun --kill-on-bad-exit=1 python -m experiments.ssd_digits \
   --preset ssd300 --dataset voc --data-dir /shared/VOCdevkit \
-  --distributed --mesh data=-1 --workdir "$run" "${resume[@]}"; then
+  --distributed --mesh data=-1 --workdir "$run" "${resume[@]}" || status=$?
+if [ "$status" -gt 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
+exit "$status"

@@ -69,7 +69,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if it cannot be written; earlier checkpoints are kept.
         """
-        if self._manager is None or step in self._manager.all_steps():
+        if self._manager is None or first(lambda: step in self._steps_on_disk()):
             return
         arrays = to_arrays(state)
         args = ocp.args.Composite(
@@ -87,6 +87,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
             first(self._write_checksums)
         except Exception as error:  # orbax and its writers raise anything
+            if jax.process_count() > 1 and not isinstance(error, OSError):
+                raise  # as where another process is gone
             raise CheckpointError(
                 f"cannot write checkpoint {step} to {self.directory}: "
                 f"{first_line(error)}. Free some space, or make it writable, then "
@@ -107,7 +109,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: if there are checkpoints and none is intact, or if the newest
-            was written by a version that did not keep the position in the data.
+            is of a version whose checkpoints this one cannot check.
         """
         if self._manager is None:
             return None
@@ -154,19 +156,23 @@ class Checkpoints:
 
     def _try(self, step: int, template: Any) -> tuple[Checkpoint | None, str]:
         """Returns a checkpoint, or None and what is wrong, alike in all processes."""
-        checkpoint, damage = None, first(lambda: self._damaged_file(step))
+        restored, damage = None, first(lambda: self._damaged_file(step))
         if damage is None:
             try:
-                checkpoint = self._read(step, template)
-            except _OldFormatError as error:
-                raise CheckpointError(str(error)) from error
+                restored = self._read(step, template)
             except Exception as error:  # orbax and its readers raise anything
                 damage = first_line(error)
-        if largest(checkpoint is None):
+        if largest(restored is None):
             return None, damage or "another process cannot read it"
-        return checkpoint, ""
+        assert restored is not None
+        arrays, meta = restored
+        if not self._is_right(step, arrays, meta):
+            return None, "its content does not match its checksum"
+        state = arrays if template is None else from_arrays(template, arrays)
+        return Checkpoint(step, state, meta["data_state"]), ""
 
-    def _read(self, step: int, template: Any) -> Checkpoint:
+    def _read(self, step: int, template: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the arrays of a checkpoint, and what stands beside them."""
         assert self._manager is not None
         like = self._stored(step) if template is None else to_arrays(template)
         args = ocp.args.Composite(
@@ -174,17 +180,29 @@ class Checkpoints:
             meta=ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=args)
-        arrays, meta = restored["state"], restored["meta"]
-        if meta.keys() != {"digest", "data_state"}:
-            raise _OldFormatError(
-                f"checkpoint {step} in {self.directory} is of an older version, which "
-                "this one cannot check; finish the run with that version, or start "
-                "again in another --workdir."
-            )
-        if _digest(arrays, meta["data_state"]) != meta["digest"]:
-            raise ValueError("its content does not match its checksum")
-        state = arrays if template is None else from_arrays(template, arrays)
-        return Checkpoint(step, state, meta["data_state"])
+        return restored["state"], restored["meta"]
+
+    def _is_right(
+        self, step: int, arrays: dict[str, Any], meta: dict[str, Any]
+    ) -> bool:
+        """Compares what was read with its checksum.
+
+        Raises:
+          CheckpointError: if it is of a version that this one cannot check.
+        """
+        if meta.keys() == {"digest", "data_state"}:
+            return _digest(arrays, meta["data_state"]) == meta["digest"]
+        if meta.keys() == {"sha256", "data_state"} and jax.process_count() == 1:
+            text = json.dumps(meta["data_state"], sort_keys=True)
+            state = {"data_state": np.frombuffer(text.encode(), np.uint8)}
+            return digest({**arrays, **state}) == meta["sha256"]
+        error = CheckpointError(
+            f"checkpoint {step} in {self.directory} is of an older version, which this "
+            "one cannot check; finish the run with that version, or start again in "
+            "another --workdir."
+        )
+        error.is_everywhere = True
+        raise error
 
     def _stored(self, step: int) -> dict[str, np.ndarray]:
         """Returns empty arrays of the names, shapes and dtypes of a checkpoint."""
@@ -205,7 +223,10 @@ class Checkpoints:
     def _damaged_file(self, step: int) -> str | None:
         """Finds a damaged file before orbax's threads do, which report it at length."""
         expected = self._checksums().get(str(step), {})
-        got = _file_checksums(self.directory / str(step))
+        try:
+            got = _file_checksums(self.directory / str(step))
+        except OSError as error:
+            return first_line(error)
         for name, checksum in expected.items():
             if got.get(name) != checksum:
                 return (
@@ -278,16 +299,12 @@ def digest(arrays: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-class _OldFormatError(Exception):
-    """A checkpoint whose content cannot be checked."""
-
-
 def _digest(arrays: dict[str, Any], data_state: Any) -> str:
     """Returns the SHA-256 of names, dtypes, shapes, checksums and a position.
 
     It does not depend on how the arrays lie on devices; all processes call it.
     """
-    sums = jax.device_get(_checksums(arrays))
+    sums = jax.device_get(_checksums({k: _in_32_bits(x) for k, x in arrays.items()}))
     lines = [
         f"{name} {x.dtype} {x.shape} {int(sums[name])}"
         for name, x in sorted(arrays.items())
@@ -296,12 +313,20 @@ def _digest(arrays: dict[str, Any], data_state: Any) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def _in_32_bits(x: Any) -> Any:
+    """Returns the words of a NumPy array of 64 bits, which JAX may not have."""
+    is_wide = (
+        isinstance(x, np.ndarray) and x.dtype.itemsize == 8 and x.dtype.kind != "c"
+    )
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint32) if is_wide else x
+
+
 @jax.jit
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns a checksum of the bits of each array, uint32, exact in any order.
 
-    A word of 32 bits counts by an odd number that depends on its place, so that another
-    value in one place, or two exchanged, is found.
+    It is the sum of a hash of each word of 32 bits and its place: MurmurHash3's final
+    mix (Austin Appleby, 2011), in which each bit depends on all.
     """
     return jax.tree.map(_checksum, arrays)
 
@@ -317,9 +342,14 @@ def _checksum(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(words.shape):
         index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         place = place * jnp.uint32(size) + index
-    # The odd numbers are those of Knuth's multiplicative hash of the place.
-    odd = (place * jnp.uint32(2654435769)) | jnp.uint32(1)
-    return jnp.sum(words * odd, dtype=jnp.uint32)
+    mixed = _mix(words ^ _mix(place + jnp.uint32(1)))
+    return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def _file_checksums(directory: Path) -> dict[str, str]:

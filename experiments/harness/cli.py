@@ -94,8 +94,8 @@ def _run_on_devices(name: str, config: BaseConfig) -> None:
         if processes.is_first():
             raise
         sys.exit(error.exit_code)  # all were stopped, and the first one says so
-    except (ExperimentError, mpjax.NonFiniteTrainingError):
-        raise
+    except (mpjax.NonFiniteTrainingError, ModuleNotFoundError):
+        raise  # in every process
     except Exception as error:
         processes.end_alone(error)
         raise

@@ -1,5 +1,6 @@
 """Where the arrays of a run are: on one device, or on the mesh of --mesh."""
 
+import collections
 from typing import Any
 
 import jax
@@ -30,9 +31,14 @@ class Devices:
         kind = jax.devices()[0].device_kind
         if self.mesh is None:
             return kind
-        axes = ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
         num = jax.process_count()
-        return f"{axes} of {kind}" + (f" in {num} processes" if num > 1 else "")
+        return f"{self.axes()} of {kind}" + (f" in {num} processes" if num > 1 else "")
+
+    def axes(self) -> str | None:
+        """Returns the mesh as a flag names it; None for one device."""
+        if self.mesh is None:
+            return None
+        return ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
 
     def own_part(self, dataset: Dataset) -> Dataset:
         """Returns what this process reads of every batch.
@@ -59,6 +65,8 @@ class Devices:
         if self.mesh is None:
             return batch
         try:
+            if not self.mesh.is_multi_process:
+                return sharding.shard_batch(batch, self.mesh)
             return sharding.global_batch(batch, self.mesh)
         except ValueError as error:
             raise ConfigError(
@@ -100,6 +108,14 @@ def make_devices(config: BaseConfig) -> Devices:
     if config.mesh is None and not config.distributed:
         return Devices()
     try:
-        return Devices(sharding.make_mesh(config.mesh or "data=-1"))
+        mesh = sharding.make_mesh(config.mesh or "data=-1")
     except ValueError as error:
         raise ConfigError(f"--mesh: {error}") from error
+    counts = collections.Counter(device.process_index for device in mesh.devices.flat)
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{num} of process {i}" for i, num in sorted(counts.items()))
+        raise ConfigError(
+            f"--mesh: every process must have as many devices in the mesh, got {each} "
+            f"in {dict(mesh.shape)}; use all devices (-1), or the same number of each."
+        )
+    return Devices(mesh)

@@ -6,9 +6,11 @@ class ExperimentError(Exception):
 
     Attributes:
       exit_code: exit code of the process.
+      is_everywhere: whether every process of a run raised it.
     """
 
     exit_code = 1
+    is_everywhere = False
 
 
 class ConfigError(ExperimentError):

@@ -17,7 +17,7 @@ from experiments.harness import numerics
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import BaseConfig
 from experiments.harness.devices import Devices
-from experiments.harness.errors import DataError
+from experiments.harness.errors import DataError, first_line
 from experiments.harness.experiment import Experiment, Task, evaluate
 from experiments.harness.processes import Poll, is_first
 from experiments.harness.recorder import Recorder, weighted_mean
@@ -233,7 +233,12 @@ class _Loop:
         """Looks for the operation that made the last step's Inf or NaN."""
         assert self.newest is not None
         tqdm.write("looking for the first Inf or NaN ...", file=sys.stdout)
-        return find_nonfinite(self.run.local_step)(*self.run.devices.whole(self.newest))
+        try:
+            whole = self.run.devices.whole(self.newest)
+            return find_nonfinite(self.run.local_step)(*whole)
+        except jax.errors.JaxRuntimeError as error:  # as where the memory is too small
+            tqdm.write(f"it was not found: {first_line(error)}", file=sys.stdout)
+            return None
 
     def _end_epoch(self, step: int, state: mpjax.TrainState, ms_per_step: float):
         """Evaluates, records and prints the epoch, and saves a checkpoint."""

@@ -4,6 +4,7 @@ All functions are for one process, too, and then do nothing. With several, those
 say "all call it" must be called by every process, in the same order.
 """
 
+import atexit
 import collections
 import json
 import os
@@ -38,6 +39,7 @@ START_MARGIN_S = 60
 # Seconds that the first process to end waits for the others.
 SHUTDOWN_TIMEOUT_S = 30
 _CPU_SCHEDULE = "xla_cpu_enable_concurrency_optimized_scheduler"
+_AT_THE_END: list[Callable[[], None]] = []
 # Seconds that a file of one process may take to be seen by another.
 VISIBLE_TIMEOUT_S = 30
 
@@ -69,7 +71,7 @@ def start(config: BaseConfig) -> None:
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(_not_started(config, first_line(error))) from error
+        raise ConfigError(_not_started(config, str(error))) from error
     finally:
         timer.cancel()
     if not is_first():
@@ -114,13 +116,11 @@ def first(make: Callable[[], T]) -> T:
             error = raised
             said = {"error": str(raised), "exit_code": raised.exit_code}
     said = _broadcast(said)
-    if error is not None:
-        raise error
-    if "error" in said:
-        error = ExperimentError(said["error"])
-        error.exit_code = said["exit_code"]
-        raise error
-    return said["value"]
+    if "error" not in said:
+        return said["value"]
+    error = error or ExperimentError(said["error"])
+    error.exit_code, error.is_everywhere = said["exit_code"], True
+    raise error
 
 
 def largest(value: int) -> int:
@@ -135,6 +135,34 @@ def wait_for_all() -> None:
     largest(0)
 
 
+def check_same(values: dict[str, Any]) -> None:
+    """Checks that all processes have the same JSON values; all call it.
+
+    Args:
+      values: by name, such as settings by flag.
+
+    Raises:
+      ConfigError: in every process, if one has others than the first one.
+    """
+    if jax.process_count() == 1:
+        return
+    expected, own = first(lambda: values), json.loads(json.dumps(values))
+    texts = [
+        f"{name} is {own.get(name)!r} there and {expected.get(name)!r} in process 0"
+        for name in {**expected, **own}
+        if own.get(name) != expected.get(name)
+    ]
+    process = largest(jax.process_index() if texts else 0)
+    if process:
+        what = "; ".join(texts) or "it says in which"
+        error = ConfigError(
+            f"process {jax.process_index() if texts else process} differs from process "
+            f"0: {what}. Start all with the same flags, data and versions."
+        )
+        error.is_everywhere = True
+        raise error
+
+
 def check_shared(path: Path) -> None:
     """Checks that all processes see one directory; all call it.
 
@@ -143,10 +171,14 @@ def check_shared(path: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    token = first(lambda: secrets.token_hex(8))
-    file = path / f".shared-{token}"
-    if is_first():
+
+    def write() -> str:
+        file = path / f".shared-{secrets.token_hex(8)}"
         file.touch()
+        return file.name
+
+    # Nobody looks before it is there: a file system may remember that it was not.
+    file = path / first(write)
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -155,11 +187,13 @@ def check_shared(path: Path) -> None:
         file.unlink()
     blind = np.flatnonzero(~np.asarray(seen)).tolist()
     if blind:
-        raise WorkdirError(
+        error = WorkdirError(
             f"process {blind[0]} does not see what process 0 writes in {path}: all "
             "processes write checkpoints there, so name a --workdir on a file system "
             "that all of them share."
         )
+        error.is_everywhere = True
+        raise error
 
 
 class Poll:
@@ -208,22 +242,33 @@ class Poll:
         return int(self._answers.popleft())
 
 
-def end_alone(error: BaseException) -> None:
+def end_alone(error: Exception) -> None:
     """Ends this one of several processes after an error that the others do not know.
 
     At a usual exit JAX would wait for them, and they for this one.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or getattr(error, "is_everywhere", False):
         return
-    traceback.print_exception(error)
+    if isinstance(error, ExperimentError):
+        text, exit_code = str(error), error.exit_code
+    else:
+        traceback.print_exception(error)
+        text, exit_code = first_line(error), 1
     print(
-        f"process {jax.process_index()} of {jax.process_count()} stopped "
-        f"({first_line(error)}). The others end when they miss it; start all of them "
-        "again with --resume.",
+        f"error: process {jax.process_index()} of {jax.process_count()}: {text}\n"
+        "The others end when they miss it; start all of them again with --resume.",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)
+    for clean_up in _AT_THE_END:
+        clean_up()
+    os._exit(exit_code)
+
+
+def at_the_end(clean_up: Callable[[], None]) -> None:
+    """Calls a function when this process ends, alone or with the others."""
+    atexit.register(clean_up)
+    _AT_THE_END.append(clean_up)
 
 
 def _broadcast(value: Any) -> Any:
@@ -246,9 +291,10 @@ def _give_up(config: BaseConfig) -> None:
 def _not_started(config: BaseConfig, reason: str) -> str:
     if config.coordinator is None:
         return (
-            f"--distributed found no cluster ({reason}). Start the processes by Slurm, "
-            "Open MPI or Kubernetes, or name --coordinator HOST:PORT, --num-processes "
-            "and --process-index."
+            f"--distributed: the processes were not connected ({reason}). See that all "
+            "of them were started, by Slurm's srun, mpirun or Kubernetes; elsewhere, "
+            "name --coordinator HOST:PORT, --num-processes and --process-index. "
+            "--start-timeout-s waits longer."
         )
     return (
         f"process {config.process_index} of {config.num_processes} did not find the "

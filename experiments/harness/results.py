@@ -17,6 +17,7 @@ import rich.table
 
 from experiments.harness.command import command_line
 from experiments.harness.config import BaseConfig, compute_dtype
+from experiments.harness.devices import make_devices
 from experiments.harness.emulation import Hardware, emulation_note
 from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.processes import largest
@@ -115,7 +116,7 @@ def run_policies(
         translate_os_errors(workdir.path),
     ):
         config = dataclasses.replace(config, workdir=workdir.path)
-        made_in = environment() | {"mesh": config.mesh}
+        made_in = environment() | {"mesh": make_devices(config).axes()}
         file = workdir.path / "result.json"
         if not file.exists():
             made_in["notes"] = _notes(config)

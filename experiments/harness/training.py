@@ -12,6 +12,7 @@ from experiments.harness import loop, numerics
 from experiments.harness.config import BaseConfig, Variant
 from experiments.harness.devices import Devices, make_devices
 from experiments.harness.experiment import Experiment, Task, evaluate
+from experiments.harness.processes import check_same
 from experiments.harness.recorder import read_rows
 from experiments.harness.results import median
 from mpjax.numerics import tap
@@ -40,6 +41,7 @@ def train_policy(
       ExperimentError: for data, checkpoints or files that fail.
     """
     devices = make_devices(config)
+    check_same({"num_steps": task.num_steps})
     task = dataclasses.replace(task, batches=devices.own_part(task.batches))
     loss_scale = config.make_loss_scale(policy)
     tx = mpjax.with_loss_scale(task.tx, loss_scale)

@@ -1,6 +1,5 @@
 """The directory of a run: one configuration, one process at a time."""
 
-import atexit
 import contextlib
 import os
 import shutil
@@ -71,6 +70,7 @@ def open_workdir(config: BaseConfig, experiment: str) -> Iterator[Workdir]:
 
         path = Path(processes.first(enter))
         processes.check_shared(path)
+        processes.check_same({**config.comparable(), "mesh": config.mesh})
         own = path
         if not processes.is_first():
             own = _copy(path)
@@ -109,9 +109,11 @@ def _copy(path: Path) -> Path:
 
     It is deleted when the process ends, because reports are made after the run.
     """
+    from experiments.harness import processes
+
     own = Path(tempfile.mkdtemp(prefix="mpjax-"))
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
-    ignored = shutil.ignore_patterns(CHECKPOINTS, "tensorboard", ".*")
+    processes.at_the_end(lambda: shutil.rmtree(own, ignore_errors=True))
+    ignored = shutil.ignore_patterns(CHECKPOINTS, "damaged-*", "tensorboard", ".*")
     shutil.copytree(path, own, ignore=ignored, dirs_exist_ok=True)
     return own
 

@@ -113,8 +113,9 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2
     assert "stopped by SIGTERM; saved after step" in outputs[0]
     assert "error" not in outputs[1]
-    steps = [path.name for path in (tmp_path / "float32" / "checkpoints").iterdir()]
-    assert max(map(int, steps)) % 18 != 0 or f"step {max(steps)}" in outputs[0]
+    directory = tmp_path / "float32" / "checkpoints"
+    newest = max(int(path.name) for path in directory.iterdir())
+    assert f"saved after step {newest}." in outputs[0]
 
 
 @pytest.mark.slow
@@ -127,8 +128,15 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
         output, _ = started[1 - killed].communicate(timeout=LOST_S)
     assert started[1 - killed].returncode not in (0, None)
     assert "Gloo" in output or "JAX distributed service" in output
-    weights = device_runs.weights(tmp_path / "float32")
-    assert weights
+    flags = [*LONG.split(), "--workdir", tmp_path, "--resume"]
+    with device_runs.two_processes(lambda *_: ["-m", *flags], indices=(0,)) as (alone,):
+        for line in alone.stdout:
+            if "epoch" in line:
+                break
+            found = "resumed after step" in line
+        alone.send_signal(signal.SIGTERM)
+        alone.communicate(timeout=TIMEOUT_S)
+    assert found
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -139,6 +147,48 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path, index):
     assert alone.returncode == 2
     assert f"process {index} of 2 did not find the others" in output
     assert "--start-timeout-s" in output
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
+    """Also where its content is read before what is wrong shows."""
+    workdir = tmp_path / "run"
+    run = {"workdir": str(workdir), "policy": "float32", "mesh": "fsdp=4"}
+    codes, outputs = run_cases(("mnist_mlp", run))
+    assert codes == [0, 0], outputs
+    directory = workdir / "float32" / "checkpoints"
+    newest = max(directory.iterdir(), key=lambda path: int(path.name))
+    files = [path for path in newest.rglob("d/*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    (directory.parent / "checkpoints.json").unlink()
+    codes, outputs = run_cases(("mnist_mlp", {**run, "num_epochs": 3, "resume": True}))
+    assert codes == [0, 0], outputs
+    assert f"checkpoint {newest.name} is damaged" in outputs[0]
+    assert "resumed after step" in outputs[0]
+
+
+@pytest.mark.slow
+def test_processes_of_other_flags_are_refused(tmp_path):
+    command = lambda index, port: [
+        *long_run(tmp_path)(index, port),
+        *("--learning-rate", f"0.00{index + 1}"),
+    ]
+    with device_runs.two_processes(command) as started:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+    assert [process.returncode for process in started] == [2, 2], outputs
+    for output in outputs:
+        assert "process 1 differs from process 0" in output
+    assert "learning_rate is 0.002 there and 0.001 in process 0" in outputs[1]
+
+
+@pytest.mark.slow
+def test_a_mesh_of_unequal_processes_is_refused(tmp_path):
+    with device_runs.two_processes(long_run(tmp_path, "--mesh", "data=3")) as started:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+    assert [process.returncode for process in started] == [2, 2], outputs
+    for output in outputs:
+        assert "got 2 of process 0, 1 of process 1" in output
 
 
 @pytest.mark.slow
