@@ -172,15 +172,19 @@ class Checkpoints:
         return Checkpoint(step, state, meta["data_state"]), ""
 
     def _read(self, step: int, template: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the arrays of a checkpoint, and what stands beside them."""
-        assert self._manager is not None
+        """Returns the arrays of a checkpoint, and what stands beside them.
+
+        It is read by handlers and not by the manager, whose `restore` waits for all
+        processes at its end, also for one that could not read.
+        """
         like = self._stored(step) if template is None else to_arrays(template)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like),
-            meta=ocp.args.JsonRestore(),
-        )
-        restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["meta"]
+        directory: Any = self.directory / str(step)
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            args = ocp.args.StandardRestore(like)
+            arrays = handler.restore(directory / "state", args=args)
+        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+            meta = handler.restore(directory / "meta", args=ocp.args.JsonRestore())
+        return arrays, dict(meta)
 
     def _is_right(
         self, step: int, arrays: dict[str, Any], meta: dict[str, Any]
