@@ -33,7 +33,7 @@ def on_one_device(tmp_path_factory):
     [
         "mnist_mlp",
         pytest.param("speech_ctc", marks=pytest.mark.slow),
-        pytest.param("ssd_digits", marks=pytest.mark.slow),
+        pytest.param("ssd_digits", marks=pytest.mark.weekly),
     ],
 )
 def test_a_mesh_trains_like_one_device(on_one_device, tmp_path, name):

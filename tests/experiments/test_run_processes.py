@@ -93,7 +93,7 @@ def test_two_processes_train_like_one(tmp_path, name, mesh):
         assert device_runs.distance(found, one) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_two_processes_name_the_same_overflow(tmp_path):
     changes = {"workdir": str(tmp_path), "policy": "float32", **device_runs.DIVERGES}
     codes, outputs = run_cases(("mnist_mlp", changes))
@@ -118,8 +118,13 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert f"saved after step {newest}." in outputs[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        pytest.param(0, marks=pytest.mark.weekly),
+        pytest.param(1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
     """The other one says what it lost, and what to do."""
     with device_runs.two_processes(long_run(tmp_path)) as started:
@@ -149,7 +154,7 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path, index):
     assert "--start-timeout-s" in output
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
     """Also where its content is read before what is wrong shows."""
     workdir = tmp_path / "run"
@@ -191,7 +196,7 @@ def test_a_mesh_of_unequal_processes_is_refused(tmp_path):
         assert "got 2 of process 0, 1 of process 1" in " ".join(output.split())
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_what_slurm_says_is_enough(tmp_path):
     """By the variables that JAX reads, on one node."""
 
