@@ -105,7 +105,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
     settings = device_runs.config(
         "mnist_mlp", tmp_path, "float32", mesh="data=8", batch_size=60
     )
-    with pytest.raises(ConfigError, match=r"multiple of 8 .*--batch-size"):
+    with pytest.raises(ConfigError, match=r"multiple of 8, .*--batch-size"):
         device_runs.run("mnist_mlp", settings)
 
 
