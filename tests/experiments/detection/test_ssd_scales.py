@@ -167,8 +167,15 @@ def test_settings_that_cannot_work_are_refused(config, changes, message):
         dataclasses.replace(config, **changes)
 
 
-@pytest.mark.slow
-def test_a_run_of_each_kind_of_loss_scale(config):
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=2", marks=pytest.mark.weekly),
+    ],
+)
+def test_a_run_of_each_kind_of_loss_scale(config, mesh):
+    config = dataclasses.replace(config, mesh=mesh)
     dataset = detection_runs.dataset()
     config = dataclasses.replace(
         config, variants="float32,scale_8,histogram", num_epochs=1, batch_size=4

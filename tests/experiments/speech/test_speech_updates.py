@@ -94,7 +94,11 @@ def without_times(run):
     return {k: v for k, v in run.items() if k not in times}
 
 
-def test_a_run_of_each_kind_and_its_table(config, frames):
+@pytest.mark.parametrize(
+    "mesh", [None, pytest.param("data=2,fsdp=2", marks=pytest.mark.slow)]
+)
+def test_a_run_of_each_kind_and_its_table(config, frames, mesh):
+    config = dataclasses.replace(config, mesh=mesh)
     table = speech_updates.main(config, CORPUS)
     baseline, half = table["runs"]
     assert (baseline["variant"], half["variant"]) == ("float32", "float16_updates")
