@@ -86,6 +86,7 @@ def _run_on_devices(name: str, config: BaseConfig) -> None:
     from experiments.harness import processes
     from experiments.harness.devices import make_devices
 
+    processes.order_messages()
     processes.start(config)
     make_devices(config)  # an error in the mesh is said before data are read
     try:

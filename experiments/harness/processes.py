@@ -54,7 +54,6 @@ def start(config: BaseConfig) -> None:
     """
     if not config.distributed or jax.distributed.is_initialized():
         return
-    _order_messages()
     # It would catch SIGTERM in place of `experiments.harness.stop`.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX's own timeout aborts the process, without a word of what to do.
@@ -78,11 +77,11 @@ def start(config: BaseConfig) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
-def _order_messages() -> None:
-    """Makes XLA:CPU send one message after the other, so that processes agree on which.
+def order_messages() -> None:
+    """Makes XLA:CPU send one message after the other; before any computation.
 
-    Its usual schedule runs what does not wait for each other at once, in another order
-    in each process, and a step hangs. XLA reads the flag when it first compiles.
+    Its usual schedule runs at once what does not wait for each other, in another order
+    on each device, and a step may hang. XLA reads the flag when it first compiles.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _CPU_SCHEDULE not in flags:

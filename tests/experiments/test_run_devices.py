@@ -1,5 +1,7 @@
 """Runs on meshes train like runs on one device, and go on with other devices."""
 
+import json
+
 import jax
 import pytest
 from helpers import device_runs
@@ -41,12 +43,15 @@ def test_a_mesh_trains_like_one_device(on_one_device, tmp_path, name):
 
     Optimizers divide by the size of a gradient, which makes much of its rounding.
     """
-    for policy in ("float32", "mixed_float16"):
-        settings = device_runs.config(
-            name, tmp_path / policy, policy, mesh="data=4,fsdp=2"
-        )
-        result = device_runs.run(name, settings)
-        assert result.environment["mesh"] == "data=4,fsdp=2"
+    policies, mesh = ("float32", "mixed_float16"), "data=4,fsdp=2"
+    settings = [
+        {"workdir": str(tmp_path / policy), "policy": policy, "mesh": mesh}
+        for policy in policies
+    ]
+    device_runs.run_apart([(name, changes) for changes in settings])
+    for policy in policies:
+        result = json.loads((tmp_path / policy / "result.json").read_text())
+        assert result["environment"]["mesh"] == mesh
         expected = on_one_device(name, policy)
         found = device_runs.weights(tmp_path / policy / policy)
         limit = 1e-6

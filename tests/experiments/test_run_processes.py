@@ -9,7 +9,7 @@ import jax
 import pytest
 from helpers import device_runs
 
-TIMEOUT_S = 300
+TIMEOUT_S = device_runs.TIMEOUT_S
 LOST_S = 120  # until the others end, after one process was killed
 LONG = "experiments.mnist_mlp --dataset digits --num-units 32 --batch-size 64 "
 LONG += "--num-epochs 100000 --policy float32"

@@ -24,6 +24,7 @@ from experiments.data.mnist import ImageDataset
 from experiments.harness import processes
 from experiments.harness.recorder import read_rows
 
+TIMEOUT_S = 300
 ROOT = Path(__file__).parents[2]
 DIVERGES = {"learning_rate": 1e30, "max_consecutive_skipped": 3}
 NAMES = ("mnist_mlp", "speech_ctc", "ssd_digits")
@@ -128,14 +129,31 @@ def two_processes(
             process.communicate()
 
 
+def run_apart(cases):
+    """Runs cases in a process of eight devices, which send messages in order."""
+    command = lambda index, port: (__file__, index, 0, json.dumps(cases))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    with two_processes(command, (0,), lambda index: flags) as (apart,):
+        output, _ = apart.communicate(timeout=TIMEOUT_S)
+    assert apart.returncode == 0, output
+
+
 def main(index, port, cases):
-    """Runs cases, each the name of an experiment and its settings as JSON values."""
+    """Runs cases, each the name of an experiment and its settings as JSON values.
+
+    Args:
+      index: of the process.
+      port: of the first one; 0 where there is no other.
+      cases: pairs of a name and of settings.
+    """
+    processes.order_messages()
     cluster = {
         "distributed": True,
         "coordinator": f"127.0.0.1:{port}",
         "num_processes": 2,
         "process_index": index,
     }
+    cluster = cluster if port else {}
     for name, changes in cases:
         settings = config(name, changes.pop("workdir"), **changes, **cluster)
         processes.start(settings)
@@ -143,4 +161,4 @@ def main(index, port, cases):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
