@@ -174,7 +174,8 @@ def draw(table: dict[str, Any]) -> Figure:
             dots = plot_style.dots(style)
             peak.plot(sizes, [run["peak_mb"] for run in own], **dots)
             ratio.plot(sizes, [run["peak_ratio"] for run in own], **dots)
-        decorate(peak, workload, None, None if column else "peak, MB")
+        title = workload.replace("_", "\n")  # panels may be narrower than a name
+        decorate(peak, title, None, None if column else "peak, MB")
         decorate(ratio, "", "batch size", None if column else "peak, times float32's")
         plot_style.log2_axis(ratio.xaxis, max_ticks=5)
         ratio.axhline(0.5, color="0.4", lw=1, ls=":")
