@@ -20,6 +20,7 @@ PRESETS = (
     "float64",
     "mixed_float16",
     "mixed_bfloat16",
+    "mixed_float8",
     "float16",
     "bfloat16",
 )
@@ -63,7 +64,8 @@ class BaseConfig:
 
     policy: str | None = None
     """One precision policy, instead of --policies: float32, mixed_float16,
-    mixed_bfloat16, float16, bfloat16, or a jmp string such as p=f32,c=f16,o=f32."""
+    mixed_bfloat16, mixed_float8, float16, bfloat16, or a jmp string such as
+    p=f32,c=f16,o=f32."""
 
     autocast: bool = True
     """How a mixed policy is applied: --autocast runs matmuls and convolutions in half
@@ -103,6 +105,11 @@ class BaseConfig:
             raise ConfigError("--policies names no policy; try float32,mixed_float16.")
         for name in self.policy_names():
             check_policy("--policies" if self.policy is None else "--policy", name)
+        if not self.autocast and "mixed_float8" in self.policy_names():
+            raise ConfigError(
+                "--no-autocast: mixed_float8 scales the operands of each matmul, which "
+                "only --autocast does; or take mixed_bfloat16."
+            )
         check_loss_scales("--loss-scale", [self.loss_scale], ("auto", *LOSS_SCALES))
         if self.resume and self.workdir is None:
             raise ConfigError(
