@@ -156,6 +156,10 @@ class PolicyRules(PathRules[jmp.Policy]):
         """Returns the policies of all rules, in their order, then the default."""
         return (*(policy for _, policy in self._rules), self.default)
 
+    def has_float8(self) -> bool:
+        """Whether some policy multiplies in float8."""
+        return any(isinstance(policy, Float8Policy) for policy in self.policies())
+
     def __repr__(self) -> str:
         rules = [(pattern.pattern, str(policy)) for pattern, policy in self._rules]
         return f"PolicyRules({rules}, default={str(self.default)!r})"
@@ -200,7 +204,7 @@ def casts_by_hand(rules: PolicyRules, autocast: bool) -> bool:
     """
     if autocast and can_autocast(rules):
         return False
-    if any(isinstance(policy, Float8Policy) for policy in rules.policies()):
+    if rules.has_float8():
         others = "" if autocast else ", with autocast=True"
         raise ValueError(
             "'mixed_float8' scales the operands of each matmul, which casts of "

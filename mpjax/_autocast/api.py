@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from mpjax._autocast.float8_devices import warn_if_emulated
 from mpjax._autocast.kinds import choose_kinds
 from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Settings
@@ -98,6 +99,8 @@ def autocast(
             # One jit around it all: rewritten equations are not traced again.
             traced = jax.jit(flat) if is_traced else flat
             closed = make_jaxpr(traced, *arrays, rules=settings.rules)
+        if settings.rules.has_float8():
+            warn_if_emulated()
         if is_traced:
             rewritten = _run_inside(closed, settings)
         else:

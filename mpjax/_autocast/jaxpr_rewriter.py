@@ -19,6 +19,7 @@ from mpjax._autocast.environment import Environment
 from mpjax._autocast.sums import Sums
 from mpjax._jaxpr.core import (
     Literal,
+    MadeFloat8,
     MadeHalf,
     Var,
     bind,
@@ -147,7 +148,9 @@ class JaxprRewriter:
         if dtype is None:
             self._as_traced(eqn, self._rewriter.why_not_half(eqn, self._scope))
             return
-        params = MadeHalf(eqn.params)
+        why_not_float8 = self._rewriter.why_not_float8(eqn, self._scope)
+        is_float8 = why_not_float8 == ""
+        params = MadeFloat8(eqn.params) if is_float8 else MadeHalf(eqn.params)
         if "preferred_element_type" in params:
             params["preferred_element_type"] = dtype
         if "precision" in params:
@@ -155,7 +158,7 @@ class JaxprRewriter:
         invars = self._operands_in(eqn, dtype)
         outs = _output_dtypes(eqn.replace(invars=invars, params=params), dtype)
         self._env.write(eqn, invars=invars, params=params, dtypes=outs)
-        self._log(eqn, dtype)
+        self._log(eqn, "float8" if is_float8 else dtype, why_not_float8 or "")
 
     def _operands_in(self, eqn: Any, dtype: Any) -> list[Any]:
         env = self._env
