@@ -1,6 +1,7 @@
 """Float8 matmuls against float64, and where they run."""
 
 import contextlib
+import itertools
 import warnings
 
 import hypothesis
@@ -215,8 +216,31 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", LOSSES)
+def slow(names):
+    return [pytest.param(x, marks=pytest.mark.slow) for x in names if x != "plain"]
+
+
+def usual(cases, *usual_ones):
+    """Returns cases, all but the usual ones marked as slow."""
+    return [
+        pytest.param(*case, marks=() if case in usual_ones else pytest.mark.slow)
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    usual(
+        itertools.product(WAYS, LOSSES),
+        ("autocast(grad)", "plain"),
+        ("autocast(grad)", "chosen"),
+        ("autocast(grad)", "rematerialized"),
+        ("grad(autocast)", "scanned"),
+        ("grad(autocast)", "mapped"),
+        ("jit(loss)", "recurrent"),
+        ("jit(loss)", "scaled"),
+    ),
+)
 def test_every_matmul_is_float8_and_every_cotangent_e5m2(small, name, way):
     loss = LOSSES[name]
     grad = WAYS[way](loss)
@@ -226,7 +250,7 @@ def test_every_matmul_is_float8_and_every_cotangent_e5m2(small, name, way):
     assert {tuple(sorted(x[:2])) for x in formats} == {FORWARD, FORWARD_AND_BACKWARD}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["plain", *slow(LOSSES)])
 def test_both_ways_round_alike(small, name):
     loss = LOSSES[name]
     first, second, _ = (way(loss)(W, X) for way in WAYS.values())
@@ -426,8 +450,15 @@ def test_zeros_have_finite_gradients(small):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("is_outside", [True, False])
+@pytest.mark.parametrize(
+    ("check_vma", "is_outside"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_devices_of_a_shard_map_share_the_scale(small, check_vma, is_outside):
     mesh = auto_mesh(jax.make_mesh((8,), ("data",)))
     x = X * 2.0 ** np.arange(32)[:, None]  # Each device has other magnitudes.
@@ -501,6 +532,7 @@ def test_numerics_and_flops_are_those_of_float8(small):
     # Two matmuls forward; of three backward each takes a cotangent.
     one = 2 * 32 * 16 * 16
     assert flops == {"float8_e4m3fn": 2 * one, "float8_e5m2": 3 * one}
+    assert report.findings == ()
 
 
 # Devices.
