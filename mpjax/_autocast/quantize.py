@@ -37,7 +37,7 @@ from mpjax._jaxpr.core import (
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.passes import ENTERED
 from mpjax._jaxpr.primitives import Kind, facts_of
-from mpjax._jaxpr.provenance import is_backward
+from mpjax._jaxpr.provenance import FLOAT8_MATMUL, is_backward
 from mpjax.policy import Float8Policy
 
 
@@ -403,4 +403,5 @@ def _trace_matmul(avals: Any, matmul: Matmul, context: Any) -> Any:
         x8, y8 = Quantized(*quantized[:2]), Quantized(*quantized[2:])
         return float8_matmul(matmul, x, y, x8, y8)
 
-    return trace_call(multiply, avals, context)
+    multiply.__name__ = multiply.__qualname__ = FLOAT8_MATMUL
+    return trace_call(jax.jit(multiply), avals, context)
