@@ -73,8 +73,8 @@ def autocast(
       fn: any function of pytrees.
       policy: matmuls and convolutions run in its compute dtype: float16, bfloat16, or
         float32 to rewrite nothing. `mixed_float8` runs matmuls in float8 where that
-        pays, and all else as `mixed_bfloat16`. `PolicyRules` choose the policy by name scope
-        (`encoder/Dense_0`), with a default elsewhere.
+        pays, and all else as `mixed_bfloat16`. `PolicyRules` choose the policy by name
+        scope (`encoder/Dense_0`), with a default elsewhere.
       low: names of further primitives to run in half, such as your own.
       high: names of primitives to run in float32, whatever mpjax's table says.
 

@@ -38,7 +38,7 @@ class Quantized(NamedTuple):
 
     Attributes:
       values: float8 array; NaN where the array is not finite.
-      exponent: int32 scalar.
+      exponent: int32 scalar; for stacked arrays, one for each.
     """
 
     values: Any
@@ -71,22 +71,28 @@ def why_not_float8(eqn: Any) -> str:
     return ""
 
 
-def quantize(x: Any, dtype: Any, axis_names: tuple[str, ...] = ()) -> Quantized:
+def quantize(
+    x: Any, dtype: Any, axis_names: tuple[str, ...] = (), *, num_stacked: int = 0
+) -> Quantized:
     """Rounds an array to float8, scaled so that its largest magnitude fits just so.
 
     Args:
       x: float32 or half array. Its derivative is zero.
       dtype: float8_e4m3fn or float8_e5m2.
       axis_names: the axes of a `shard_map` whose devices share the scale.
+      num_stacked: number of first axes along which arrays are stacked, each with
+        a scale of its own.
     """
     x = jax.lax.stop_gradient(x).astype(_FLOAT32)
     is_finite = jnp.isfinite(x)
-    largest = jnp.max(jnp.abs(jnp.where(is_finite, x, 0)), initial=0)
+    own_axes = tuple(range(num_stacked, x.ndim))
+    largest = jnp.max(jnp.abs(jnp.where(is_finite, x, 0)), own_axes, initial=0)
     if axis_names:
         largest = jax.lax.pmax(largest, axis_names)
     exponent = _exponent(largest, dtype)
     # A cast clips Inf on some devices.
-    scaled = jnp.where(is_finite, x * _power_of_two(-exponent), jnp.nan)
+    inverse = jnp.expand_dims(_power_of_two(-exponent), own_axes)
+    scaled = jnp.where(is_finite, x * inverse, jnp.nan)
     return Quantized(scaled.astype(dtype), exponent)
 
 

@@ -1,52 +1,37 @@
 """Writes in float8 the matmuls for which a policy asks for it.
 
-Each operand is quantized once, whichever matmuls of a jaxpr take it. A constant of a
-scan is quantized before the scan, so that a weight is quantized once per step and not
-once per microbatch; XLA does the same for operands that several functions share.
+Each operand is quantized once, whichever matmuls of a jaxpr take it. What a scan takes
+is quantized before the scan: a constant as a whole, so that a weight is quantized once
+per step and not once per microbatch, and a stack of weights layer by layer, once for
+the forward and the backward loop. XLA does the same for what several functions share.
 """
 
-import functools
+import collections
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from mpjax._autocast.float8 import (
-    Matmul,
-    Quantized,
-    axes_to_share,
-    float8_matmul,
-    quantize,
-)
+from mpjax._autocast.float8 import Matmul
+from mpjax._autocast.float8_equations import matmul_eqn, quantize_eqn
 from mpjax._autocast.inline import empty_call
 from mpjax._jaxpr.core import (
     MadeFloat8,
     Var,
     dtype_of,
-    from_source_of,
     inner_jaxprs,
     is_inexact_aval,
     is_var,
     map_inner_jaxprs,
     may_change_operands,
     open_jaxpr,
-    trace_call,
     walk,
     with_equations,
 )
 from mpjax._jaxpr.loops import Scan
 from mpjax._jaxpr.passes import ENTERED
 from mpjax._jaxpr.primitives import Kind, facts_of
-from mpjax._jaxpr.provenance import FLOAT8_MATMUL, is_backward
+from mpjax._jaxpr.provenance import is_backward
 from mpjax.policy import Float8Policy
-
-
-class MadeFloat8Call(dict):
-    """Parameters of a call of `float8_matmul`, which know what it multiplies."""
-
-    def __init__(self, params: Any, matmul: Matmul):
-        super().__init__(params)
-        self.matmul = matmul
 
 
 def quantize_matmuls(jaxpr: Any) -> Any:
@@ -61,17 +46,21 @@ def quantize_matmuls(jaxpr: Any) -> Any:
     if not any(isinstance(eqn.params, MadeFloat8) for eqn, _, _ in walk(jaxpr)):
         return jaxpr
     inputs = _read_by_backward_pass(jaxpr)
-    return _Quantizer().rewrite(jaxpr, inputs, (False,) * len(inputs), False).jaxpr
+    return _Quantizer(jaxpr).rewrite(jaxpr, inputs, (False,) * len(inputs), False).jaxpr
 
 
-def with_float32_result(eqn: Any, out: Var) -> Any:
-    """Returns a float8 matmul with another result, in float32.
+class _Lifted(NamedTuple):
+    """An input of a jaxpr that is to be quantized outside of it.
 
-    Args:
-      eqn: an equation whose parameters are a `MadeFloat8Call`.
-      out: float32 variable.
+    Attributes:
+      position: of the input.
+      dtype: a float8 dtype.
+      num_stacked: as in `quantize`.
     """
-    return _matmul_eqn(eqn, eqn.params.matmul._replace(dtype=dtype_of(out)), out)
+
+    position: int
+    dtype: Any
+    num_stacked: int
 
 
 class _Rewritten(NamedTuple):
@@ -79,20 +68,21 @@ class _Rewritten(NamedTuple):
 
     Attributes:
       jaxpr: the jaxpr; its inputs end with two more, values and exponent, for each
-        quantized constant.
+        that is quantized outside.
       are_cotangents: whether each output is a cotangent.
-      constants: the index of each input that is to be quantized outside, and a dtype.
+      lifted: the inputs that are to be quantized outside.
     """
 
     jaxpr: Any
     are_cotangents: tuple[bool, ...]
-    constants: tuple[tuple[int, Any], ...]
+    lifted: tuple[_Lifted, ...]
 
 
 class _Quantizer:
     """Rewrites jaxprs, once per jaxpr and what its inputs are."""
 
-    def __init__(self):
+    def __init__(self, outermost: Any):
+        self.outermost = outermost
         self._done: dict[Any, tuple[Any, _Rewritten]] = {}
 
     def rewrite(
@@ -107,8 +97,8 @@ class _Quantizer:
         Args:
           jaxpr: closed or open.
           are_cotangents: whether each input is a cotangent.
-          are_constants: whether each input is a constant of a scan around it, and may
-            be quantized there.
+          are_constants: whether each input is given to a scan around it, as a whole or
+            step by step, and may be quantized there.
           in_backward: whether it belongs to a backward pass.
         """
         key = (id(jaxpr), are_cotangents, are_constants, in_backward)
@@ -131,8 +121,15 @@ class _JaxprQuantizer:
         self._constants = {v: i for i, v in pairs if are_constants[i]}
         self._sources: dict[Var, Var] = {}
         self._ones: set[Var] = set()
-        self._quantized: dict[tuple[Var, Any], list[Var]] = {}
-        self._lifted: list[tuple[int, Any]] = []
+        # What is known at the beginning only where a scan gave it; what scans computed.
+        self._unknown = set(() if jaxpr is quantizer.outermost else body.invars)
+        scans = [Scan(e) for e in body.eqns if e.primitive.name == "scan"]
+        stacks = [scan.split_operands(scan.eqn.invars)[2] for scan in scans]
+        self._num_scans = collections.Counter(
+            x for xs in stacks for x in set(filter(is_var, xs))
+        )
+        self._quantized: dict[tuple[Var, Any, int], list[Var]] = {}
+        self._lifted: list[_Lifted] = []
         self._new_inputs: list[Var] = []
         self._eqns: list[Any] = []
 
@@ -211,18 +208,21 @@ class _JaxprQuantizer:
         y8 = self._quantize(y, cotangent if second and not first else value, eqn)
         matmul = Matmul(eqn.params["dimension_numbers"], dtype_of(eqn.outvars[0]))
         call = eqn.replace(invars=[x, y, *x8, *y8])
-        self._eqns.append(_matmul_eqn(call, matmul, eqn.outvars[0]))
+        self._eqns.append(matmul_eqn(call, matmul, eqn.outvars[0]))
         self._mark(eqn, [self._returns_cotangent(eqn)])
 
-    def _quantize(self, x: Var, dtype: Any, like: Any) -> list[Var]:
+    def _quantize(
+        self, x: Var, dtype: Any, like: Any, num_stacked: int = 0
+    ) -> list[Var]:
         """Returns the variables of a quantized array: values and exponent."""
         source = self._sources.get(x, x)
-        key = (source, dtype)
+        key = (source, dtype, num_stacked)
         if key not in self._quantized:
-            call = _quantize_eqn(x, dtype, like)
+            call = quantize_eqn(x, dtype, num_stacked, like)
             self._quantized[key] = call.outvars
             if source in self._constants:
-                self._lifted.append((self._constants[source], dtype))
+                index = self._constants[source]
+                self._lifted.append(_Lifted(index, dtype, num_stacked))
                 self._new_inputs += call.outvars
             else:
                 self._eqns.append(call)
@@ -235,8 +235,8 @@ class _JaxprQuantizer:
     def _lift(self, eqn: Any, inner: _Rewritten) -> list[Var]:
         """Returns the operands that a rewritten jaxpr takes in addition."""
         found = []
-        for index, dtype in inner.constants:
-            found += self._quantize(eqn.invars[index], dtype, eqn)
+        for position, dtype, num_stacked in inner.lifted:
+            found += self._quantize(eqn.invars[position], dtype, eqn, num_stacked)
         return found
 
     def _call(self, eqn: Any) -> None:
@@ -278,11 +278,8 @@ class _JaxprQuantizer:
 
     def _scan(self, eqn: Any) -> None:
         scan = Scan(eqn)
-        inputs = self._are_cotangents(eqn)
-        may_lift = may_change_operands(eqn)
-        consts, carry, xs = scan.split_operands(inputs)
-        constants = [may_lift and is_var(x) for x in eqn.invars[: len(consts)]]
-        constants = (*constants, *[False] * (len(carry) + len(xs)))
+        consts, carry, xs = scan.split_operands(self._are_cotangents(eqn))
+        constants = self._liftable(scan)
         while True:
             inside = (*consts, *carry, *xs)
             inner = self._inside(eqn, scan.jaxpr, inside, constants)
@@ -292,24 +289,51 @@ class _JaxprQuantizer:
                 break
             carry = joined
         self._mark(eqn, inner.are_cotangents)
-        if inner.jaxpr is scan.jaxpr:
-            self._eqns.append(eqn)
-            return
-        new = self._lift(eqn, inner)
-        outer = scan.split_operands(eqn.invars)
+        self._unknown |= set(eqn.outvars)
+        is_same = inner.jaxpr is scan.jaxpr
+        self._eqns.append(eqn if is_same else self._rebuild(scan, inner))
+
+    def _liftable(self, scan: Scan) -> tuple[bool, ...]:
+        """Returns which operands of a scan are quantized before it, if a matmul asks.
+
+        They are constants, and stacks that another scan takes, too, as the weights of
+        layers are. A stack that a scan computes is none: it is a residual, and its
+        quantized copy would be held beside it.
+        """
+        if not may_change_operands(scan.eqn):
+            return (False,) * len(scan.eqn.invars)
+        consts, carry, xs = scan.split_operands(scan.eqn.invars)
+        is_known = lambda x: (
+            is_var(x)
+            and self._num_scans[x] > 1
+            and (self._is_constant(x) or x not in self._unknown)
+        )
+        return (*map(is_var, consts), *[False] * len(carry), *map(is_known, xs))
+
+    def _rebuild(self, scan: Scan, inner: _Rewritten) -> Any:
+        """Returns a scan with a rewritten body, which takes quantized operands."""
+        consts, carry, xs = scan.split_operands(scan.eqn.invars)
         body = open_jaxpr(inner.jaxpr)
-        num_old = len(eqn.invars)
-        own = scan.split_operands(body.invars[:num_old])
+        inner_consts, *inner_rest = scan.split_operands(
+            body.invars[: len(scan.eqn.invars)]
+        )
+        new_inputs = iter(body.invars[len(scan.eqn.invars) :])
+        for position, dtype, num_stacked in inner.lifted:
+            is_constant = position < scan.num_consts
+            operands, inputs = (
+                (consts, inner_consts) if is_constant else (xs, inner_rest[1])
+            )
+            num_axes = num_stacked if is_constant else num_stacked + 1
+            x = scan.eqn.invars[position]
+            operands += self._quantize(x, dtype, scan.eqn, num_axes)
+            inputs += [next(new_inputs), next(new_inputs)]
         jaxpr = with_equations(
-            inner.jaxpr,
-            invars=[*own[0], *body.invars[num_old:], *own[1], *own[2]],
+            inner.jaxpr, invars=[*inner_consts, *inner_rest[0], *inner_rest[1]]
         )
         rebuilt = scan.rebuild(
-            jaxpr,
-            num_consts=scan.num_consts + len(new),
-            invars=[*outer[0], *new, *outer[1], *outer[2]],
+            jaxpr, num_consts=len(consts), invars=[*consts, *carry, *xs]
         )
-        self._eqns.append(_with_effects(rebuilt, jaxpr))
+        return _with_effects(rebuilt, jaxpr)
 
     def _write(self, eqn: Any, old: Any, results: Any, params: Any, invars: Any):
         """Writes an equation with other jaxprs inside; itself if they are the same."""
@@ -360,48 +384,3 @@ def _source_of(eqn: Any) -> Var | None:
     )
     source = names.get(out) if is_var(out) and not others else None
     return source if source is not None and is_var(source) else None
-
-
-def _quantize_eqn(x: Var, dtype: Any, like: Any) -> Any:
-    """Returns the equation that quantizes a variable."""
-    call = _trace_quantize(x.aval, dtype, like.ctx)
-    values, exponent = (Var(v.aval) for v in call.outvars)
-    return call.replace(
-        invars=[x],
-        outvars=[values, exponent],
-        params=map_inner_jaxprs(lambda x: from_source_of(like, x), call.params),
-        source_info=like.source_info,
-    )
-
-
-def _matmul_eqn(call: Any, matmul: Matmul, out: Var) -> Any:
-    """Returns the equation of a float8 matmul, with the operands of another."""
-    avals = tuple(x.aval for x in call.invars)
-    traced = _trace_matmul(avals, matmul, call.ctx)
-    params = map_inner_jaxprs(lambda x: from_source_of(call, x), traced.params)
-    return traced.replace(
-        invars=call.invars,
-        outvars=[out],
-        params=MadeFloat8Call(params, matmul),
-        source_info=call.source_info,
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _trace_quantize(aval: Any, dtype: Any, context: Any) -> Any:
-    axes = axes_to_share(aval)
-
-    def quantize_float8(x):
-        return quantize(x, dtype, axes)
-
-    return trace_call(jax.jit(quantize_float8), [aval], context)
-
-
-@functools.lru_cache(maxsize=1024)
-def _trace_matmul(avals: Any, matmul: Matmul, context: Any) -> Any:
-    def multiply(x, y, *quantized):
-        x8, y8 = Quantized(*quantized[:2]), Quantized(*quantized[2:])
-        return float8_matmul(matmul, x, y, x8, y8)
-
-    multiply.__name__ = multiply.__qualname__ = FLOAT8_MATMUL
-    return trace_call(jax.jit(multiply), avals, context)

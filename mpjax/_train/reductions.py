@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mpjax._autocast.quantize import MadeFloat8Call, with_float32_result
+from mpjax._autocast.float8_equations import MadeFloat8Call, with_float32_result
 from mpjax._jaxpr.core import (
     Literal,
     convert_eqn,

@@ -328,6 +328,25 @@ def test_weights_are_quantized_before_a_loop(small, wrap):
     assert relative(fn(W[0], xs), microbatches(W[0], xs)) < 0.12
 
 
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.checkpoint])
+def test_weights_of_layers_are_quantized_once_for_both_loops(small, wrap):
+    def microbatches(w, xs):
+        grad = jax.grad(lambda w, x: scanned(w, x, wrap))
+        step = lambda total, x: (total + grad(w, x), None)
+        return jax.lax.scan(step, jnp.zeros_like(w), xs)[0]
+
+    # Each layer has its own scale.
+    w = W * 4.0 ** np.arange(4)[:, None, None] / 16
+    xs = X.reshape(4, 8, 16)
+    fn = in_float8(microbatches)
+    found = quantized(fn, w, xs)
+    assert [x for x in found if x[0][-2:] == (16, 16)] == [
+        ((4, 16, 16), "float8_e4m3fn", 1)
+    ]
+    assert {times for shape, _, times in found if shape == (8, 16)} == {16}
+    assert relative(fn(w, xs), microbatches(w, xs)) < 0.12
+
+
 def test_derivatives_of_derivatives(small):
     inner = lambda w: jnp.sum(in_float8(jax.grad(plain))(w, X) ** 2)
     outer = lambda w: jnp.sum(jax.grad(plain)(w, X) ** 2)

@@ -63,8 +63,8 @@ def test_float8_matmuls_have_float8_operands(pairs):
 
 def test_temporaries_are_at_most_those_of_bfloat16(pairs):
     for name, (float8, half) in pairs.items():
-        # A loop that rematerializes its layers measures them again.
-        limit = 1.02 if name == "gpt2_scan_remat" else 1
+        # A loop holds the quantized weights of all layers.
+        limit = 1.01 if name == "gpt2_scan_remat" else 1
         assert float8["temporaries"] <= limit * half["temporaries"], name
 
 
