@@ -150,7 +150,7 @@ def axes_to_share(aval: Any) -> tuple[str, ...]:
 
 
 def _multiply(matmul: Matmul, x8: Quantized, y8: Quantized) -> jax.Array:
-    # Without fast accumulation, which keeps 14 bits of the sums on an H100.
+    # Without XLA's fast accumulation, which adds up float8 products in fewer bits.
     precision = jax.lax.Precision.HIGHEST
     product = dot_general(x8.values, y8.values, *matmul, precision=precision)
     # Each half of the power is a normal number; the whole may not be.
