@@ -31,6 +31,8 @@ class Float8Policy(jmp.Policy):
       value_dtype: the dtype of matmuls' operands, with three bits of fraction.
       cotangent_dtype: the dtype of the cotangents among them, with more range and two
         bits of fraction.
+      all_sizes: whether small and narrow matmuls run in float8, too, which does not
+        pay. It is for studies of float8's accuracy: `mixed_float8:all`.
     """
 
     param_dtype: Any = jnp.float32
@@ -38,10 +40,12 @@ class Float8Policy(jmp.Policy):
     output_dtype: Any = jnp.float32
     value_dtype: ClassVar[Any] = jnp.float8_e4m3fn
     cotangent_dtype: ClassVar[Any] = jnp.float8_e5m2
+    all_sizes: bool = False
 
     def __str__(self) -> str:
-        is_preset = self == Float8Policy()
-        return "mixed_float8" if is_preset else f"mixed_float8({super().__str__()})"
+        name = "mixed_float8:all" if self.all_sizes else "mixed_float8"
+        is_preset = self == Float8Policy(all_sizes=self.all_sizes)
+        return name if is_preset else f"{name}({super().__str__()})"
 
     def __repr__(self) -> str:
         return f"Float8Policy({str(self)!r})"
@@ -54,6 +58,7 @@ PRESETS: Mapping[str, str | jmp.Policy] = MappingProxyType(
         "mixed_float16": "p=f32,c=f16,o=f32",
         "mixed_bfloat16": "p=f32,c=bf16,o=f32",
         "mixed_float8": Float8Policy(),
+        "mixed_float8:all": Float8Policy(all_sizes=True),
         "float16": "p=f16,c=f16,o=f16",
         "bfloat16": "p=bf16,c=bf16,o=bf16",
     }
@@ -70,9 +75,10 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
     Args:
       spec: a `jmp.Policy` (returned as it is), one of the presets `float32`,
         `float64`, `mixed_float16`, `mixed_bfloat16` (float32 parameters and outputs,
-        half compute), `mixed_float8` (likewise, with matmuls in float8), `float16`,
-        `bfloat16` (all half, for ablations), or a string that `jmp.get_policy`
-        understands, with or without spaces.
+        half compute), `mixed_float8` (likewise, with matmuls in float8 where that
+        pays), `mixed_float8:all` (whatever their size, to study accuracy on small
+        models), `float16`, `bfloat16` (all half, for ablations), or a string that
+        `jmp.get_policy` understands, with or without spaces.
 
     Returns:
       The policy.

@@ -23,6 +23,7 @@ from mpjax.policy import Float8Policy, cast_to_compute, resolve
         ("mixed_float16", "p=full,c=f16,o=full"),
         ("mixed_bfloat16", "p=full,c=bf16,o=full"),
         ("mixed_float8", "mixed_float8"),
+        ("mixed_float8: all", "mixed_float8:all"),
         ("float16", "p=f16,c=f16,o=f16"),
         ("bfloat16", "p=bf16,c=bf16,o=bf16"),
         ("p=f32, c=f16, o=f32", "p=full,c=f16,o=full"),
@@ -124,8 +125,9 @@ def test_presets_cannot_be_changed():
         mpjax.PRESETS["mine"] = "f16"  # pyright: ignore[reportIndexIssue]
 
 
-def test_float8_is_a_policy_that_computes_in_bfloat16():
-    policy = mpjax.get_policy("mixed_float8")
+@pytest.mark.parametrize("name", ["mixed_float8", "mixed_float8:all"])
+def test_float8_is_a_policy_that_computes_in_bfloat16(name):
+    policy = mpjax.get_policy(name)
     assert isinstance(policy, Float8Policy)
     assert policy.param_dtype == policy.output_dtype == jnp.float32
     assert policy.compute_dtype == jnp.bfloat16
@@ -135,14 +137,22 @@ def test_float8_is_a_policy_that_computes_in_bfloat16():
         assert other == policy
         assert hash(other) == hash(policy)
     assert policy != mpjax.get_policy("mixed_bfloat16")
-    assert "mixed_float8" in repr(policy)
+    assert repr(policy) == f"Float8Policy({name!r})"
     assert mpjax.get_policy(str(policy)) == policy
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.compute_dtype = jnp.float32  # pyright: ignore[reportAttributeAccessIssue]
     narrow = policy.with_output_dtype(jnp.bfloat16)
     assert isinstance(narrow, Float8Policy)
     assert narrow != policy
-    assert str(narrow) == "mixed_float8(p=full,c=bf16,o=bf16)"
+    assert str(narrow) == f"{name}(p=full,c=bf16,o=bf16)"
+
+
+def test_float8_at_all_sizes_is_another_policy():
+    policy = mpjax.get_policy("mixed_float8:all")
+    assert isinstance(policy, Float8Policy)
+    assert policy.all_sizes
+    usual = dataclasses.replace(policy, all_sizes=False)
+    assert usual == mpjax.get_policy("mixed_float8") != policy
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])

@@ -21,6 +21,7 @@ PRESETS = (
     "mixed_float16",
     "mixed_bfloat16",
     "mixed_float8",
+    "mixed_float8:all",
     "float16",
     "bfloat16",
 )
@@ -64,8 +65,8 @@ class BaseConfig:
 
     policy: str | None = None
     """One precision policy, instead of --policies: float32, mixed_float16,
-    mixed_bfloat16, mixed_float8, float16, bfloat16, or a jmp string such as
-    p=f32,c=f16,o=f32."""
+    mixed_bfloat16, mixed_float8, mixed_float8:all (matmuls of every size), float16,
+    bfloat16, or a jmp string such as p=f32,c=f16,o=f32."""
 
     autocast: bool = True
     """How a mixed policy is applied: --autocast runs matmuls and convolutions in half
@@ -105,7 +106,8 @@ class BaseConfig:
             raise ConfigError("--policies names no policy; try float32,mixed_float16.")
         for name in self.policy_names():
             check_policy("--policies" if self.policy is None else "--policy", name)
-        if not self.autocast and "mixed_float8" in self.policy_names():
+        is_float8 = any(name.startswith("mixed_float8") for name in self.policy_names())
+        if not self.autocast and is_float8:
             raise ConfigError(
                 "--no-autocast: mixed_float8 scales the operands of each matmul, which "
                 "only --autocast does; or take mixed_bfloat16."

@@ -51,14 +51,21 @@ class Matmul(NamedTuple):
     Attributes:
       dimension_numbers: as `jax.lax.dot_general` takes them.
       dtype: the dtype of the result.
+      all_sizes: whether its derivatives are float8 even where that does not pay.
     """
 
     dimension_numbers: Any
     dtype: Any
+    all_sizes: bool
 
 
-def why_not_float8(eqn: Any) -> str:
-    """Returns why a matmul or convolution stays in bfloat16, or an empty string."""
+def why_not_float8(eqn: Any, *, all_sizes: bool) -> str:
+    """Returns why a matmul or convolution stays in bfloat16, or an empty string.
+
+    Args:
+      eqn: the matmul or convolution.
+      all_sizes: whether float8 is asked for even where it does not pay.
+    """
     if eqn.primitive.name != "dot_general":
         return f"{eqn.primitive.name} has no float8 kernel"
     if any(map(is_split, (*eqn.invars, *eqn.outvars))):
@@ -66,7 +73,7 @@ def why_not_float8(eqn: Any) -> str:
     shapes = [x.aval.shape for x in eqn.invars]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return "of unknown size"
-    if not _pays(shapes, eqn.params["dimension_numbers"]):
+    if not all_sizes and not _pays(shapes, eqn.params["dimension_numbers"]):
         return "too small or narrow: to scale and round it takes longer than it saves"
     return ""
 
@@ -111,7 +118,8 @@ def float8_matmul(
 
     Returns:
       The product. In a backward pass the cotangent is quantized, and multiplied in
-      float8 with `x8` and `y8` if that pays, otherwise in half with `x` and `y`.
+      float8 with `x8` and `y8` if that pays or is asked for at all sizes, otherwise in
+      half with `x` and `y`.
     """
     del x, y
     return _multiply(matmul, x8, y8)
@@ -152,7 +160,8 @@ def axes_to_share(aval: Any) -> tuple[str, ...]:
 def _multiply(matmul: Matmul, x8: Quantized, y8: Quantized) -> jax.Array:
     # Without XLA's fast accumulation, which adds up float8 products in fewer bits.
     precision = jax.lax.Precision.HIGHEST
-    product = dot_general(x8.values, y8.values, *matmul, precision=precision)
+    numbers, dtype, _ = matmul
+    product = dot_general(x8.values, y8.values, numbers, dtype, precision=precision)
     # Each half of the power is a normal number; the whole may not be.
     exponent = x8.exponent + y8.exponent
     first = exponent >> 1
@@ -162,7 +171,8 @@ def _multiply(matmul: Matmul, x8: Quantized, y8: Quantized) -> jax.Array:
 
 
 def _multiply_in_half(matmul: Matmul, x: jax.Array, y: jax.Array) -> jax.Array:
-    return dot_general(x.astype(matmul.dtype), y.astype(matmul.dtype), *matmul)
+    numbers, dtype, _ = matmul
+    return dot_general(x.astype(dtype), y.astype(dtype), numbers, dtype)
 
 
 def _exponent(largest: jax.Array, dtype: Any) -> jax.Array:
@@ -218,6 +228,7 @@ def _pull_backs(matmul: Matmul, *shapes: tuple[int, ...]) -> tuple[_PullBack, ..
     g_free = list(range(*ends)), list(range(ends[1], ends[1] + len(free[1])))
     sizes = [shapes[0][axis] for axis in (*batch[0], *free[0])]
     g_shape = (*sizes, *(shapes[1][axis] for axis in free[1]))
+    dtype = jnp.dtype(Float8Policy.compute_dtype)
     found = []
     for index, other in ((0, 1), (1, 0)):
         # What remains of the other operand is contracted with this one.
@@ -233,9 +244,9 @@ def _pull_backs(matmul: Matmul, *shapes: tuple[int, ...]) -> tuple[_PullBack, ..
         numbers = (tuple(map(tuple, contracted)), tuple(map(tuple, batched)))
         found.append(
             _PullBack(
-                Matmul(numbers, jnp.dtype(Float8Policy.compute_dtype)),
+                matmul._replace(dimension_numbers=numbers, dtype=dtype),
                 [axes.index(axis) for axis in range(len(axes))],
-                _pays(operands, numbers),
+                matmul.all_sizes or _pays(operands, numbers),
             )
         )
     return tuple(found)

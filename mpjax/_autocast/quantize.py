@@ -206,7 +206,8 @@ class _JaxprQuantizer:
         # no hardware multiplies two arrays in e5m2.
         x8 = self._quantize(x, cotangent if first else value, eqn)
         y8 = self._quantize(y, cotangent if second and not first else value, eqn)
-        matmul = Matmul(eqn.params["dimension_numbers"], dtype_of(eqn.outvars[0]))
+        params, dtype = eqn.params, dtype_of(eqn.outvars[0])
+        matmul = Matmul(params["dimension_numbers"], dtype, params.all_sizes)
         call = eqn.replace(invars=[x, y, *x8, *y8])
         self._eqns.append(matmul_eqn(call, matmul, eqn.outvars[0]))
         self._mark(eqn, [self._returns_cotangent(eqn)])

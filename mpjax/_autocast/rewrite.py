@@ -16,7 +16,6 @@ from mpjax._autocast import custom, tracing
 from mpjax._autocast.choices import choose_by_scope
 from mpjax._autocast.demand import MUST_KEEP, Demand, DemandAnalysis
 from mpjax._autocast.eligibility import is_reduced_precision, why_not_half
-from mpjax._autocast.float8 import why_not_float8
 from mpjax._autocast.jaxpr_rewriter import JaxprRewriter
 from mpjax._jaxpr.core import dtype_of, eval_jaxpr, open_jaxpr
 from mpjax._jaxpr.primitives import Kind
@@ -91,10 +90,10 @@ class Rewriter:
         has_rule = self.settings.rules.has_rule_for(join_scope(scope, eqn))
         return "a rule says float32" if has_rule else "the default says float32"
 
-    def why_not_float8(self, eqn: Any, scope: str) -> str | None:
-        """Returns why a half matmul is not float8; None if no policy asks for it."""
+    def float8_policy(self, eqn: Any, scope: str) -> Float8Policy | None:
+        """Returns the policy of a matmul if it asks for float8."""
         policy = self.settings.rules.policy_for(join_scope(scope, eqn))
-        return why_not_float8(eqn) if isinstance(policy, Float8Policy) else None
+        return policy if isinstance(policy, Float8Policy) else None
 
     def rewrite(self, jaxpr: Any, scope: str = "") -> Any:
         """Rewrites a jaxpr and all inside it; inputs and outputs stay as traced.

@@ -361,7 +361,15 @@ class MadeHalf(dict):
 
 
 class MadeFloat8(MadeHalf):
-    """Parameters of a half matmul that a later pass of autocast makes float8."""
+    """Parameters of a half matmul that a later pass of autocast makes float8.
+
+    Attributes:
+      all_sizes: whether its derivatives are float8 even where that does not pay.
+    """
+
+    def __init__(self, params: Any, *, all_sizes: bool):
+        super().__init__(params)
+        self.all_sizes = all_sizes
 
 
 def count_uses(jaxpr: Any) -> collections.Counter[Var]:

@@ -14,6 +14,7 @@ passes first, which undo these forms, and would accumulate in bfloat16. There a 
 multiplies the same half numbers in float32.
 """
 
+import copy
 from typing import Any
 
 import jax
@@ -242,9 +243,8 @@ def _swapped(dot: Any, transpose: Any) -> Any:
     rhs = range(num_batch + num_free[0], num_batch + sum(num_free))
     if tuple(transpose.params["permutation"]) != (*range(num_batch), *rhs, *lhs):
         return None
-    numbers = (contract[::-1], batch[::-1])
+    params = copy.copy(dot.params)  # A plain dict would not say who made them half.
+    params["dimension_numbers"] = (contract[::-1], batch[::-1])
     return dot.replace(
-        invars=dot.invars[::-1],
-        outvars=transpose.outvars,
-        params=type(dot.params)(dot.params | {"dimension_numbers": numbers}),
+        invars=dot.invars[::-1], outvars=transpose.outvars, params=params
     )

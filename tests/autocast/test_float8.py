@@ -1,6 +1,5 @@
 """Float8 matmuls against float64, and where they run."""
 
-import contextlib
 import itertools
 import warnings
 
@@ -29,25 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:mixed_float8:UserWarning")
 KEYS = jax.random.split(jax.random.key(0), 4)
 X = jax.random.normal(KEYS[0], (32, 16))
 W = jax.random.normal(KEYS[1], (4, 16, 16)) / 4
+POLICY = "mixed_float8:all"
 FORWARD, FORWARD_AND_BACKWARD = ("e4m3fn", "e4m3fn"), ("e4m3fn", "e5m2")
 
 
-@contextlib.contextmanager
-def every_size_pays():
-    """Takes arithmetic to be slow, so that the smallest matmul pays in float8."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(float8, "_FLOPS_PER_BYTE", 1e-3)
-        yield
-
-
-@pytest.fixture
-def small():
-    with every_size_pays():
-        yield
-
-
 def in_float8(fn):
-    return mpjax.autocast(fn, "mixed_float8")
+    return mpjax.autocast(fn, POLICY)
 
 
 def relative(new, old):
@@ -95,8 +81,7 @@ def test_a_product_is_as_exact_as_its_formats(x_exponent, w_exponent, seed):
     rng = np.random.default_rng(seed)
     x = np.ldexp(rng.normal(size=(8, 24)), x_exponent).astype(np.float32)
     w = np.ldexp(rng.normal(size=(24, 8)), w_exponent).astype(np.float32)
-    with every_size_pays():
-        got = np.asarray(in_float8(jnp.matmul)(x, w), np.float64)
+    got = np.asarray(in_float8(jnp.matmul)(x, w), np.float64)
     true = x.astype(np.float64) @ w
     dx, dw = (rounding_error(a.astype(float), "float8_e4m3fn") for a in (x, w))
     # What a CPU flushes to zero.
@@ -106,7 +91,7 @@ def test_a_product_is_as_exact_as_its_formats(x_exponent, w_exponent, seed):
     assert (np.abs(got - true) <= bound).all()
 
 
-def test_the_bounds_are_those_of_float8(small):
+def test_the_bounds_are_those_of_float8():
     """In half the same product errs less than a tenth of it."""
     x, w = np.asarray(X), np.asarray(W[0])
     true = x.astype(np.float64) @ w
@@ -114,7 +99,7 @@ def test_the_bounds_are_those_of_float8(small):
     bound = (dx @ np.abs(w) + np.abs(x) @ dw).mean()
     errors = [
         np.abs(np.asarray(mpjax.autocast(jnp.matmul, policy)(x, w)) - true).mean()
-        for policy in ("mixed_float8", "mixed_bfloat16")
+        for policy in (POLICY, "mixed_bfloat16")
     ]
     assert 0.02 * bound < errors[0] < 0.5 * bound
     assert errors[1] < 0.1 * errors[0]
@@ -145,11 +130,11 @@ def matmuls(draw):
 
 
 @pytest.mark.parametrize(
-    "is_float8", [True, pytest.param(False, marks=pytest.mark.slow)]
+    "all_sizes", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(matmuls(), st.integers(0, 10**6))
-def test_derivatives_of_any_matmul(is_float8, matmul, seed):
+def test_derivatives_of_any_matmul(all_sizes, matmul, seed):
     """Small whole numbers are exact in float8, and so are these products of theirs."""
     shapes, numbers = matmul
     rng = np.random.default_rng(seed)
@@ -157,15 +142,14 @@ def test_derivatives_of_any_matmul(is_float8, matmul, seed):
     dot = lambda x, y: jax.lax.dot_general(x, y, numbers)
     expected, pull_back = jax.vjp(dot, x, y)
     g = rng.integers(-3, 4, expected.shape).astype(np.float32)
-    config = float8.Matmul(numbers, jnp.dtype(jnp.bfloat16))
+    config = float8.Matmul(numbers, jnp.dtype(jnp.bfloat16), all_sizes)
 
     def matmul8(x, y):
         x8, y8 = (float8.quantize(a, jnp.float8_e4m3fn) for a in (x, y))
         return float8.float8_matmul(config, x, y, x8, y8)
 
-    with every_size_pays() if is_float8 else contextlib.nullcontext():
-        got, pull_back8 = jax.vjp(matmul8, *(a.astype(jnp.bfloat16) for a in (x, y)))
-        grads = pull_back8(g.astype(got.dtype))
+    got, pull_back8 = jax.vjp(matmul8, *(a.astype(jnp.bfloat16) for a in (x, y)))
+    grads = pull_back8(g.astype(got.dtype))
     np.testing.assert_array_equal(got, expected)
     for new, old in zip(grads, pull_back(g), strict=True):
         np.testing.assert_array_equal(new, old)
@@ -241,7 +225,7 @@ def usual(cases, *usual_ones):
         ("jit(loss)", "scaled"),
     ),
 )
-def test_every_matmul_is_float8_and_every_cotangent_e5m2(small, name, way):
+def test_every_matmul_is_float8_and_every_cotangent_e5m2(name, way):
     loss = LOSSES[name]
     grad = WAYS[way](loss)
     true = jax.grad(loss)(W, X)
@@ -251,7 +235,7 @@ def test_every_matmul_is_float8_and_every_cotangent_e5m2(small, name, way):
 
 
 @pytest.mark.parametrize("name", ["plain", *slow(LOSSES)])
-def test_both_ways_round_alike(small, name):
+def test_both_ways_round_alike(name):
     loss = LOSSES[name]
     first, second, _ = (way(loss)(W, X) for way in WAYS.values())
     # Cotangents between two layers are half or float32, rounded once or twice.
@@ -273,7 +257,7 @@ def _pull_back_scores(saved, g):
 scores.defvjp(lambda q, k: (scores(q, k), (q, k)), _pull_back_scores)
 
 
-def test_what_a_custom_rule_computes_again_is_no_cotangent(small):
+def test_what_a_custom_rule_computes_again_is_no_cotangent():
     loss = lambda w, x: jnp.mean(scores(x, w[0]) @ w[1])
     for fn, num_forward in (
         (in_float8(jax.grad(loss)), 3),
@@ -286,7 +270,7 @@ def test_what_a_custom_rule_computes_again_is_no_cotangent(small):
         assert relative(fn(W, X), jax.grad(loss)(W, X)) < 0.12
 
 
-def test_cotangents_that_are_arguments(small):
+def test_cotangents_that_are_arguments():
     def pull_back(w, x, g):
         return jax.vjp(lambda w, x: jnp.tanh(x @ w[0]), w, x)[1](g)
 
@@ -298,7 +282,7 @@ def test_cotangents_that_are_arguments(small):
     ]
 
 
-def test_a_tensor_is_quantized_once(small):
+def test_a_tensor_is_quantized_once():
     def loss(w, x):
         return jnp.sum(jnp.tanh(x @ w[0]) + jnp.tanh(x @ w[1]))
 
@@ -313,7 +297,7 @@ def test_a_tensor_is_quantized_once(small):
 
 
 @pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit, jax.checkpoint])
-def test_weights_are_quantized_before_a_loop(small, wrap):
+def test_weights_are_quantized_before_a_loop(wrap):
     def loss(w, x):
         return jnp.mean(jnp.tanh(wrap(jnp.matmul)(x, w)) ** 2)
 
@@ -329,7 +313,7 @@ def test_weights_are_quantized_before_a_loop(small, wrap):
 
 
 @pytest.mark.parametrize("wrap", [lambda fn: fn, jax.checkpoint])
-def test_weights_of_layers_are_quantized_once_for_both_loops(small, wrap):
+def test_weights_of_layers_are_quantized_once_for_both_loops(wrap):
     def microbatches(w, xs):
         grad = jax.grad(lambda w, x: scanned(w, x, wrap))
         step = lambda total, x: (total + grad(w, x), None)
@@ -347,7 +331,7 @@ def test_weights_of_layers_are_quantized_once_for_both_loops(small, wrap):
     assert relative(fn(w, xs), microbatches(w, xs)) < 0.12
 
 
-def test_derivatives_of_derivatives(small):
+def test_derivatives_of_derivatives():
     inner = lambda w: jnp.sum(in_float8(jax.grad(plain))(w, X) ** 2)
     outer = lambda w: jnp.sum(jax.grad(plain)(w, X) ** 2)
     assert relative(jax.grad(inner)(W), jax.grad(outer)(W)) < 0.2
@@ -357,7 +341,7 @@ def test_derivatives_of_derivatives(small):
         jax.jvp(in_float8(plain), (W, X), (W, X))
 
 
-def test_a_batch_of_weights(small):
+def test_a_batch_of_weights():
     fn = jax.vmap(in_float8(jax.grad(plain)), (None, 0))
     xs = X.reshape(4, 8, 16)
     assert relative(fn(W, xs), jax.vmap(jax.grad(plain), (None, 0))(W, xs)) < 0.12
@@ -370,14 +354,14 @@ def test_a_batch_of_weights(small):
         *(pytest.param(x, marks=pytest.mark.slow) for x in CASES if x != "mlp"),
     ],
 )
-def test_the_jaxpr_is_valid(small, name):
+def test_the_jaxpr_is_valid(name):
     case = CASES[name]()
     jaxpr = jax.make_jaxpr(jax.value_and_grad(case.loss))(case.params, case.inputs)
-    new = run_pipeline(jaxpr, make_settings("mixed_float8", (), ()))
+    new = run_pipeline(jaxpr, make_settings(POLICY, (), ()))
     check_jaxpr(open_jaxpr(new))
 
 
-def test_rules_keep_a_layer_in_half_and_the_report_says_why_a_matmul_is(small):
+def test_rules_keep_a_layer_in_half_and_the_report_says_why_a_matmul_is():
     def loss(w, x):
         with jax.named_scope("body"):
             x = jnp.tanh(x @ w[0])
@@ -386,7 +370,7 @@ def test_rules_keep_a_layer_in_half_and_the_report_says_why_a_matmul_is(small):
         kernel = jnp.ones((1, 1, 3, 3))
         return jnp.sum(jax.lax.conv(x[None, None], kernel, (1, 1), "SAME") ** 2)
 
-    rules = mpjax.PolicyRules([("head", "mixed_bfloat16")], default="mixed_float8")
+    rules = mpjax.PolicyRules([("head", "mixed_bfloat16")], default=POLICY)
     report = mpjax.autocast_report(jax.grad(loss), rules)(W, X)
     found = {
         (r.scope, r.dtype, r.reason)
@@ -408,8 +392,11 @@ def test_small_matmuls_stay_half_with_a_reason():
     matmuls = [r for r in report.records if r.primitive == "dot_general"]
     assert {r.dtype for r in matmuls} == {"bfloat16"}
     assert all(r.reason.startswith("too small or narrow") for r in matmuls)
-    formats = operand_formats(in_float8(plain), W, X)
+    formats = operand_formats(mpjax.autocast(plain, "mixed_float8"), W, X)
     assert {x[:2] for x in formats} == {("bfloat16", "bfloat16")}
+    report = mpjax.autocast_report(plain, POLICY)(W, X)
+    matmuls = [r for r in report.records if r.primitive == "dot_general"]
+    assert {(r.dtype, r.reason) for r in matmuls} == {("float8", "")}
 
 
 @pytest.mark.parametrize(
@@ -440,10 +427,10 @@ def test_what_pays_by_the_roofline_of_an_h100(m, k, n, batch, pays):
 # Training.
 
 
-def test_a_step_with_nan_or_inf_is_skipped(small):
+def test_a_step_with_nan_or_inf_is_skipped():
     tx = mpjax.with_loss_scale(optax.sgd(0.1), mpjax.NoOpLossScale())
     step = mpjax.make_train_step(
-        lambda w, x, key: plain(w, x), tx, policy="mixed_float8", donate=False
+        lambda w, x, key: plain(w, x), tx, policy=POLICY, donate=False
     )
     state = mpjax.TrainState.create(params=W, tx=tx, key=jax.random.key(0))
     for bad in (np.nan, np.inf, -np.inf):
@@ -456,13 +443,13 @@ def test_a_step_with_nan_or_inf_is_skipped(small):
     assert (new.params != state.params).any()
 
 
-def test_nan_stays_in_its_row(small):
+def test_nan_stays_in_its_row():
     x = X.at[3, 5].set(jnp.inf).at[7, 0].set(jnp.nan)
     out = in_float8(jnp.matmul)(x, W[0])
     assert sorted(set(np.argwhere(np.isnan(out))[:, 0].tolist())) == [3, 7]
 
 
-def test_zeros_have_finite_gradients(small):
+def test_zeros_have_finite_gradients():
     for way in WAYS.values():
         grads = way(plain)(jnp.zeros_like(W), X)
         assert (np.asarray(grads) == 0).all()
@@ -478,7 +465,7 @@ def test_zeros_have_finite_gradients(small):
         pytest.param(False, True, marks=pytest.mark.slow),
     ],
 )
-def test_devices_of_a_shard_map_share_the_scale(small, check_vma, is_outside):
+def test_devices_of_a_shard_map_share_the_scale(check_vma, is_outside):
     mesh = auto_mesh(jax.make_mesh((8,), ("data",)))
     x = X * 2.0 ** np.arange(32)[:, None]  # Each device has other magnitudes.
     wrap = lambda fn: jax.shard_map(
@@ -510,7 +497,7 @@ def test_devices_of_a_shard_map_share_the_scale(small, check_vma, is_outside):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_devices_of_a_mesh_share_the_scale(small):
+def test_devices_of_a_mesh_share_the_scale():
     mesh = auto_mesh(jax.make_mesh((8,), ("data",)))
     x = X * 2.0 ** np.arange(32)[:, None]
     fn = in_float8(lambda w, x: jnp.tanh(x @ w[0]))
@@ -526,23 +513,23 @@ def test_devices_of_a_mesh_share_the_scale(small):
         pytest.param("rnn", "data", marks=pytest.mark.slow),
     ],
 )
-def test_gradients_are_added_up_over_devices_in_float32(small, name, mesh, tmp_path):
+def test_gradients_are_added_up_over_devices_in_float32(name, mesh, tmp_path):
     mesh = jax.make_mesh(*MESHES[mesh])
-    step, state, batch = sharded_step(name, mesh, policy="mixed_float8")
+    step, state, batch = sharded_step(name, mesh, policy=POLICY)
     formats = operand_formats(step, state, batch)
     assert {tuple(sorted(x[:2])) for x in formats} == {FORWARD, FORWARD_AND_BACKWARD}
     assert half_reductions(partitioned_text(step, state, batch, folder=tmp_path)) == []
 
 
-def test_evaluation_is_float8_too(small):
+def test_evaluation_is_float8_too():
     tx = mpjax.with_loss_scale(optax.sgd(0.1), mpjax.NoOpLossScale())
     state = mpjax.TrainState.create(params=W, tx=tx, key=jax.random.key(0))
-    evaluate = mpjax.make_eval_step(lambda w, x: x @ w[0], policy="mixed_float8")
+    evaluate = mpjax.make_eval_step(lambda w, x: x @ w[0], policy=POLICY)
     assert [x[:2] for x in operand_formats(evaluate, state, X)] == [FORWARD]
     assert evaluate(state, X).dtype == jnp.float32
 
 
-def test_numerics_and_flops_are_those_of_float8(small):
+def test_numerics_and_flops_are_those_of_float8():
     report = mpjax.numerics.precision_report(in_float8(jax.grad(plain)))(W, X)
     flops = dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), 0)
     for record in report.records:
@@ -562,7 +549,8 @@ def test_a_cpu_adds_up_in_float32(monkeypatch, form):
     """Without its form, XLA:CPU adds up some float8 products in half."""
     monkeypatch.setattr(switch, "is_on", form == "on")
     x, y = (jax.random.normal(k, (512, 8)).astype(jnp.float8_e5m2) for k in KEYS[:2])
-    config = float8.Matmul((((0,), (0,)), ((), ())), jnp.dtype(jnp.float32))
+    numbers = (((0,), (0,)), ((), ()))
+    config = float8.Matmul(numbers, jnp.dtype(jnp.float32), all_sizes=True)
     x8, y8 = (float8.Quantized(a, jnp.int32(0)) for a in (x, y))
     got = jax.jit(lambda *args: float8._multiply(config, *args))(x8, y8)
     x, y = (np.asarray(a, np.float64) for a in (x, y))
