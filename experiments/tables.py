@@ -31,6 +31,7 @@ from experiments import (
     ssd_scales_table,
 )
 from experiments.benchmarks import (
+    _accuracy_float8,
     _accuracy_real,
     _memory_by_hand,
     accuracy,
@@ -54,6 +55,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
     accuracy.NAME: accuracy.COLUMNS,
+    _accuracy_float8.NAME: _accuracy_float8.COLUMNS,
     _accuracy_real.NAME: _accuracy_real.COLUMNS,
     speed.NAME: speed.COLUMNS,
     convolutions.NAME: convolutions.COLUMNS,
