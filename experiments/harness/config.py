@@ -214,6 +214,14 @@ def compute_dtype(policy: str) -> str:
     return jax.numpy.dtype(make_policy(policy).compute_dtype).name
 
 
+def matmul_dtype(policy: str) -> str:
+    """Returns the name of the dtype in which a policy multiplies: "float8", too."""
+    from mpjax.policy import Float8Policy
+
+    is_float8 = isinstance(make_policy(policy), Float8Policy)
+    return "float8" if is_float8 else compute_dtype(policy)
+
+
 def check_loss_scales(
     flag: str, texts: Sequence[str], plain: Sequence[str] = LOSS_SCALES
 ) -> None:
