@@ -20,40 +20,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.float8_tools import operand_formats
 from helpers.h100 import operand_dtypes
 
-import mpjax
 from experiments.benchmarks import workloads
-from experiments.benchmarks._train_steps import make_step
+from experiments.benchmarks._memory_float8 import make_steps
 from experiments.benchmarks.real_models import REAL_MODELS
 from mpjax.cost import analyze, get_device
 from mpjax.cost._compile import compile_for
 
-# The last layer, over a large vocabulary, stays bfloat16 by one rule.
-HEADS = {"gpt2": "attend$", "gpt2_scan_remat": "attend$", "llama": "Llama/Dense_0$"}
+NAMES = ("gpt2", "gpt2_scan_remat", "llama")
 
 
 def cases():
     """Yields the models, of full width and with two layers, by name."""
     yield "mlp", workloads.mlp()
     yield "transformer_block", workloads.transformer_block()
-    for name in HEADS:
+    for name in NAMES:
         yield name, REAL_MODELS[name]("full", num_layers=2)
-
-
-def policies(name):
-    """Returns the policies to compile for, by name."""
-    rules = [(HEADS[name], "mixed_bfloat16")] if name in HEADS else []
-    return {
-        "mixed_bfloat16": "mixed_bfloat16",
-        "mixed_float8": mpjax.PolicyRules(rules, default="mixed_float8"),
-    }
-
-
-def shapes_of(workload):
-    """Returns the types of a workload's state and batch."""
-    _, state = make_step(workload, "mixed_bfloat16")
-    batch_size = workload.batch_sizes["gpu"]
-    make_batch = lambda key: workload.make_batch(key, batch_size)
-    return state, jax.eval_shape(make_batch, jax.random.key(0))
 
 
 def main(device, *names):
@@ -67,13 +48,11 @@ def main(device, *names):
     for name, workload in cases():
         if names and name not in names:
             continue
-        args = shapes_of(workload)
-        tx = mpjax.with_loss_scale(workload.tx, mpjax.DynamicLossScale())
-        for policy_name, policy in policies(name).items():
-            step = mpjax.make_train_step(workload.loss_fn, tx, policy=policy)
+        steps, *args = make_steps(name, workload)
+        for dtype, step in zip(("bfloat16", "float8"), steps.values(), strict=True):
             text = compile_for(get_device(device), step, *args).as_text()
             report = analyze(step, *args, device=device)
-            rows[f"{name} {policy_name}"] = {
+            rows[f"{name} mixed_{dtype}"] = {
                 "temporaries": report.temporary_bytes,
                 "moved": report.moved_bytes,
                 "compute_s": report.compute_s,
