@@ -403,6 +403,22 @@ def test_rules_keep_a_layer_in_half_and_the_report_says_why_a_matmul_is():
     assert lines
 
 
+def test_each_rule_says_whether_all_sizes_are_float8():
+    def loss(w, x):
+        with jax.named_scope("body"):
+            x = jnp.tanh(x @ w[0])
+        return jnp.sum(x @ w[1])
+
+    rules = mpjax.PolicyRules([("body", POLICY)], default="mixed_float8")
+    ways = mpjax.autocast(jax.grad(loss), rules), jax.grad(mpjax.autocast(loss, rules))
+    for grad in ways:
+        formats = sorted(tuple(sorted(x[:2])) for x in operand_formats(grad, W, X))
+        # Forward, and the gradients of the input and of the weight; grad(autocast)
+        # computes that of the first layer's input, too.
+        assert formats[:4] == [("bfloat16", "bfloat16")] * 3 + [FORWARD]
+        assert set(formats[4:]) == {FORWARD_AND_BACKWARD}
+
+
 def test_small_matmuls_stay_half_with_a_reason():
     report = mpjax.autocast_report(plain, "mixed_float8")(W, X)
     matmuls = [r for r in report.records if r.primitive == "dot_general"]
