@@ -68,6 +68,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "Losses and accuracy of training in float32, half by hand, and autocast.",
         ),
         Command(
+            "experiments.benchmarks.float8",
+            "Training in float8 beside bfloat16 and float32, paired by seed.",
+        ),
+        Command(
             "experiments.benchmarks.loss_scales",
             "Loss scales in float16: skipped steps, underflow, gradient errors, step "
             "times.",

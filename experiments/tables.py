@@ -31,10 +31,13 @@ from experiments import (
     ssd_scales_table,
 )
 from experiments.benchmarks import (
+    _accuracy_float8,
     _accuracy_real,
     _memory_by_hand,
+    _memory_float8,
     accuracy,
     convolutions,
+    float8,
     loss_curves,
     loss_scales,
     memory,
@@ -53,13 +56,16 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 COLUMNS: dict[str, tuple[Column, ...]] = {
     accuracy.NAME: accuracy.COLUMNS,
+    _accuracy_float8.NAME: _accuracy_float8.COLUMNS,
     _accuracy_real.NAME: _accuracy_real.COLUMNS,
     speed.NAME: speed.COLUMNS,
     convolutions.NAME: convolutions.COLUMNS,
+    float8.NAME: float8.COLUMNS,
     loss_curves.NAME: loss_curves.COLUMNS,
     loss_scales.NAME: loss_scales.COLUMNS,
     memory.NAME: memory.COLUMNS,
     _memory_by_hand.NAME: _memory_by_hand.COLUMNS,
+    _memory_float8.NAME: _memory_float8.COLUMNS,
     mnist_convnet.NAME: mnist_convnet.COLUMNS,
     mnist_convnet.PRECISIONS_NAME: precisions.COLUMNS,
     mnist_mlp.NUMERICS_NAME: numerics_summary.COLUMNS,

@@ -5,11 +5,12 @@ presets follow "Mixed Precision Training" (arXiv:1710.03740, section 3.1): a flo
 master copy of the weights, half compute.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,54 @@ import jmp
 from mpjax._rules import PathRules
 from mpjax._tree import path_name
 
-PRESETS: Mapping[str, str] = MappingProxyType(
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Float8Policy(jmp.Policy):
+    """Matmuls in float8, everything else as `mixed_bfloat16`: `mixed_float8`.
+
+    It is a `jmp.Policy` that computes in bfloat16, with float32 parameters and outputs.
+    Only `autocast` knows how to multiply in float8.
+
+    Attributes:
+      value_dtype: the dtype of matmuls' operands, with three bits of fraction.
+      cotangent_dtype: the dtype of the cotangents among them, with more range and two
+        bits of fraction.
+      all_sizes: whether small and narrow matmuls run in float8, too, which does not
+        pay. It is for studies of float8's accuracy: `mixed_float8:all`.
+    """
+
+    param_dtype: Any = jnp.float32
+    compute_dtype: Any = jnp.bfloat16
+    output_dtype: Any = jnp.float32
+    value_dtype: ClassVar[Any] = jnp.float8_e4m3fn
+    cotangent_dtype: ClassVar[Any] = jnp.float8_e5m2
+    all_sizes: bool = False
+
+    def __str__(self) -> str:
+        name = "mixed_float8:all" if self.all_sizes else "mixed_float8"
+        is_preset = self == Float8Policy(all_sizes=self.all_sizes)
+        return name if is_preset else f"{name}({super().__str__()})"
+
+    def __repr__(self) -> str:
+        return f"Float8Policy({str(self)!r})"
+
+
+PRESETS: Mapping[str, str | jmp.Policy] = MappingProxyType(
     {
         "float32": "p=f32,c=f32,o=f32",
         "float64": "p=f64,c=f64,o=f64",
         "mixed_float16": "p=f32,c=f16,o=f32",
         "mixed_bfloat16": "p=f32,c=bf16,o=f32",
+        "mixed_float8": Float8Policy(),
+        "mixed_float8:all": Float8Policy(all_sizes=True),
         "float16": "p=f16,c=f16,o=f16",
         "bfloat16": "p=bf16,c=bf16,o=bf16",
     }
 )
 
 PolicyLike = str | jmp.Policy
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def get_policy(spec: PolicyLike) -> jmp.Policy:
@@ -38,8 +75,10 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
     Args:
       spec: a `jmp.Policy` (returned as it is), one of the presets `float32`,
         `float64`, `mixed_float16`, `mixed_bfloat16` (float32 parameters and outputs,
-        half compute), `float16`, `bfloat16` (all half, for ablations), or a string
-        that `jmp.get_policy` understands, with or without spaces.
+        half compute), `mixed_float8` (likewise, with matmuls in float8 where that
+        pays), `mixed_float8:all` (whatever their size, to study accuracy on small
+        models), `float16`, `bfloat16` (all half, for ablations), or a string that
+        `jmp.get_policy` understands, with or without spaces.
 
     Returns:
       The policy.
@@ -52,6 +91,8 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
     'p=full,c=f16,o=full'
     >>> str(get_policy("p=f32, c=bf16"))
     'p=full,c=bf16,o=bf16'
+    >>> get_policy("mixed_float8")
+    Float8Policy('mixed_float8')
     """
     if isinstance(spec, jmp.Policy):
         return spec
@@ -61,8 +102,11 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
             f"jmp.Policy, got {spec!r}."
         )
     text = re.sub(r"\s+", "", spec)
+    preset = PRESETS.get(text, text)
+    if isinstance(preset, jmp.Policy):
+        return preset
     try:
-        return jmp.get_policy(PRESETS.get(text, text))
+        return jmp.get_policy(preset)
     except ValueError as error:
         close = difflib.get_close_matches(text, PRESETS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -118,6 +162,10 @@ class PolicyRules(PathRules[jmp.Policy]):
         """Returns the policies of all rules, in their order, then the default."""
         return (*(policy for _, policy in self._rules), self.default)
 
+    def has_float8(self) -> bool:
+        """Whether some policy multiplies in float8."""
+        return any(isinstance(policy, Float8Policy) for policy in self.policies())
+
     def __repr__(self) -> str:
         rules = [(pattern.pattern, str(policy)) for pattern, policy in self._rules]
         return f"PolicyRules({rules}, default={str(self.default)!r})"
@@ -127,12 +175,20 @@ def resolve(policy: PolicyLike | PolicyRules) -> PolicyRules:
     """Returns `policy` as rules; a single policy is the default of an empty list.
 
     Raises:
-      ValueError: for an unknown policy, or one with float64 while JAX has it disabled.
+      ValueError: for an unknown policy, one with float64 while JAX has it disabled, or
+        one with a dtype that nothing here computes in.
     """
     is_rules = isinstance(policy, PolicyRules)
     rules = policy if is_rules else PolicyRules([], default=policy)
     for each in rules.policies():
         dtypes = (each.param_dtype, each.compute_dtype, each.output_dtype)
+        unknown = [x for x in map(jnp.dtype, dtypes) if x.name not in _DTYPES]
+        if unknown:
+            raise ValueError(
+                f"a policy cannot keep or compute in {unknown[0].name}: expected "
+                f"{', '.join(_DTYPES)}. Float8 needs a scale per tensor, which "
+                "'mixed_float8' gives to matmuls, with float32 parameters."
+            )
         if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in dtypes):
             raise ValueError(
                 f"the policy {str(each)!r} needs float64, which JAX would replace by "
@@ -140,6 +196,28 @@ def resolve(policy: PolicyLike | PolicyRules) -> PolicyRules:
                 "update('jax_enable_x64', True) before the first array is made."
             )
     return rules
+
+
+def casts_by_hand(rules: PolicyRules, autocast: bool) -> bool:
+    """Whether a step casts parameters and inputs, and its operations stay as they are.
+
+    Args:
+      rules: the policies of the step.
+      autocast: what the user asked for.
+
+    Raises:
+      ValueError: for casts with a float8 policy.
+    """
+    if autocast and can_autocast(rules):
+        return False
+    if rules.has_float8():
+        others = "" if autocast else ", with autocast=True"
+        raise ValueError(
+            "'mixed_float8' scales the operands of each matmul, which casts of "
+            "parameters and inputs cannot do: combine it only with policies of float32 "
+            f"parameters{others}; or take 'mixed_bfloat16'."
+        )
+    return True
 
 
 def can_autocast(rules: PolicyRules) -> bool:

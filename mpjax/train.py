@@ -44,8 +44,8 @@ from mpjax.optimizer import loss_scale_state, refuse_other_than_optimizer
 from mpjax.policy import (
     PolicyLike,
     PolicyRules,
-    can_autocast,
     cast_to_compute,
+    casts_by_hand,
     resolve,
 )
 from mpjax.sharding import (
@@ -280,7 +280,7 @@ def make_train_step(
 
     is_shared = axis_name is not None or (mesh is not None and mesh.size > 1)
     is_widened = is_shared and reduce_dtype == "float32"
-    casts = not (autocast and can_autocast(rules))
+    casts = casts_by_hand(rules, autocast)
     loss_fn = checkpointed(refuse_scaled_loss(loss_fn), checkpoint_policy)
 
     def cast_loss_fn(params, model_state, batch, key):
@@ -375,7 +375,7 @@ def make_eval_step(
     if not callable(eval_fn):
         raise TypeError(f"make_eval_step takes a function first, got {eval_fn!r}.")
     check_options(mesh, no_cast_inputs)
-    casts = not (autocast and can_autocast(rules))
+    casts = casts_by_hand(rules, autocast)
 
     def eval_step(state: TrainState, batch: Any):
         check_state(state, TrainState)

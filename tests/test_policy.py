@@ -1,13 +1,18 @@
 """Policies by name, by jmp string and by rule."""
 
+import copy
+import dataclasses
+import pickle
+
 import jax
 import jax.numpy as jnp
 import jmp
 import numpy as np
+import optax
 import pytest
 
 import mpjax
-from mpjax.policy import cast_to_compute, resolve
+from mpjax.policy import Float8Policy, cast_to_compute, resolve
 
 
 @pytest.mark.parametrize(
@@ -17,6 +22,8 @@ from mpjax.policy import cast_to_compute, resolve
         ("float64", "p=f64,c=f64,o=f64"),
         ("mixed_float16", "p=full,c=f16,o=full"),
         ("mixed_bfloat16", "p=full,c=bf16,o=full"),
+        ("mixed_float8", "mixed_float8"),
+        ("mixed_float8: all", "mixed_float8:all"),
         ("float16", "p=f16,c=f16,o=f16"),
         ("bfloat16", "p=bf16,c=bf16,o=bf16"),
         ("p=f32, c=f16, o=f32", "p=full,c=f16,o=full"),
@@ -116,3 +123,61 @@ def test_rules_must_say_their_default():
 def test_presets_cannot_be_changed():
     with pytest.raises(TypeError):
         mpjax.PRESETS["mine"] = "f16"  # pyright: ignore[reportIndexIssue]
+
+
+@pytest.mark.parametrize("name", ["mixed_float8", "mixed_float8:all"])
+def test_float8_is_a_policy_that_computes_in_bfloat16(name):
+    policy = mpjax.get_policy(name)
+    assert isinstance(policy, Float8Policy)
+    assert policy.param_dtype == policy.output_dtype == jnp.float32
+    assert policy.compute_dtype == jnp.bfloat16
+    assert policy.value_dtype == jnp.float8_e4m3fn
+    assert policy.cotangent_dtype == jnp.float8_e5m2
+    for other in (pickle.loads(pickle.dumps(policy)), copy.deepcopy(policy)):
+        assert other == policy
+        assert hash(other) == hash(policy)
+    assert policy != mpjax.get_policy("mixed_bfloat16")
+    assert repr(policy) == f"Float8Policy({name!r})"
+    assert mpjax.get_policy(str(policy)) == policy
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.compute_dtype = jnp.float32  # pyright: ignore[reportAttributeAccessIssue]
+    narrow = policy.with_output_dtype(jnp.bfloat16)
+    assert isinstance(narrow, Float8Policy)
+    assert narrow != policy
+    assert str(narrow) == f"{name}(p=full,c=bf16,o=bf16)"
+
+
+def test_float8_at_all_sizes_is_another_policy():
+    policy = mpjax.get_policy("mixed_float8:all")
+    assert isinstance(policy, Float8Policy)
+    assert policy.all_sizes
+    usual = dataclasses.replace(policy, all_sizes=False)
+    assert usual == mpjax.get_policy("mixed_float8") != policy
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("field", ["param_dtype", "compute_dtype", "output_dtype"])
+def test_dtypes_that_nothing_computes_in_are_refused(dtype, field):
+    policy = dataclasses.replace(
+        mpjax.get_policy("mixed_bfloat16"), **{field: jnp.dtype(dtype)}
+    )
+    with pytest.raises(ValueError, match=f"{dtype}.*'mixed_float8'"):
+        mpjax.autocast(jnp.sin, policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "autocast"),
+    [
+        ("mixed_float8", False),
+        (mpjax.PolicyRules([("a", "mixed_float8")], default="float32"), False),
+        (mpjax.PolicyRules([("a", "bfloat16")], default="mixed_float8"), True),
+    ],
+)
+def test_float8_is_refused_without_autocast(policy, autocast):
+    tx = mpjax.with_loss_scale(optax.sgd(0.1), mpjax.NoOpLossScale())
+    for make in (
+        lambda **options: mpjax.make_train_step(lambda *_: 0.0, tx, **options),
+        lambda **options: mpjax.make_eval_step(lambda *_: 0.0, **options),
+    ):
+        with pytest.raises(ValueError, match="'mixed_bfloat16'"):
+            make(policy=policy, autocast=autocast)

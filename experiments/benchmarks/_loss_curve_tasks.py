@@ -33,13 +33,15 @@ class Variant(NamedTuple):
         weights differ between precisions.
       policy: precision policy of the train step.
       autocast: how the train step applies it.
+      init_model_state: `key -> model_state`; None for a model without one.
     """
 
     init: Callable[[jax.Array], Any]
     loss_fn: Callable[..., Any]
     evaluate: Callable[[mpjax.TrainState], dict[str, float]]
-    policy: str = "float32"
+    policy: str | mpjax.PolicyRules = "float32"
     autocast: bool = True
+    init_model_state: Callable[[jax.Array], Any] | None = None
 
 
 class Task(NamedTuple):

@@ -4,7 +4,8 @@
     python -m experiments.benchmarks.accuracy --workloads real --num-seeds 5
 
 Eight small models (`experiments.models.small`) in bfloat16 and float16; with
-`--workloads real` the small twins of `real_models`, and deep ones. The error is
+`--workloads real` the small twins of `real_models`, and deep ones; with `--workloads
+float8` the small ones in float8, beside bfloat16 and flax's float8. The error is
 ||g - g64|| / ||g64||, where g64 is the gradient in float64, averaged over seeds; in
 float16 the gradient is taken through a loss scaled by 2**10. The step times are those
 of jitted gradients, interleaved: the ratio is the median over rounds of the ratio
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from tqdm.auto import tqdm
 
 import mpjax
-from experiments.benchmarks import _accuracy_real
+from experiments.benchmarks import _accuracy_float8, _accuracy_real
 from experiments.benchmarks._timing import median_ratio, time_rounds
 from experiments.harness import results
 from experiments.harness.files import read_json
@@ -64,6 +65,8 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
       WorkdirError: if it cannot be written.
     """
+    if config.workloads == "float8":
+        return _measure_float8(config)
     if config.real_names():
         return _measure_real(config)
     rows = []
@@ -89,6 +92,22 @@ def main(config: Config) -> dict[str, Any]:
     file = f"{NAME}_{machine}_jax{jax.__version__}.json"
     title = f"gradient errors, {machine}, jax {jax.__version__}"
     save_table(config.output or RESULTS / file, table, title, COLUMNS)
+    return table
+
+
+def _measure_float8(config: Config) -> dict[str, Any]:
+    """Measures models in float8, and writes the table."""
+    environment = results.environment()
+    name, machine = _accuracy_float8.NAME, environment["machine"]
+    table = {
+        "experiment": name,
+        "num_seeds": config.num_seeds,
+        "environment": environment,
+        "runs": _accuracy_float8.measure(config.num_seeds),
+    }
+    path = config.output or RESULTS / f"{name}_{machine}_jax{jax.__version__}.json"
+    title = f"gradient errors in float8, {machine}"
+    save_table(path, table, title, _accuracy_float8.COLUMNS)
     return table
 
 

@@ -116,7 +116,9 @@ def main(config: Config) -> dict[str, Any]:
     for name in config.task_names():
         task = TASKS[name](config)
         facts[name] = {"num_steps": task.num_steps, **task.facts}
-        rows += _train_task(task, config, kept)
+        runs = train_task(task, config.num_seeds, config.num_evals, kept)
+        own = [_aggregate(name, runs[name], runs["float32"]) for name in runs]
+        rows += [{"task": task.title, **row} for row in own]
     table = {
         "experiment": NAME,
         **settings,
@@ -239,14 +241,21 @@ def _key(task: tasks.Task, precision: str, seed: int) -> dict[str, Any]:
     return {**names, "data": dict(task.facts)}
 
 
-def _train_task(
-    task: tasks.Task, config: Config, kept: KeptRuns
-) -> list[dict[str, Any]]:
-    """Returns a row per precision, float32 first."""
+def train_task(
+    task: tasks.Task, num_seeds: int, num_evals: int, kept: KeptRuns
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the runs of each precision, by seed; trains what is not kept.
+
+    Args:
+      task: what to train.
+      num_seeds: runs per precision; their seeds are 0, 1, …
+      num_evals: how often a run is tested, the last time at its end.
+      kept: the runs that have ended, to which it adds.
+    """
     inits = {name: jax.jit(v.init) for name, v in task.variants.items()}
     steps = {name: _make_step(task, variant) for name, variant in task.variants.items()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in steps}
-    pairs = list(itertools.product(range(config.num_seeds), steps))
+    pairs = list(itertools.product(range(num_seeds), steps))
     with tqdm(total=len(pairs) * task.num_steps, desc=task.title, disable=None) as bar:
         for seed, name in pairs:
             if run := kept.find(task, name, seed):
@@ -256,16 +265,20 @@ def _train_task(
             bar.set_postfix_str(f"{name}, seed {seed}")
             init_key, key = jax.random.split(jax.random.key(seed))
             step, tx = steps[name]
-            params = inits[name](init_key)
-            state = mpjax.TrainState.create(params=params, tx=tx, key=key)
-            evaluate = task.variants[name].evaluate
+            variant = task.variants[name]
+            init = variant.init_model_state
+            state = mpjax.TrainState.create(
+                params=inits[name](init_key),
+                tx=tx,
+                model_state=None if init is None else init(init_key),
+                key=key,
+            )
             batches = itertools.islice(task.make_batches(seed), task.num_steps)
-            test_steps = _test_steps(task.num_steps, config.num_evals)
-            run = _train(step, state, batches, evaluate, test_steps, bar)
+            test_steps = _test_steps(task.num_steps, num_evals)
+            run = _train(step, state, batches, variant.evaluate, test_steps, bar)
             runs[name].append(run)
             kept.add(task, name, seed, run)
-    rows = [_aggregate(name, runs[name], runs["float32"]) for name in runs]
-    return [{"task": task.title, **row} for row in rows]
+    return runs
 
 
 def _make_step(task: tasks.Task, variant: tasks.Variant) -> Any:

@@ -4,6 +4,7 @@
     python -m experiments.benchmarks.memory --device a100
     python -m experiments.benchmarks.memory --workloads resnet50,gpt2
     python -m experiments.benchmarks.memory --workloads real    # over an hour
+    python -m experiments.benchmarks.memory --float8 --workloads mlp,gpt2
 
 Compiles whole training steps for a GPU that this machine need not have (`mpjax.cost`;
 needs `pip install "jax[cuda13]"`, and JAX_PLATFORMS=cpu where there is no GPU) and
@@ -17,6 +18,10 @@ The models of `experiments.benchmarks.real_models` are compiled at one batch siz
 float32, by autocast, and with half written by hand on every layer; temporaries and
 traffic are compared with those by hand. The table is written after each model, and the
 rows of models that are not measured again stay in it.
+
+With --float8 both kinds of models are compiled in float8 and in bfloat16, the head of a
+language model in bfloat16 by a rule. The bytes that a step moves include those that are
+read and written to scale and to round.
 
 On a GPU that supports it the attention of transformers is cuDNN's kernel, in the half
 steps, by autocast (through `mpjax.half_precision`) and by hand. In float32, which the
@@ -40,6 +45,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from experiments.benchmarks import _memory_by_hand as by_hand
+from experiments.benchmarks import _memory_float8
 from experiments.benchmarks._attention import (
     choose_attention,
     with_attention,
@@ -93,6 +99,8 @@ def main(config: Config) -> dict[str, Any]:
     device = None if config.device == "present" else config.device
     names = config.workload_names()
     attention = choose_attention(config.attention, device)
+    if config.float8:
+        return _measure_float8(names, device, attention, config)
     if names[0] in REAL_MODELS:
         return _measure_real_models(names, device, attention, config)
     runs = _measure_over_batch_sizes(names, device, attention)
@@ -197,6 +205,39 @@ def _measure_over_batch_sizes(
         workload = with_attention(WORKLOADS[name](), attention)
         runs += measure(name, workload, batch_size, device)
     return runs
+
+
+def _measure_float8(
+    names: list[str], device: str | None, attention: str, config: Config
+) -> dict[str, Any]:
+    """Measures models in float8; writes the table after each.
+
+    The rows of other models in the file stay; each says at which commit it was made.
+    """
+    path = _output_file(_memory_float8.NAME, config)
+    runs = read_json(path)["runs"] if path.exists() else []
+    environment = results.environment()
+    compiled_for = cost.get_device(device).name
+    order = [*WORKLOADS, *REAL_MODELS]
+    table: dict[str, Any] = {}
+    for name in tqdm(names, desc="compiling", disable=None):
+        is_real = name in REAL_MODELS
+        workload = REAL_MODELS[name]("full") if is_real else WORKLOADS[name]()
+        workload = with_attention(workload, attention)
+        new = _memory_float8.measure(name, workload, device)
+        runs = [run for run in runs if run["workload"] != name]
+        runs += [{**run, "commit": environment["commit"]} for run in new]
+        runs.sort(key=lambda run: order.index(run["workload"]))
+        table = {
+            "experiment": _memory_float8.NAME,
+            "compiled_for": compiled_for,
+            "environment": environment,
+            "runs": runs,
+        }
+        title = f"float8, compiled for {compiled_for}"
+        save_table(path, table, title, _memory_float8.COLUMNS)
+        jax.clear_caches()
+    return table
 
 
 def _measure_real_models(

@@ -20,8 +20,8 @@ class Config:
     """What to measure, and how often."""
 
     workloads: str = "small"
-    """Models: small, real, or comma-separated names of real ones. Rows of the result
-    file that belong to other real models stay in it."""
+    """Models: small, real, or comma-separated names of real ones, whose rows replace
+    those in the result file; or float8: small ones in float8."""
 
     num_seeds: int = 3
     """Errors are averaged over this many seeds for parameters and inputs: 0, 1, …"""
@@ -38,7 +38,7 @@ class Config:
 
     def real_names(self) -> list[str]:
         """Returns the names of the real models to measure; none for small ones."""
-        if self.workloads == "small":
+        if self.workloads in ("small", "float8"):
             return []
         if self.workloads == "real":
             return list(ALL_MODELS)

@@ -48,6 +48,9 @@ class Config:
     gpt2_scan_remat, llama, llama_sdpa, deep_speech2, moe_dense, moe_ragged, ssd300;
     "real" for all of these."""
 
+    float8: bool = False
+    """Compare float8 with bfloat16, in a table of its own; models of both kinds."""
+
     attention: str = "auto"
     """Attention of transformers in half: "xla" for XLA's operations, "cudnn" for
     cuDNN's kernel, "auto" for "cudnn" on an NVIDIA GPU that supports it and "xla"
@@ -76,7 +79,7 @@ class Config:
         known = (*BATCH_SIZES, *REAL_MODELS)
         names = parse_names("--workloads", self.workloads, known)
         real = [name for name in names if name in REAL_MODELS]
-        if real and len(real) < len(names):
+        if not self.float8 and real and len(real) < len(names):
             raise ConfigError(
                 f"--workloads must be real models, such as {real[0]}, or others, since "
                 f"these go to different tables; got {self.workloads!r}."

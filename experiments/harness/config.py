@@ -20,6 +20,8 @@ PRESETS = (
     "float64",
     "mixed_float16",
     "mixed_bfloat16",
+    "mixed_float8",
+    "mixed_float8:all",
     "float16",
     "bfloat16",
 )
@@ -72,7 +74,8 @@ class BaseConfig:
 
     policy: str | None = None
     """One precision policy, instead of --policies: float32, mixed_float16,
-    mixed_bfloat16, float16, bfloat16, or a jmp string such as p=f32,c=f16,o=f32."""
+    mixed_bfloat16, mixed_float8, mixed_float8:all (matmuls of every size), float16,
+    bfloat16, or a jmp string such as p=f32,c=f16,o=f32."""
 
     autocast: bool = True
     """How a mixed policy is applied: --autocast runs matmuls and convolutions in half
@@ -133,6 +136,12 @@ class BaseConfig:
             raise ConfigError("--policies names no policy; try float32,mixed_float16.")
         for name in self.policy_names():
             check_policy("--policies" if self.policy is None else "--policy", name)
+        is_float8 = any(name.startswith("mixed_float8") for name in self.policy_names())
+        if not self.autocast and is_float8:
+            raise ConfigError(
+                "--no-autocast: mixed_float8 scales the operands of each matmul, which "
+                "only --autocast does; or take mixed_bfloat16."
+            )
         check_loss_scales("--loss-scale", [self.loss_scale], ("auto", *LOSS_SCALES))
         if self.resume and self.workdir is None:
             raise ConfigError(
@@ -234,6 +243,14 @@ def compute_dtype(policy: str) -> str:
     import jax
 
     return jax.numpy.dtype(make_policy(policy).compute_dtype).name
+
+
+def matmul_dtype(policy: str) -> str:
+    """Returns the name of the dtype in which a policy multiplies: "float8", too."""
+    from mpjax.policy import Float8Policy
+
+    is_float8 = isinstance(make_policy(policy), Float8Policy)
+    return "float8" if is_float8 else compute_dtype(policy)
 
 
 def check_loss_scales(

@@ -16,12 +16,14 @@ class Hardware(NamedTuple):
       compute_capability: of an NVIDIA GPU, such as "7.5"; another maker's, such as
         "gfx942", says nothing here.
       jax_version: of the JAX that compiles.
+      has_float8: whether it multiplies float8 numbers.
     """
 
     platform: str
     cpu_flags: Collection[str] = ()
     compute_capability: str | None = None
     jax_version: tuple[int, ...] = FIRST_JAX_WITH_BFLOAT16
+    has_float8: bool = False
 
 
 def emulation_note(hardware: Hardware, dtypes: Mapping[str, str]) -> str | None:
@@ -29,10 +31,10 @@ def emulation_note(hardware: Hardware, dtypes: Mapping[str, str]) -> str | None:
 
     Args:
       hardware: what trains.
-      dtypes: name of the dtype that each policy computes in, by policy.
+      dtypes: name of the dtype that each policy multiplies in, by policy.
 
     Returns:
-      A sentence; None if every policy computes in what the hardware has.
+      A sentence; None if every half policy computes in what the hardware has.
 
     >>> emulation_note(Hardware("tpu"), {"mixed_float16": "float16"})
     'mixed_float16: a TPU emulates float16; it computes in bfloat16.'
@@ -40,6 +42,29 @@ def emulation_note(hardware: Hardware, dtypes: Mapping[str, str]) -> str | None:
     emulated, reason = _emulated(hardware)
     policies = [policy for policy, dtype in dtypes.items() if dtype in emulated]
     return f"{', '.join(policies)}: {reason}." if policies else None
+
+
+def float8_note(hardware: Hardware, dtypes: Mapping[str, str]) -> str | None:
+    """Says which policies multiply in float8, if the hardware does not.
+
+    Args:
+      hardware: what trains.
+      dtypes: name of the dtype that each policy multiplies in, by policy.
+
+    Returns:
+      A sentence; None if there is no such policy, or if the hardware has float8.
+
+    >>> note = float8_note(Hardware("cpu"), {"mixed_float8": "float8"})
+    >>> note.partition(",")[0]
+    'mixed_float8: this CPU emulates float8'
+    """
+    policies = [policy for policy, dtype in dtypes.items() if dtype == "float8"]
+    if hardware.has_float8 or not policies:
+        return None
+    return (
+        f"{', '.join(policies)}: this {hardware.platform.upper()} emulates float8, so "
+        "expect it to be slower than mixed_bfloat16; the numbers are those of float8."
+    )
 
 
 def _emulated(hardware: Hardware) -> tuple[tuple[str, ...], str]:

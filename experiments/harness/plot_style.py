@@ -40,6 +40,7 @@ COLORS = {
     "float32": GREY,
     "mixed_float16": VERMILLION,
     "mixed_bfloat16": BLUE,
+    "mixed_float8": GREEN,
     "float16": ORANGE,
     "bfloat16": SKY,
     # Ways to update float16 weights, and ways to compute in half.

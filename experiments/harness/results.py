@@ -16,13 +16,14 @@ import rich.console
 import rich.table
 
 from experiments.harness.command import command_line
-from experiments.harness.config import BaseConfig, compute_dtype
+from experiments.harness.config import BaseConfig, matmul_dtype
 from experiments.harness.devices import make_devices
-from experiments.harness.emulation import Hardware, emulation_note
+from experiments.harness.emulation import Hardware, emulation_note, float8_note
 from experiments.harness.files import read_json, translate_os_errors, write_json
 from experiments.harness.processes import largest
 from experiments.harness.stop import Interrupted, on_signals
 from experiments.harness.workdir import extension_note, open_workdir
+from mpjax._autocast.float8_devices import multiplies_float8
 
 # Names in /proc/cpuinfo, the widest first.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
@@ -146,8 +147,10 @@ def run_policies(
 def _notes(config: BaseConfig) -> list[str]:
     """Returns what is worth a line before the training begins."""
     assert config.workdir is not None
-    dtypes = {name: compute_dtype(name) for name in config.policy_names()}
-    notes = (emulation_note(hardware(), dtypes), extension_note(config.workdir))
+    device, workdir = hardware(), config.workdir
+    dtypes = {name: matmul_dtype(name) for name in config.policy_names()}
+    emulated = emulation_note(device, dtypes), float8_note(device, dtypes)
+    notes = (*emulated, extension_note(workdir))
     return [note for note in notes if note is not None]
 
 
@@ -209,7 +212,13 @@ def hardware() -> Hardware:
     """Returns what decides how fast half precision is here."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
-    return Hardware(device.platform, _cpu_flags(), capability, jax.__version_info__)
+    return Hardware(
+        device.platform,
+        _cpu_flags(),
+        capability,
+        jax.__version_info__,
+        multiplies_float8(device.platform, device.device_kind, capability),
+    )
 
 
 def _cpu() -> str:

@@ -10,7 +10,7 @@ B: batch, T: time, D: features, C: classes.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -91,18 +91,25 @@ def relative_error(grads: Any, truth: Any) -> float:
     return (error / sum(float(np.sum(t**2)) for _, t in pairs)) ** 0.5
 
 
-def mlp(seed: int = 0) -> Case:
-    """Returns the case of three layers with biases and relu."""
+def mlp(
+    seed: int = 0,
+    *,
+    batch_size: int = 128,
+    sizes: Sequence[int] = (64, 256, 256, 10),
+    matmul: Callable[..., jax.Array] = jnp.matmul,
+) -> Case:
+    """Returns the case of layers with biases and relu, from inputs to 10 classes."""
     rng = np.random.default_rng(seed)
-    sizes = (64, 256, 256, 10)
     params = [_dense(rng, m, n) for m, n in itertools.pairwise(sizes)]
-    inputs = {"x": _normal(rng, 128, 64), "label": rng.integers(0, 10, 128)}
+    x = _normal(rng, batch_size, sizes[0])
+    inputs = {"x": x, "label": rng.integers(0, 10, batch_size)}
 
     def loss(params, inputs):
         x = inputs["x"]
         for layer in params[:-1]:
-            x = jax.nn.relu(x @ layer["w"] + layer["b"])
-        return _cross_entropy(x @ params[-1]["w"] + params[-1]["b"], inputs["label"])
+            x = jax.nn.relu(matmul(x, layer["w"]) + layer["b"])
+        logits = matmul(x, params[-1]["w"]) + params[-1]["b"]
+        return _cross_entropy(logits, inputs["label"])
 
     return Case(loss, params, inputs)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from mpjax._autocast.float8_devices import warn_if_emulated
 from mpjax._autocast.kinds import choose_kinds
 from mpjax._autocast.pipeline import run_pipeline
 from mpjax._autocast.rewrite import Settings
@@ -71,8 +72,9 @@ def autocast(
     Args:
       fn: any function of pytrees.
       policy: matmuls and convolutions run in its compute dtype: float16, bfloat16, or
-        float32 to rewrite nothing. `PolicyRules` choose the policy by name scope
-        (`encoder/Dense_0`), with a default elsewhere.
+        float32 to rewrite nothing. `mixed_float8` runs matmuls in float8 where that
+        pays, and all else as `mixed_bfloat16`. `PolicyRules` choose the policy by name
+        scope (`encoder/Dense_0`), with a default elsewhere.
       low: names of further primitives to run in half, such as your own.
       high: names of primitives to run in float32, whatever mpjax's table says.
 
@@ -98,6 +100,8 @@ def autocast(
             # One jit around it all: rewritten equations are not traced again.
             traced = jax.jit(flat) if is_traced else flat
             closed = make_jaxpr(traced, *arrays, rules=settings.rules)
+        if settings.rules.has_float8():
+            warn_if_emulated()
         if is_traced:
             rewritten = _run_inside(closed, settings)
         else:

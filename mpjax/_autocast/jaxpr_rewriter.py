@@ -16,9 +16,11 @@ from mpjax._autocast.eligibility import (
     params_in_half,
 )
 from mpjax._autocast.environment import Environment
+from mpjax._autocast.float8 import why_not_float8
 from mpjax._autocast.sums import Sums
 from mpjax._jaxpr.core import (
     Literal,
+    MadeFloat8,
     MadeHalf,
     Var,
     bind,
@@ -147,7 +149,12 @@ class JaxprRewriter:
         if dtype is None:
             self._as_traced(eqn, self._rewriter.why_not_half(eqn, self._scope))
             return
-        params = MadeHalf(eqn.params)
+        reason, params = "", MadeHalf(eqn.params)
+        policy = self._rewriter.float8_policy(eqn, self._scope)
+        if policy is not None:
+            reason = why_not_float8(eqn, all_sizes=policy.all_sizes)
+            if not reason:
+                params = MadeFloat8(eqn.params, all_sizes=policy.all_sizes)
         if "preferred_element_type" in params:
             params["preferred_element_type"] = dtype
         if "precision" in params:
@@ -155,7 +162,8 @@ class JaxprRewriter:
         invars = self._operands_in(eqn, dtype)
         outs = _output_dtypes(eqn.replace(invars=invars, params=params), dtype)
         self._env.write(eqn, invars=invars, params=params, dtypes=outs)
-        self._log(eqn, dtype)
+        is_float8 = isinstance(params, MadeFloat8)
+        self._log(eqn, "float8" if is_float8 else dtype, reason)
 
     def _operands_in(self, eqn: Any, dtype: Any) -> list[Any]:
         env = self._env

@@ -9,6 +9,7 @@ from typing import Any
 
 from mpjax._autocast.hoist import hoist_casts_out_of_scans
 from mpjax._autocast.inline import inline_calls_with_scans
+from mpjax._autocast.quantize import quantize_matmuls
 from mpjax._autocast.residuals import minimize_residuals
 from mpjax._autocast.rewrite import Rewriter, Settings
 from mpjax._autocast.sink import sink_broadcasts_into_scans
@@ -31,8 +32,11 @@ PASSES: tuple[Callable[..., Any], ...] = (
     sink_broadcasts_into_scans,
     # Weights are cast once, before a loop, not at each of its steps.
     hoist_casts_out_of_scans,
-    # The forms that XLA:CPU runs fast, and with float32 sums.
+    # Gradients of weights come out as they are stored, for XLA:CPU.
     swap_transposed_matmuls,
+    # Operands are scaled and rounded once, and weights before a loop.
+    quantize_matmuls,
+    # The forms that XLA:CPU runs fast, and with float32 sums.
     add_unit_axes,
     put_half_channels_last,
 )

@@ -62,8 +62,10 @@ class AutocastRecord:
 
     Attributes:
       primitive: name of the JAX primitive.
-      dtype: dtype of its result under autocast.
-      reason: why it does not run in half; empty if it does.
+      dtype: dtype of its result under autocast; `float8` for a matmul of float8
+        operands, whose result is bfloat16.
+      reason: why it does not run in half, or in half although the policy is
+        `mixed_float8`; empty if it runs in what the policy asks for.
       scope: its name scope.
       source: the user's source line, `model.py:12 (loss_fn)`.
       flops: FLOPs of all its calls together.
@@ -318,8 +320,8 @@ class _Log:
         if not floats:
             return
         name = str(dtype or floats[0].dtype)
-        half = name in ("bfloat16", "float16")
-        why = "" if half else reason
+        is_as_traced_in_half = dtype is None and name in ("bfloat16", "float16")
+        why = "" if is_as_traced_in_half else reason
         row = (eqn.primitive.name, name, why, scope, short_source(eqn))
         count = self._counts.setdefault(row, [0, 0])
         count[0] += times * count_flops(eqn)

@@ -20,7 +20,7 @@ from mpjax._autocast.jaxpr_rewriter import JaxprRewriter
 from mpjax._jaxpr.core import dtype_of, eval_jaxpr, open_jaxpr
 from mpjax._jaxpr.primitives import Kind
 from mpjax._jaxpr.provenance import is_reserved, join_scope
-from mpjax.policy import PolicyRules
+from mpjax.policy import Float8Policy, PolicyRules
 
 
 class Settings(NamedTuple):
@@ -89,6 +89,11 @@ class Rewriter:
             return reason
         has_rule = self.settings.rules.has_rule_for(join_scope(scope, eqn))
         return "a rule says float32" if has_rule else "the default says float32"
+
+    def float8_policy(self, eqn: Any, scope: str) -> Float8Policy | None:
+        """Returns the policy of a matmul if it asks for float8."""
+        policy = self.settings.rules.policy_for(join_scope(scope, eqn))
+        return policy if isinstance(policy, Float8Policy) else None
 
     def rewrite(self, jaxpr: Any, scope: str = "") -> Any:
         """Rewrites a jaxpr and all inside it; inputs and outputs stay as traced.

@@ -20,6 +20,7 @@ from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import core, source_info_util
 from jax.extend.core import JaxprEqn as Eqn
 from jax.extend.core import Literal, Var, check_jaxpr
+from jax.sharding import AxisType, PartitionSpec
 
 from mpjax._jaxpr.provenance import join_scope
 
@@ -204,6 +205,48 @@ def context_of(eqn: Any) -> Iterator[None]:
         yield
 
 
+def trace_call(fn: Callable[..., Any], avals: Any, context: Any) -> Eqn:
+    """Returns the equation that calls a function, as traced in a context.
+
+    Unlike one that `jax.make_jaxpr` traces on its own, it knows over which axes of
+    a `shard_map` its values vary.
+
+    Args:
+      fn: jitted, or with a custom derivative.
+      avals: the types of its arguments.
+      context: of an equation, `eqn.ctx`.
+    """
+    mesh = context.cur_abstract_mesh
+    if mesh is None or not mesh.manual_axes:
+        with jax.disable_jit(False), context.manager:
+            return open_jaxpr(jax.make_jaxpr(fn)(*avals)).eqns[0]
+    axes = tuple(mesh.manual_axes)
+    specs, structs = [], []
+    for aval in avals:
+        varying = tuple(sorted(aval.manual_axis_type.varying))
+        shape = list(aval.shape)
+        if varying:
+            shape[0] *= math.prod(mesh.shape[name] for name in varying)
+        specs.append(PartitionSpec(varying) if varying else PartitionSpec())
+        structs.append(jax.ShapeDtypeStruct(tuple(shape), aval.dtype))
+    is_checked = any(aval.manual_axis_type.varying for aval in avals)
+    is_auto = dict.fromkeys(axes, AxisType.Auto)
+    with (
+        jax.disable_jit(False),
+        jax.sharding.use_abstract_mesh(mesh.update_axis_types(is_auto)),
+    ):
+        local = jax.shard_map(
+            lambda *args: jax.tree.map(lambda x: x[None], fn(*args)),
+            in_specs=tuple(specs),
+            out_specs=PartitionSpec(axes),
+            axis_names=set(axes),
+            check_vma=is_checked,
+        )
+        traced = jax.make_jaxpr(local)(*structs)
+    (body,) = inner_jaxprs(open_jaxpr(traced).eqns[0])
+    return open_jaxpr(body).eqns[0]
+
+
 def vary_as(jaxpr: Any, aval: Any) -> Any:
     """Returns a jaxpr whose results vary over the axes of a `shard_map` as `aval` does.
 
@@ -226,6 +269,19 @@ def vary_as(jaxpr: Any, aval: Any) -> Any:
         for eqn in body.eqns
     ]
     return with_equations(jaxpr, eqns=eqns, outvars=renamed(body.outvars, names))
+
+
+def from_source_of(eqn: Any, jaxpr: Any) -> Any:
+    """Returns a jaxpr whose equations, at any depth, have the source line of `eqn`."""
+    info = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
+    eqns = [
+        each.replace(
+            source_info=info,
+            params=map_inner_jaxprs(lambda x: from_source_of(eqn, x), each.params),
+        )
+        for each in open_jaxpr(jaxpr).eqns
+    ]
+    return with_equations(jaxpr, eqns=eqns)
 
 
 def as_inside(call: Any, eqn: Any) -> Any:
@@ -302,6 +358,18 @@ class MadeHalf(dict):
     They survive `eqn.replace`, so that later passes know what is autocast's own; what
     the user wrote in half stays as it is.
     """
+
+
+class MadeFloat8(MadeHalf):
+    """Parameters of a half matmul that a later pass of autocast makes float8.
+
+    Attributes:
+      all_sizes: whether its derivatives are float8 even where that does not pay.
+    """
+
+    def __init__(self, params: Any, *, all_sizes: bool):
+        super().__init__(params)
+        self.all_sizes = all_sizes
 
 
 def count_uses(jaxpr: Any) -> collections.Counter[Var]:

@@ -90,7 +90,7 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
         return done[id(old)][1]
 
     def inside(eqn):
-        if facts_of(eqn).kind not in _ENTERED:
+        if facts_of(eqn).kind not in ENTERED:
             return eqn
         if all(convert(inner) is inner for inner in inner_jaxprs(eqn)):
             return eqn
@@ -99,7 +99,7 @@ def map_jaxprs(fn: Callable[[Any], Any], jaxpr: Any) -> Any:
     return convert(jaxpr)
 
 
-_ENTERED = (
+ENTERED = (
     Kind.CALL,
     Kind.CALL_AS_TRACED,
     Kind.COND,

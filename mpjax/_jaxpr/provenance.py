@@ -6,6 +6,7 @@ from typing import Any
 RESERVED_AUTOCAST = "mpjax_autocast"
 RESERVED_FULL = "mpjax_full_precision"
 RESERVED_HALF = "mpjax_half_precision"
+FLOAT8_MATMUL = "mpjax_float8_matmul"
 
 
 def is_reserved(eqn: Any, *names: str) -> bool:
@@ -18,6 +19,15 @@ def is_reserved(eqn: Any, *names: str) -> bool:
     name = eqn.params.get("name")
     names = names or (RESERVED_AUTOCAST, RESERVED_FULL, RESERVED_HALF)
     return isinstance(name, str) and name.startswith(names)
+
+
+def is_float8_matmul(eqn: Any) -> bool:
+    """Whether an equation is a matmul that autocast made float8.
+
+    It is a call. Its first two operands are those of the matmul before they were scaled
+    and rounded.
+    """
+    return eqn.params.get("name") == FLOAT8_MATMUL
 
 
 _TRANSFORM = re.compile(r"\b(?:jvp|transpose|vmap|checkpoint|rematted_computation)\(")

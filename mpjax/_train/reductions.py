@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mpjax._autocast.float8_equations import MadeFloat8Call, with_float32_result
 from mpjax._jaxpr.core import (
     Literal,
     convert_eqn,
@@ -200,6 +201,9 @@ class _JaxprWidening:
             self._enter(eqn)
         elif _is_cast(eqn) and self._is_needless(eqn):
             self._new[eqn.outvars[0]] = self._actual(eqn.invars[0])
+        elif is_wide and isinstance(eqn.params, MadeFloat8Call):
+            out = self._new[eqn.outvars[0]] = new_var(eqn.outvars[0].aval, _FLOAT32)
+            self._eqns.append(with_float32_result(eqn, out))
         elif is_wide and _may_return_float32(eqn):
             self._matmul(eqn)
         elif is_wide and (_passes_on(eqn) or facts_of(eqn).adds_up):

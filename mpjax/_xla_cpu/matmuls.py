@@ -14,6 +14,7 @@ passes first, which undo these forms, and would accumulate in bfloat16. There a 
 multiplies the same half numbers in float32.
 """
 
+import copy
 from typing import Any
 
 import jax
@@ -165,6 +166,39 @@ def in_float32_on_cpu(dot: Any) -> list[Any]:
     return [call.replace(invars=dot.invars, outvars=dot.outvars)]
 
 
+def dot_general(
+    x: jax.Array,
+    y: jax.Array,
+    dimension_numbers: Any,
+    dtype: Any,
+    precision: Any = None,
+) -> jax.Array:
+    """Multiplies two arrays, in float32 if it is on a CPU.
+
+    XLA:CPU takes float8 operands, and adds up some of their products in half.
+
+    Args:
+      x: half or float8 array.
+      y: likewise.
+      dimension_numbers: as `jax.lax.dot_general` takes them.
+      dtype: the dtype of the result.
+      precision: on other devices, as `jax.lax.dot_general` takes it.
+    """
+
+    def multiply(x, y):
+        return jax.lax.dot_general(
+            x, y, dimension_numbers, precision, preferred_element_type=dtype
+        )
+
+    def wide(x, y):
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jax.lax.dot_general(x, y, dimension_numbers).astype(dtype)
+
+    if not switch.is_on:
+        return multiply(x, y)
+    return jax.lax.platform_dependent(x, y, cpu=wide, default=multiply)
+
+
 def _is_bfloat16(dot: Any) -> bool:
     return {dtype_of(x) for x in (*dot.invars, *dot.outvars)} == {_BFLOAT16}
 
@@ -209,9 +243,8 @@ def _swapped(dot: Any, transpose: Any) -> Any:
     rhs = range(num_batch + num_free[0], num_batch + sum(num_free))
     if tuple(transpose.params["permutation"]) != (*range(num_batch), *rhs, *lhs):
         return None
-    numbers = (contract[::-1], batch[::-1])
+    params = copy.copy(dot.params)  # A plain dict would not say who made them half.
+    params["dimension_numbers"] = (contract[::-1], batch[::-1])
     return dot.replace(
-        invars=dot.invars[::-1],
-        outvars=transpose.outvars,
-        params=MadeHalf(dot.params | {"dimension_numbers": numbers}),
+        invars=dot.invars[::-1], outvars=transpose.outvars, params=params
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from mpjax._autocast.float8_devices import tracing_for
 from mpjax._jaxpr.primitives import MATMULS
 from mpjax._report import plain_table, print_report, rich_group, rich_table, shares
 from mpjax.cost._collectives import Collective, find_collectives
@@ -231,7 +232,8 @@ def analyze(
     text, memory = compiled.as_text(), compiled.memory_analysis()
     moved = moved_bytes(text)
     share = 1 if mesh is None else num_sharing(place_args(step, args, mesh), mesh)
-    matmul_flops, other_flops = _count_flops(step, args, share)
+    with tracing_for(another_device=target.target is not None):
+        matmul_flops, other_flops = _count_flops(step, args, share)
     precision = float32_matmul_precision()
     bandwidth = target.bandwidth_bytes_per_s
     if mesh is None:  # A `shard_map` may know one.

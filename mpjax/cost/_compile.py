@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from mpjax._autocast.float8_devices import tracing_for
 from mpjax._report import first_line
 from mpjax.cost._devices import Device, get_device
 from mpjax.cost._mesh import choose_mesh, is_absent, place_args
@@ -99,7 +100,8 @@ def compile_for(device: Device, step: Any, *args: Any) -> Any:
         args = place_args(step, args, mesh)
     elif device.target is not None:
         args = _place_on_one(_gpus(device, 1)[0], args)
-    lowered = jitted.lower(*args)
+    with tracing_for(another_device=device.target is not None):
+        lowered = jitted.lower(*args)
     if device.target is None and (mesh is None or not is_absent(mesh)):
         return lowered.compile()
     # Autotuning would time kernels on the GPU.

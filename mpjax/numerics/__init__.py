@@ -6,6 +6,7 @@ from mpjax.numerics._formats import (
     LossAtScale,
     LossScaleAdvice,
     RepresentableFraction,
+    float8_fraction,
     recommend_loss_scale,
     representable_fraction,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "empty_histogram",
     "exponent_histogram",
     "find_nonfinite",
+    "float8_fraction",
     "precision_report",
     "probe",
     "recommend_loss_scale",

@@ -132,14 +132,30 @@ def representable_fraction(
     >>> [float(representable_fraction(h, "float16", s).zero) for s in (1, 2, 4)]
     [0.25, 0.25, 0.0]
     """
+    return _fractions(histogram, format_of(dtype), _log2(loss_scale))
+
+
+def float8_fraction(histogram: ExponentHistogram, dtype: Any) -> RepresentableFraction:
+    """Returns what float8 keeps of numbers that are scaled as `mixed_float8` does.
+
+    The scale is the largest power of two at which nothing overflows, so the shares that
+    count are those that flush to zero, or lose bits as subnormals.
+
+    Args:
+      histogram: of an operand of a matmul, from `probe(fn, operands=True)`.
+      dtype: float8_e4m3fn, which values take, or float8_e5m2, which cotangents take.
+
+    Returns:
+      Shares of the finite nonzero numbers, as `representable_fraction`.
+
+    >>> from mpjax.numerics import exponent_histogram
+    >>> h = exponent_histogram(jnp.array([1.0, 2.0**-16, 2.0**-18, 2.0**-20]))
+    >>> found = float8_fraction(h, "float8_e4m3fn")
+    >>> float(found.zero), float(found.subnormal), float(found.normal)
+    (0.5, 0.25, 0.25)
+    """
     fmt = format_of(dtype)
-    shift = _log2(loss_scale)
-    xp: Any = np if _is_known((histogram, shift)) else jnp
-    lost = _count_lost(histogram, fmt, shift, xp)
-    total = xp.maximum(histogram.num_nonzero, 1)
-    zero, subnormal, overflow = (n / total for n in lost)
-    normal = (histogram.num_nonzero - sum(lost)) / total
-    return RepresentableFraction(zero, subnormal, normal, overflow)
+    return _fractions(histogram, fmt, best_shift_limit(histogram, fmt, 0))
 
 
 def recommend_loss_scale(
@@ -226,6 +242,17 @@ def best_shift_limit(histogram: ExponentHistogram, fmt: _Format, headroom: int) 
         (reached == -(10**6)) & (histogram.below > 0), histogram.lo - 1, reached
     )
     return fmt.max_exponent - headroom - reached
+
+
+def _fractions(
+    histogram: ExponentHistogram, fmt: _Format, shift: Any
+) -> RepresentableFraction:
+    xp: Any = np if _is_known((histogram, shift)) else jnp
+    lost = _count_lost(histogram, fmt, shift, xp)
+    total = xp.maximum(histogram.num_nonzero, 1)
+    zero, subnormal, overflow = (n / total for n in lost)
+    normal = (histogram.num_nonzero - sum(lost)) / total
+    return RepresentableFraction(zero, subnormal, normal, overflow)
 
 
 def _count_lost(

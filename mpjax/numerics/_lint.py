@@ -300,7 +300,9 @@ class _Lint:
     ) -> AbstractValue:
         self.escaped_leaks.add(leak)
         operands = {dtype_of(x) for x in eqn.invars[:2]}
-        is_mixed = len(operands) > 1 and any(map(is_half, operands))
+        # A matmul takes two float8 formats as they are.
+        is_float8 = all(dtype.itemsize == 1 for dtype in operands)
+        is_mixed = len(operands) > 1 and any(map(is_half, operands)) and not is_float8
         if is_mixed:
             names = " x ".join(str(dtype_of(x)) for x in eqn.invars[:2])
             message = f"operands are {names}, so the matmul is computed in float32"

@@ -19,6 +19,7 @@ from mpjax._jaxpr.flatten import (
 )
 from mpjax._jaxpr.loops import Scan, While
 from mpjax._jaxpr.primitives import Kind, facts_of
+from mpjax._jaxpr.provenance import is_float8_matmul
 from mpjax._tree import is_floating
 from mpjax._xla_cpu.convolutions import put_channels_last
 from mpjax.numerics._eqn_context import EqnContext
@@ -39,16 +40,20 @@ class OpHistograms(NamedTuple):
       values: histogram of its output; None if only cotangents were counted.
       cotangents: histogram of the gradient with respect to its output; None unless
         `tap` marked the operation and the backward pass went through it.
+      operands: histograms of the two operands of a matmul or convolution, if they were
+        asked for.
     """
 
     values: ExponentHistogram | None
     cotangents: ExponentHistogram | None
+    operands: tuple[ExponentHistogram, ...] = ()
 
 
 def probe(
     fn: Callable[..., Any],
     *,
     ops: Collection[str] = (),
+    operands: bool = False,
     lo: int = -60,
     hi: int = 16,
 ) -> "Probe":
@@ -75,6 +80,8 @@ def probe(
     Args:
       fn: any function of pytrees, under the contract of `jax.jit`.
       ops: names of further primitives to count, such as "tanh".
+      operands: whether to count the operands of matmuls and convolutions, too; of
+        a float8 matmul as they were before they were rounded to float8.
       lo: smallest exponent with a bin of its own.
       hi: largest exponent with a bin of its own.
 
@@ -100,18 +107,24 @@ def probe(
     >>> print(found.cotangents)
          2^1             8  100.00%  ########################################
     """
-    return Probe(fn, matched_names(ops), lo, hi)
+    return Probe(fn, matched_names(ops), operands, lo, hi)
 
 
 class Probe:
     """A function that returns histograms beside its outputs, made by `probe`."""
 
     def __init__(
-        self, fn: Callable[..., Any], matched: frozenset[str], lo: int, hi: int
+        self,
+        fn: Callable[..., Any],
+        matched: frozenset[str],
+        has_operands: bool,
+        lo: int,
+        hi: int,
     ):
         functools.update_wrapper(self, fn, updated=())
         self._fn = fn
         self._matched = matched
+        self._has_operands = has_operands
         self._count = functools.partial(exponent_histogram, lo=lo, hi=hi)
         self._jitted = jax.jit(self._evaluate, static_argnums=0)
 
@@ -148,7 +161,7 @@ class Probe:
         flat = FlatFunction(self._fn, spec)
         closed = jax.make_jaxpr(flat)(*arrays)
         body = _jaxpr.consts_as_inputs(closed)
-        interpreter = _Interpreter(self._matched, self._count)
+        interpreter = _Interpreter(self._matched, self._has_operands, self._count)
         # XLA:CPU runs other convolutions many times slower inside a conditional.
         adds_transposes = is_sampled and "transpose" not in self._matched
         counted_body = put_channels_last(body) if adds_transposes else body
@@ -186,11 +199,21 @@ class _Label(NamedTuple):
     is_mark: bool
 
 
+class _Counts(NamedTuple):
+    """Histograms of the output of an operation, and of its operands if wanted."""
+
+    output: Any
+    operands: tuple[Any, ...] = ()
+
+
 class _Interpreter:
     """Evaluates a jaxpr, and counts the outputs of its operations."""
 
-    def __init__(self, matched: frozenset[str], count: Callable[[Any], Any]):
+    def __init__(
+        self, matched: frozenset[str], has_operands: bool, count: Callable[[Any], Any]
+    ):
         self.matched = matched
+        self.has_operands = has_operands
         self.count = count
 
     def make(
@@ -228,7 +251,7 @@ class _Interpreter:
             for v, x in zip(eqn.outvars, outputs, strict=True):
                 label = self._label(eqn, inner)
                 if label and v not in marked and is_floating(x):
-                    counts.append(self.count(x))
+                    counts.append(_Counts(self.count(x), self._operands(eqn, values)))
                     labels.append(label)
         return [read(x) for x in body.outvars], counts
 
@@ -240,14 +263,23 @@ class _Interpreter:
         for prefix, slot in ((VALUE, "values"), (COTANGENT, "cotangents")):
             if mark.startswith(prefix):
                 return _Label(mark.removeprefix(prefix), slot, is_mark=True)
-        if mark or eqn.primitive.name in self.matched:
+        if mark or self._is_matched(eqn):
             name = mark or operation_name(context.scope, eqn)
             name += " (backward)" if context.is_backward else ""
             return _Label(name, "values", is_mark=False)
         return None
 
+    def _is_matched(self, eqn: Any) -> bool:
+        return eqn.primitive.name in self.matched or is_float8_matmul(eqn)
+
+    def _operands(self, eqn: Any, values: list[Any]) -> tuple[Any, ...]:
+        is_matmul = facts_of(eqn).is_matmul or is_float8_matmul(eqn)
+        counts = self.has_operands and is_matmul
+        return tuple(map(self.count, values[:2])) if counts else ()
+
     def _equation(self, eqn: Any, values: list[Any], context: EqnContext) -> Any:
-        if any(map(self._is_of_interest, inner_jaxprs(eqn))):
+        has_inner = any(map(self._is_of_interest, inner_jaxprs(eqn)))
+        if has_inner and not is_float8_matmul(eqn):
             facts = facts_of(eqn)
             if facts.is_call:
                 return self._call(eqn, values, context)
@@ -354,10 +386,12 @@ def _collect(labels: list[_Label], counts: list[Any]) -> tuple[Static, list[Any]
     slots: dict[str, dict[str, Any]] = {}
     for label, count in zip(labels, counts, strict=True):
         name = label.name if label.is_mark else names.new(label.name)
-        own = slots.setdefault(name, {})
-        own[label.slot] = own[label.slot] + count if label.slot in own else count
+        own = slots.setdefault(name, {"operands": count.operands})
+        added = label.slot in own
+        own[label.slot] = own[label.slot] + count.output if added else count.output
     histograms = [
-        OpHistograms(own.get("values"), own.get("cotangents")) for own in slots.values()
+        OpHistograms(own.get("values"), own.get("cotangents"), own["operands"])
+        for own in slots.values()
     ]
     return Static(tuple(slots)), histograms
 

@@ -155,7 +155,8 @@ def precision_report(fn: Callable[..., Any]) -> Callable[..., PrecisionReport]:
     An operation's dtype is that of its first floating result. If no result is floating,
     as in a comparison, it is the dtype of the first floating operand, or else of the
     result. The dtype of a matmul or convolution is that of its operands, the wider one
-    where they differ, whatever the dtype of its output.
+    where they differ, whatever the dtype of its output: of `mixed_float8`,
+    `float8_e5m2` where an operand is a cotangent.
 
     Bytes are operands read and results written, as if nothing were fused: an upper
     bound on what the compiled function moves, because XLA fuses most elementwise
@@ -251,6 +252,8 @@ def _compute_dtype(eqn: Any) -> str | None:
     operands = [x for x in eqn.invars if is_inexact_aval(x.aval)]
     if facts_of(eqn).is_matmul and operands:
         dtypes = [dtype_of(x) for x in operands[:2]]
+        if any(dtype.itemsize == 1 for dtype in dtypes):  # JAX promotes no float8.
+            return str(max(dtypes, key=lambda x: (x.itemsize, jnp.finfo(x).maxexp)))
         return str(jnp.promote_types(dtypes[0], dtypes[-1]))
     atoms = [v for v in eqn.outvars if is_inexact_aval(v.aval)] or operands
     dtypes = [dtype_of(x) for x in (*atoms, *eqn.outvars)]

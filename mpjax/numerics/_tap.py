@@ -23,7 +23,7 @@ from mpjax._jaxpr.flatten import (
     unflatten,
 )
 from mpjax._jaxpr.primitives import MATMULS, Kind, facts_of
-from mpjax._jaxpr.provenance import join_scope
+from mpjax._jaxpr.provenance import is_float8_matmul, join_scope
 
 VALUE = "mpjax.tap.value:"
 COTANGENT = "mpjax.tap.cotangent:"
@@ -99,7 +99,8 @@ class Names:
 
 def operation_name(scope: str, eqn: Any) -> str:
     """Returns the name of an operation: `encoder/Dense_0/dot_general`."""
-    return f"{scope}/{eqn.primitive.name}" if scope else eqn.primitive.name
+    name = "dot_general" if is_float8_matmul(eqn) else eqn.primitive.name
+    return f"{scope}/{name}" if scope else name
 
 
 class _Tapper:

@@ -67,7 +67,8 @@ def test_every_pass_has_something_to_do_somewhere():
         found = list(stages(traced_gradient(case)).items())
         for (_, old), (name, new) in itertools.pairwise(found):
             changed |= set() if new is old else {name}
-    assert changed == {run.__name__ for run in PASSES}
+    # In bfloat16 there is nothing to quantize: tests/autocast/test_float8.py.
+    assert changed == {run.__name__ for run in PASSES} - {"quantize_matmuls"}
 
 
 def test_a_second_run_of_a_form_finds_nothing_to_do():

@@ -53,6 +53,8 @@ def finished(tmp_path_factory):
     [
         (["--policy", "mixed_flaot16"], "Did you mean 'mixed_float16'"),
         (["--policy", ""], "unknown policy"),
+        (["--no-autocast", "--policy", "mixed_float8"], "only --autocast does"),
+        (["--no-autocast", "--policy", "mixed_float8:all"], "only --autocast does"),
         (["--policies", "float32,mixed_bfloat61"], "'mixed_bfloat16'"),
         (["--policies", " , "], "--policies names no policy"),
         (["--policies", "float32,p=f32,c=f61"], "p=f32,c=f61"),

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from experiments.harness import results
-from experiments.harness.config import BaseConfig
-from experiments.harness.emulation import Hardware, emulation_note
+from experiments.harness.config import PRESETS, BaseConfig, matmul_dtype
+from experiments.harness.emulation import Hardware, emulation_note, float8_note
 
 AVX2 = ("sse2", "avx2")
 BF16 = (*AVX2, "avx512f", "avx512_bf16")
@@ -79,10 +79,23 @@ def test_nothing_is_said_where_nothing_is_off(hardware, dtype):
     assert emulation_note(hardware, {"some_policy": dtype}) is None
 
 
+def test_policies_in_float8_are_named_where_it_is_emulated():
+    dtypes = {name: matmul_dtype(name) for name in PRESETS if name != "float64"}
+    assert emulation_note(Hardware("cpu", AMX), dtypes) is not None
+    for platform in ("cpu", "gpu", "tpu"):
+        note = float8_note(Hardware(platform), dtypes)
+        assert note is not None
+        start = f"mixed_float8, mixed_float8:all: this {platform.upper()} emulates"
+        assert note.startswith(start)
+    assert float8_note(Hardware("gpu", has_float8=True), dtypes) is None
+    assert float8_note(Hardware("cpu"), HALVES) is None
+
+
 def test_this_machine_is_described():
     hardware = results.hardware()
     assert hardware.platform == jax.devices()[0].platform
     assert hardware.jax_version == jax.__version_info__
+    assert not (hardware.platform == "cpu" and hardware.has_float8)
     assert all(" " not in flag for flag in hardware.cpu_flags)
 
 

@@ -96,6 +96,7 @@ BAD_VALUES = {
     ],
     "experiments.benchmarks.accuracy": [["--workloads", "lama"]],
     "experiments.benchmarks.loss_curves": [["--tasks", "convet"]],
+    "experiments.benchmarks.float8": [["--tasks", "mpl"], ["--dataset", "minst"]],
     "experiments.benchmarks.loss_scales": [
         ["--networks", "mpl"],
         ["--loss-scales", "static:8,dinamic"],

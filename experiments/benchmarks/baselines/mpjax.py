@@ -54,7 +54,7 @@ def step_and_args(
 
 
 def baselines() -> list[Baseline]:
-    """Returns float32 and both halves: by autocast, by casts, and with each option."""
+    """Returns float32, float8, and both halves by autocast, casts and each option."""
     part = functools.partial
     found = [Baseline("mpjax, float32", part(train_step, policy="float32"), FLOAT32)]
     dynamic = mpjax.DynamicLossScale()
@@ -66,6 +66,11 @@ def baselines() -> list[Baseline]:
             Baseline(f"{plain}, dynamic", part(build, loss_scale=dynamic), plain),
             Baseline(f"{plain}, casts", part(build, autocast=False), plain),
         ]
+    float8 = part(train_step, policy="mixed_float8")
+    wide = ("mlp", "transformer_block", "transformer")
+    found.append(
+        Baseline("mpjax, float8", float8, "mpjax, bfloat16", wide, platform="gpu")
+    )
     scaled = part(train_step, policy="mixed_float16", loss_scale=dynamic)
     reference = "mpjax, float16, dynamic"
     half_params = part(scaled, policy="float16", master_weights=True)

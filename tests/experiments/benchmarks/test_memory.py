@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.benchmarks import _memory_by_hand as by_hand
-from experiments.benchmarks import memory
+from experiments.benchmarks import _memory_float8, memory
 from experiments.benchmarks.real_models import REAL_MODELS
 from experiments.benchmarks.workloads import WORKLOADS, mlp
 from experiments.harness.errors import ConfigError
@@ -78,10 +78,38 @@ def test_real_models_are_compared_with_half_by_hand(tmp_path, monkeypatch, capsy
     assert "to by hand" in capsys.readouterr().out
 
 
+@pytest.mark.weekly
+@pytest.mark.filterwarnings("ignore:mixed_float8:UserWarning")
+def test_float8_beside_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "mlp", lambda: mlp(2048))
+    monkeypatch.setitem(REAL_MODELS, "gpt2", lambda size: mlp_by_hand())
+    monkeypatch.setitem(_memory_float8.HEADS, "gpt2", "Dense_2$")
+    output = tmp_path / "memory.json"
+    for workloads in ("gpt2", "mlp"):
+        config = memory.Config(
+            device="present", workloads=workloads, float8=True, output=output
+        )
+        memory.main(config)
+    rows = read_json(output)["runs"]
+    assert [(row["workload"], row["name"]) for row in rows] == [
+        ("mlp", "mixed_bfloat16"),
+        ("mlp", "mixed_float8"),
+        ("gpt2", "mixed_bfloat16"),
+        ("gpt2", "mixed_float8, head in bfloat16"),
+    ]
+    for half, float8 in (rows[:2], rows[2:]):
+        assert half["moved_ratio"] == 1
+        assert float8["moved_ratio"] == float8["moved_mb"] / half["moved_mb"]
+    # Too small for float8: the same program.
+    assert rows[3]["moved_ratio"] == 1
+
+
 def test_the_group_of_real_models():
     names = lambda workloads: memory.Config(workloads=workloads).workload_names()
     assert names("real") == list(REAL_MODELS)
     assert names("llama,unet") == ["llama", "unet"]
+    both = memory.Config(workloads="mlp,gpt2", float8=True)
+    assert both.workload_names() == ["mlp", "gpt2"]
 
 
 def test_bad_flags_are_reported():
