@@ -46,8 +46,9 @@ def to_row(histograms: dict[str, OpHistograms]) -> dict[str, Any] | None:
     row = {
         name: {
             slot: _plain(histogram)
-            for slot, histogram in found._asdict().items()
-            if histogram is not None and int(histogram.num_values)
+            for slot in ("values", "cotangents")
+            if (histogram := getattr(found, slot)) is not None
+            and int(histogram.num_values)
         }
         for name, found in histograms.items()
     }
