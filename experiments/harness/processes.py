@@ -40,6 +40,7 @@ START_MARGIN_S = 60
 SHUTDOWN_TIMEOUT_S = 30
 _CPU_SCHEDULE = "xla_cpu_enable_concurrency_optimized_scheduler"
 _AT_THE_END: list[Callable[[], None]] = []
+NUM_CPU_THREADS = 64
 # Seconds that a file of one process may take to be seen by another.
 VISIBLE_TIMEOUT_S = 30
 
@@ -83,6 +84,9 @@ def order_messages() -> None:
     Its usual schedule runs at once what does not wait for each other, in another order
     on each device, and a step may hang. XLA reads the flag when it first compiles.
     """
+    # A thread that waits for a message does nothing else, and XLA:CPU has one for each
+    # processor or device: where the devices are more, the last one finds none.
+    os.environ.setdefault("NPROC", str(max(NUM_CPU_THREADS, os.cpu_count() or 1)))
     flags = os.environ.get("XLA_FLAGS", "")
     if _CPU_SCHEDULE not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{_CPU_SCHEDULE}=false"
