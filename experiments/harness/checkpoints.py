@@ -200,13 +200,11 @@ class Checkpoints:
             text = json.dumps(meta["data_state"], sort_keys=True)
             state = {"data_state": np.frombuffer(text.encode(), np.uint8)}
             return digest({**arrays, **state}) == meta["sha256"]
-        error = CheckpointError(
+        raise CheckpointError(
             f"checkpoint {step} in {self.directory} is of an older version, which this "
             "one cannot check; finish the run with that version, or start again in "
             "another --workdir."
-        )
-        error.is_everywhere = True
-        raise error
+        ).everywhere()
 
     def _stored(self, step: int) -> dict[str, np.ndarray]:
         """Returns empty arrays of the names, shapes and dtypes of a checkpoint."""
@@ -233,9 +231,8 @@ class Checkpoints:
             return first_line(error)
         for name, checksum in expected.items():
             if got.get(name) != checksum:
-                return (
-                    f"its file {name} {'is changed' if name in got else 'is missing'}"
-                )
+                what = "is changed" if name in got else "is missing"
+                return f"its file {name} {what}"
         return None
 
     def _checksums(self) -> dict[str, dict[str, str]]:

@@ -1,5 +1,7 @@
 """Errors that the user can act on; the command line prints them as text."""
 
+from typing import Self
+
 
 class ExperimentError(Exception):
     """An expected failure. Its message says what happened and what to do.
@@ -11,6 +13,11 @@ class ExperimentError(Exception):
 
     exit_code = 1
     is_everywhere = False
+
+    def everywhere(self) -> Self:
+        """Returns the error, marked as one that every process raises."""
+        self.is_everywhere = True
+        return self
 
 
 class ConfigError(ExperimentError):

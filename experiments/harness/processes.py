@@ -1,7 +1,7 @@
-"""The processes of one run: started together, of one mind, and not hung.
+"""The processes of one run: how they start, agree and end.
 
-All functions are for one process, too, and then do nothing. With several, those that
-say "all call it" must be called by every process, in the same order.
+With one process the functions wait for nothing. With several, every process must call
+those that say "all call it", in the same order.
 """
 
 import atexit
@@ -38,11 +38,12 @@ HEARTBEAT_TIMEOUT_S = 60
 START_MARGIN_S = 60
 # Seconds that the first process to end waits for the others.
 SHUTDOWN_TIMEOUT_S = 30
-_CPU_SCHEDULE = "xla_cpu_enable_concurrency_optimized_scheduler"
-_AT_THE_END: list[Callable[[], None]] = []
-NUM_CPU_THREADS = 64
 # Seconds that a file of one process may take to be seen by another.
 VISIBLE_TIMEOUT_S = 30
+# Threads of XLA:CPU, at least.
+NUM_CPU_THREADS = 64
+_CPU_SCHEDULE = "xla_cpu_enable_concurrency_optimized_scheduler"
+_AT_THE_END: list[Callable[[], None]] = []
 
 
 def start(config: BaseConfig) -> None:
@@ -79,13 +80,14 @@ def start(config: BaseConfig) -> None:
 
 
 def order_messages() -> None:
-    """Makes XLA:CPU send one message after the other; before any computation.
+    """Keeps steps on several CPU devices from hanging; before any computation.
 
-    Its usual schedule runs at once what does not wait for each other, in another order
-    on each device, and a step may hang. XLA reads the flag when it first compiles.
+    By default XLA:CPU runs independent operations at once, and devices may send their
+    messages in different orders. It reads the flag when it first compiles, and the
+    number of threads when it first looks for devices.
     """
-    # A thread that waits for a message does nothing else, and XLA:CPU has one for each
-    # processor or device: where the devices are more, the last one finds none.
+    # A thread that waits for a message is blocked. By default XLA:CPU has as many
+    # threads as processors or devices, too few for steps that need more at a time.
     os.environ.setdefault("NPROC", str(max(NUM_CPU_THREADS, os.cpu_count() or 1)))
     flags = os.environ.get("XLA_FLAGS", "")
     if _CPU_SCHEDULE not in flags:
@@ -122,8 +124,8 @@ def first(make: Callable[[], T]) -> T:
     if "error" not in said:
         return said["value"]
     error = error or ExperimentError(said["error"])
-    error.exit_code, error.is_everywhere = said["exit_code"], True
-    raise error
+    error.exit_code = said["exit_code"]
+    raise error.everywhere()
 
 
 def largest(value: int) -> int:
@@ -158,12 +160,10 @@ def check_same(values: dict[str, Any]) -> None:
     process = largest(jax.process_index() if texts else 0)
     if process:
         what = "; ".join(texts) or "it says in which"
-        error = ConfigError(
+        raise ConfigError(
             f"process {jax.process_index() if texts else process} differs from process "
             f"0: {what}. Start all with the same flags, data and versions."
-        )
-        error.is_everywhere = True
-        raise error
+        ).everywhere()
 
 
 def check_shared(path: Path) -> None:
@@ -190,13 +190,11 @@ def check_shared(path: Path) -> None:
         file.unlink()
     blind = np.flatnonzero(~np.asarray(seen)).tolist()
     if blind:
-        error = WorkdirError(
+        raise WorkdirError(
             f"process {blind[0]} does not see what process 0 writes in {path}: all "
             "processes write checkpoints there, so name a --workdir on a file system "
             "that all of them share."
-        )
-        error.is_everywhere = True
-        raise error
+        ).everywhere()
 
 
 class Poll:

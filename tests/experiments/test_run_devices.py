@@ -34,7 +34,7 @@ def on_one_device(tmp_path_factory):
     "name",
     [
         pytest.param("mnist_mlp", marks=pytest.mark.slow),
-        pytest.param("speech_ctc", marks=pytest.mark.slow),
+        pytest.param("speech_ctc", marks=pytest.mark.weekly),
         pytest.param("ssd_digits", marks=pytest.mark.weekly),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_mesh_counts_exponents_as_one_device_does(tmp_path):
         assert moved <= 0.01 * sum(counts)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_an_overflow_on_a_mesh_is_named(tmp_path):
     settings = device_runs.config(
         "mnist_mlp", tmp_path, "float32", mesh="data=4,fsdp=2", **device_runs.DIVERGES

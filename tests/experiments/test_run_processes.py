@@ -133,7 +133,7 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
         output, _ = started[1 - killed].communicate(timeout=LOST_S)
     assert started[1 - killed].returncode not in (0, None)
     assert "Gloo" in output or "JAX distributed service" in output
-    flags = [*LONG.split(), "--workdir", tmp_path, "--resume"]
+    found, flags = False, [*LONG.split(), "--workdir", tmp_path, "--resume"]
     with device_runs.two_processes(lambda *_: ["-m", *flags], indices=(0,)) as (alone,):
         for line in alone.stdout:
             if "epoch" in line:
