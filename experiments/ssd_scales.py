@@ -9,14 +9,14 @@ activation gradients of an SSD are zero or below float16's range; unscaled it di
 and a scale of 8 matches float32. Trains the network of `ssd_digits` in float32, in
 mixed_float16 unscaled, at scales of 8, 128 and 1024, with dynamic scaling and by
 histograms, and in mixed_bfloat16, with the same seeds, initial parameters and data
-order, and compares mean average precisions by seed. The default size, 3,200 scenes and
-3 epochs, is for a CPU; with JAX_COMPILATION_CACHE_DIR set, only the first seed
-compiles.
+order, and compares mean average precisions by seed. The default size, 2,000 scenes and
+3 epochs, is meant for at most 90 s a run on 2 CPU cores; with JAX_COMPILATION_CACHE_DIR
+set, only the first seed compiles.
 
 Every run counts its activation gradients. Those of float32's first seed are drawn as in
 Figure 3, in a second result file. `--setting small_gradients` is another setting, made
 so that gradients are small: a deeper trunk, a loss divided by default boxes times
-batch and by 256 besides, and twice the batch.
+batch and by 256 besides, and a batch half as large again.
 """
 
 from experiments.configs.ssd_scales import VARIANTS, Cell, Config

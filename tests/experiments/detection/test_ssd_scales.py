@@ -146,7 +146,7 @@ def test_every_variant_has_the_same_seeds_and_its_own_precision(config):
     for cell, run in runs.items():
         assert (run.seed, run.depth, run.normalization) == (cell.seed, 1, "anchors")
         assert run.loss_factor == 1 / 256
-        assert run.batch_size == 2 * config.batch_size
+        assert run.batch_size == 1.5 * config.batch_size
         assert run.num_epochs == config.num_epochs
         assert run.policy_names() == (VARIANTS[cell.variant].policy,)
     names = set(ssd_scales_table.PAPER) | set(ssd_scales_table.ADAPTIVE_PAPER)
