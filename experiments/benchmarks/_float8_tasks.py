@@ -30,6 +30,7 @@ def mlp(config: Config) -> Task:
     """
     run = mlp_config.Config(
         num_units=config.num_units,
+        batch_size=config.mlp_batch_size,
         num_epochs=config.mlp_epochs,
         dataset=config.dataset,
     )
@@ -43,7 +44,11 @@ def mlp(config: Config) -> Task:
         f"MLP 784-{run.num_units}-{run.num_units}-10 on {images.name}",
         make,
         _MLP_EDGES,
-        {"dataset": images.name},
+        {
+            "dataset": images.name,
+            "batch_size": run.batch_size,
+            "num_epochs": run.num_epochs,
+        },
     )
 
 

@@ -23,8 +23,11 @@ class Config:
     num_units: int = 512
     """Units in each of the two hidden layers of the MLP."""
 
-    mlp_epochs: int = 5
-    """Passes of the MLP over its images, in batches of 8192."""
+    mlp_batch_size: int = 256
+    """Images per step of the MLP."""
+
+    mlp_epochs: int = 10
+    """Passes of the MLP over its images."""
 
     num_steps: int = 300
     """Steps of a transformer run."""
