@@ -20,6 +20,7 @@ from experiments.models.ssd.matching import NO_OBJECT, match
 NUM_SHOWN = 5
 MIN_SCORE = 0.4  # of a detection that is drawn
 _COLUMN, _ROW = 1.9, 2.1  # inches
+_TEXT_SIZE = (0.25, 0.07)  # of a label, in shares of the image
 
 
 def draw_detections(
@@ -145,11 +146,17 @@ def show_truth(axes: Axes, annotation: Annotation, classes: Sequence[str]) -> No
 
 
 def show_found(axes: Axes, found: Found, classes: Sequence[str]) -> None:
-    """Draws the boxes that are found with a fair score."""
-    for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
-        if score >= MIN_SCORE:
-            text = f"{classes[label - 1]} {score:.2f}"
-            add_box(axes, box, plot_style.ORANGE, text=text)
+    """Draws the boxes that are found with a fair score.
+
+    Where a text would cover that of a better score, it stands at its box's bottom.
+    """
+    is_fair = found.scores >= MIN_SCORE
+    boxes, scores = found.boxes[is_fair], found.scores[is_fair]
+    for i, (box, label) in enumerate(zip(boxes, found.labels[is_fair], strict=True)):
+        distances = np.abs(boxes[:i, :2] - box[:2])
+        is_covering = bool((distances < _TEXT_SIZE).all(axis=1).any())
+        text = f"{classes[label - 1]} {scores[i]:.2f}"
+        add_box(axes, box, plot_style.ORANGE, text=text, is_text_below=is_covering)
 
 
 def add_box(
@@ -160,11 +167,13 @@ def add_box(
     text: str = "",
     width: float = 1.2,
     dashes: str = "-",
+    is_text_below: bool = False,
 ) -> None:
     """Draws a box, corners in shares of the image, and a text at its top edge.
 
     The text stands above the box; at the image's top inside the box, and at its right
-    edge to the left.
+    edge to the left. With `is_text_below` it stands below the box's bottom edge; at the
+    image's bottom above that.
     """
     left, top, right, bottom = (float(x) for x in box)
     size = (right - left, bottom - top)
@@ -172,15 +181,17 @@ def add_box(
     axes.add_patch(patch)
     if not text:
         return
-    has_room_above, has_room_right = top > 0.08, left < 0.8
+    has_room_right = left < 0.8
+    edge = bottom if is_text_below else top
+    is_above_edge = edge > (0.92 if is_text_below else 0.08)
     axes.text(
         left if has_room_right else right,
-        top - 0.01 if has_room_above else top + 0.01,
+        edge - 0.01 if is_above_edge else edge + 0.01,
         text,
         color=color,
         fontsize=plot_style.SMALL - 1,
         ha="left" if has_room_right else "right",
-        va="bottom" if has_room_above else "top",
+        va="bottom" if is_above_edge else "top",
         bbox={"fc": "black", "ec": "none", "alpha": 0.6, "pad": 0.5},
         clip_on=True,
         parse_math=False,
