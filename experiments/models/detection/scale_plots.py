@@ -49,7 +49,7 @@ def scales_figure(title: str, rows: Sequence[Row]) -> Figure:
     differences.set_ylim(len(names) - 0.5, -0.5)
     plot_style.number_axis(differences.xaxis, signed=True)
     plot_style.percent_axis(zeros.xaxis)
-    zeros.locator_params(axis="x", nbins=4)
+    zeros.locator_params(axis="x", nbins=5)
     zeros.margins(x=0.2)
     plot_style.label_ends(curves)
     return figure
