@@ -38,6 +38,7 @@ if __name__ == "__main__":  # before what is slow to import
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -100,9 +101,9 @@ def main(config: Config) -> dict[str, Any]:
     names = config.workload_names()
     attention = choose_attention(config.attention, device)
     if config.float8:
-        return _measure_float8(names, device, attention, config)
+        return _measure_each(_memory_float8, None, names, device, attention, config)
     if names[0] in REAL_MODELS:
-        return _measure_real_models(names, device, attention, config)
+        return _measure_each(by_hand, by_hand.draw, names, device, attention, config)
     runs = _measure_over_batch_sizes(names, device, attention)
     return _save(NAME, COLUMNS, draw, device, runs, config)
 
@@ -110,12 +111,12 @@ def main(config: Config) -> dict[str, Any]:
 def _save(
     name: str,
     columns: tuple[Column, ...],
-    draw: Callable[[dict[str, Any]], Figure],
+    draw: Callable[[dict[str, Any]], Figure] | None,
     device: str | None,
     runs: list[dict[str, Any]],
     config: Config,
 ) -> dict[str, Any]:
-    """Writes the result file and the plot; returns what the file holds."""
+    """Writes the result file and the plot, if any; returns what the file holds."""
     compiled_for = cost.get_device(device).name
     table = {
         "experiment": name,
@@ -125,7 +126,8 @@ def _save(
     }
     output = _output_file(name, config)
     save_table(output, table, f"compiled for {compiled_for}", columns)
-    save_figure(output.with_suffix(".png"), draw(table))
+    if draw is not None:
+        save_figure(output.with_suffix(".png"), draw(table))
     return table
 
 
@@ -207,57 +209,39 @@ def _measure_over_batch_sizes(
     return runs
 
 
-def _measure_float8(
-    names: list[str], device: str | None, attention: str, config: Config
+def _measure_each(
+    kind: ModuleType,
+    plot: Callable[[dict[str, Any]], Figure] | None,
+    names: list[str],
+    device: str | None,
+    attention: str,
+    config: Config,
 ) -> dict[str, Any]:
-    """Measures models in float8; writes the table after each.
+    """Measures models; writes the table after each, which takes minutes.
 
     The rows of other models in the file stay; each says at which commit it was made.
+
+    Args:
+      kind: the module that measures one of them, with the `NAME` and the `COLUMNS` of
+        the table.
+      plot: draws the table.
+      names: of the models.
+      device: as `mpjax.cost.analyze` takes it.
+      attention: how the models attend.
+      config: the settings.
     """
-    path = _output_file(_memory_float8.NAME, config)
+    path = _output_file(kind.NAME, config)
     runs = read_json(path)["runs"] if path.exists() else []
-    environment = results.environment()
-    compiled_for = cost.get_device(device).name
+    commit = results.environment()["commit"]
     order = [*WORKLOADS, *REAL_MODELS]
     table: dict[str, Any] = {}
     for name in tqdm(names, desc="compiling", disable=None):
         is_real = name in REAL_MODELS
         workload = REAL_MODELS[name]("full") if is_real else WORKLOADS[name]()
-        workload = with_attention(workload, attention)
-        new = _memory_float8.measure(name, workload, device)
-        runs = [run for run in runs if run["workload"] != name]
-        runs += [{**run, "commit": environment["commit"]} for run in new]
-        runs.sort(key=lambda run: order.index(run["workload"]))
-        table = {
-            "experiment": _memory_float8.NAME,
-            "compiled_for": compiled_for,
-            "environment": environment,
-            "runs": runs,
-        }
-        title = f"float8, compiled for {compiled_for}"
-        save_table(path, table, title, _memory_float8.COLUMNS)
-        jax.clear_caches()
-    return table
-
-
-def _measure_real_models(
-    names: list[str], device: str | None, attention: str, config: Config
-) -> dict[str, Any]:
-    """Measures real models; writes the table after each, which takes minutes.
-
-    The rows of other models in the file stay; each says at which commit it was made.
-    """
-    path = _output_file(by_hand.NAME, config)
-    runs = read_json(path)["runs"] if path.exists() else []
-    commit = results.environment()["commit"]
-    order = list(REAL_MODELS)
-    table: dict[str, Any] = {}
-    for name in tqdm(names, desc="compiling", disable=None):
-        workload = with_attention(REAL_MODELS[name]("full"), attention)
-        new = by_hand.measure(name, workload, device)
+        new = kind.measure(name, with_attention(workload, attention), device)
         runs = [run for run in runs if run["workload"] != name]
         runs += [{**run, "commit": commit} for run in new]
         runs.sort(key=lambda run: order.index(run["workload"]))
-        table = _save(by_hand.NAME, by_hand.COLUMNS, by_hand.draw, device, runs, config)
+        table = _save(kind.NAME, kind.COLUMNS, plot, device, runs, config)
         jax.clear_caches()
     return table
