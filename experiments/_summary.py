@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.intervals import interval_text
 from experiments.harness.results import Column, markdown_table
 
 COLUMNS = (
@@ -118,6 +119,23 @@ def _gradients(runs: Runs) -> str:
     )
 
 
+def _float8(runs: Runs) -> str:
+    mlp, transformer, conformer = (
+        row
+        for row in runs("float8_cpu_amx_bf16_jax0.12.0.1")
+        if row["precision"] == "mixed_float8:all"
+    )
+    errors = [
+        interval_text(row["error_minus_bfloat16"], "{:+.2f}")
+        for row in (mlp, conformer)
+    ]
+    loss = interval_text(transformer["loss_minus_bfloat16"], "{:+.3f}")
+    return (
+        f"points of error to bfloat16's: MLP {errors[0]}, Conformer {errors[1]} of "
+        f"CER; loss of a transformer {loss}"
+    )
+
+
 def _memory(runs: Runs) -> str:
     found = {
         r["workload"]: r
@@ -162,6 +180,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Runs], str]], ...] = (
     ("float16 weights updated in float16 (paper: +80 %)", "speech", _updates),
     ("Loss scales of a detector, 3 seeds", "detection", _detector),
     ("Gradients against float64", "accuracy", _gradients),
+    ("Trained in float8, 3 seeds", "parity", _float8),
     ("Temporaries of a step, compiled for an H100", "memory", _memory),
     ("A step of the MLP, CPU with bfloat16", "speed", _speed),
 )
