@@ -1,7 +1,7 @@
 """Training in float8 beside bfloat16 and float32, paired by seed.
 
-    python -m experiments.benchmarks.float8                # 70 min of one CPU core
-    python -m experiments.benchmarks.float8 --tasks mlp    # 2 min
+    python -m experiments.benchmarks.float8                # 80 min of one CPU core
+    python -m experiments.benchmarks.float8 --tasks mlp    # 10 min
 
 Three small networks: the Keras guide's MLP on MNIST, a causal transformer on the bytes
 of Python's standard library, and the Conformer of `speech_ctc` on synthesised Mandarin.

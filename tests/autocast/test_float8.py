@@ -216,6 +216,10 @@ def slow(*values):
     return [pytest.param(x, marks=pytest.mark.slow) for x in values]
 
 
+def weekly(*values):
+    return [pytest.param(x, marks=pytest.mark.weekly) for x in values]
+
+
 def usual(cases, *usual_ones):
     """Returns cases, all but the usual ones marked as slow."""
     return [
@@ -244,7 +248,9 @@ def test_every_matmul_is_float8_and_every_cotangent_e5m2(name, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", ["plain", "scanned", *weekly(*sorted({*LOSSES} - {"plain", "scanned"}))]
+)
 def test_both_ways_round_alike(name):
     loss = LOSSES[name]
     # Weights of a loop are quantized from float32 before it, or from half in it; these
@@ -352,7 +358,7 @@ def test_weights_of_layers_are_quantized_once_for_both_loops(wrap):
     assert relative(fn(w, xs), microbatches(w, xs)) < 0.12
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_derivatives_of_derivatives():
     inner = lambda w: jnp.sum(in_float8(jax.grad(plain))(w, X) ** 2)
     outer = lambda w: jnp.sum(jax.grad(plain)(w, X) ** 2)

@@ -12,7 +12,7 @@ from experiments.models import small
 TINY = functools.partial(small.mlp, batch_size=16, sizes=(8, 16, 10))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_delayed_scales_flush_small_cotangents_until_they_settle():
     # A cotangent is about a batch's size smaller than 1, and its scale is 1 at first.
     make_case = functools.partial(TINY, batch_size=2**15)
