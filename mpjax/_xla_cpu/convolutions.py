@@ -14,6 +14,7 @@ import jax
 from mpjax._jaxpr.core import MadeHalf, is_split, new_eqn
 from mpjax._jaxpr.passes import map_equations
 from mpjax._xla_cpu import switch
+from mpjax._xla_cpu.hints import stored
 
 
 def put_half_channels_last(jaxpr: Any) -> Any:
@@ -63,6 +64,10 @@ def channels_last(eqn: Any) -> list[Any]:
         permutation = _permutation(spec, wanted)
         if permutation is not None:
             params = {"permutation": permutation}
+            # Fused into the transposition, what computes the operand would read its own
+            # operands in steps as wide as a row.
+            before.append(stored(x, like=eqn))
+            (x,) = before[-1].outvars
             before.append(
                 new_eqn(jax.lax.transpose_p, [x], params, like=eqn, varies_as=x)
             )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpjax._jaxpr.core import Var, context_of, open_jaxpr, vary_as
 from mpjax._xla_cpu import switch
 
 
@@ -24,6 +25,22 @@ def prevent_fusion(values: Any) -> Any:
     return jax.lax.platform_dependent(
         values, cpu=jax.lax.optimization_barrier, default=lambda values: values
     )
+
+
+def stored(x: Any, *, like: Any) -> Any:
+    """Returns the equation of an array that is stored before it is read.
+
+    Its output is the same array, as `prevent_fusion` returns it.
+
+    Args:
+      x: a variable.
+      like: the equation that is to read the output; source line, name scope and context
+        are its own.
+    """
+    with jax.disable_jit(False), context_of(like):
+        traced = jax.make_jaxpr(jax.jit(prevent_fusion))(x.aval)
+    (call,) = open_jaxpr(vary_as(traced, x.aval)).eqns
+    return call.replace(invars=[x], outvars=[Var(x.aval)])
 
 
 def write_after(earlier: Any, new: Any, old: Any) -> Any:

@@ -226,3 +226,21 @@ def test_inside_shard_map():
         jax.shard_map(mean, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
     )
     np.testing.assert_allclose(split(x, w) * 2, fn(x, w)[1][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("platform", "num_barriers"), [("cpu", 2), ("cuda", 0)])
+def test_what_is_transposed_is_stored_before_on_a_cpu_alone(platform, num_barriers):
+    x, w = arrays(IMAGE, KERNEL)
+    grad = jax.grad(lambda w, x: jnp.sum(jnp.tanh(conv(jnp.tanh(x), w))))
+    traced = jax.jit(mpjax.autocast(grad, "mixed_bfloat16")).trace(w, x)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("optimization_barrier") == num_barriers
+
+
+def test_convolutions_channels_first_have_derivatives_of_derivatives():
+    x, w = arrays(IMAGE_FIRST, KERNEL_FIRST)
+    loss = lambda w, x: jnp.sum(jnp.tanh(conv(x, w, form=FIRST)))
+    half = mpjax.autocast(loss, "mixed_bfloat16")
+    hessian_vector = lambda fn: jax.jvp(lambda w: jax.grad(fn)(w, x), (w,), (w,))[1]
+    found, true = hessian_vector(half), hessian_vector(loss)
+    assert np.linalg.norm(found - true) < 0.05 * np.linalg.norm(true)
