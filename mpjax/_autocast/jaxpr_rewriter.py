@@ -205,10 +205,11 @@ class JaxprRewriter:
         if decision.is_rounded:
             env.write_rounded(eqn, dtype)
         else:
+            is_sum = facts_of(eqn).is_sum
             env.write(
                 eqn,
                 invars=self._operands_in(eqn, dtype),
-                params=params_in_half(eqn, dtype),
+                params=MadeHalf(eqn.params) if is_sum else params_in_half(eqn, dtype),
                 dtypes=[dtype] * len(eqn.outvars),
             )
         self._log(eqn, dtype)

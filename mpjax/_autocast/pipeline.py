@@ -15,6 +15,7 @@ from mpjax._autocast.rewrite import Rewriter, Settings
 from mpjax._autocast.sink import sink_broadcasts_into_scans
 from mpjax._xla_cpu.convolutions import put_half_channels_last
 from mpjax._xla_cpu.matmuls import add_unit_axes, swap_transposed_matmuls
+from mpjax._xla_cpu.sums import round_half_sums_once
 
 
 def rewrite_in_half(jaxpr: Any, settings: Settings, scope: str = "") -> Any:
@@ -37,6 +38,7 @@ PASSES: tuple[Callable[..., Any], ...] = (
     # Operands are scaled and rounded once, and weights before a loop.
     quantize_matmuls,
     # The forms that XLA:CPU runs fast, and with float32 sums.
+    round_half_sums_once,
     add_unit_axes,
     put_half_channels_last,
 )

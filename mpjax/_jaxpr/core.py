@@ -353,7 +353,7 @@ def is_var(atom: Any) -> bool:
 
 
 class MadeHalf(dict):
-    """Parameters of a matmul or convolution that autocast made half.
+    """Parameters of a matmul, convolution or sum that autocast made half.
 
     They survive `eqn.replace`, so that later passes know what is autocast's own; what
     the user wrote in half stays as it is.
