@@ -110,7 +110,7 @@ def _detector(runs: Runs) -> str:
 def _gradients(runs: Runs) -> str:
     ratios = [
         r["error_autocast"] / r["error_hand_cast"]
-        for r in runs("accuracy_cpu_avx2_jax0.12.0.1")
+        for r in runs("accuracy_cpu_amx_bf16_jax0.12.0.1")
         if r["policy"] == "mixed_bfloat16"
     ]
     return (
