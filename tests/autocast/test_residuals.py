@@ -329,7 +329,9 @@ def test_on_several_devices(axis_type):
     check_jaxpr(open_jaxpr(closed))
     first, *_ = scans(closed)
     assert sum(v.aval.shape[-1] == 2 * WIDTH for v in first.outvars) == 2
-    np.testing.assert_allclose(jax.jit(fn)(x), expected, rtol=0.03, atol=0.03)
+    # Each is some 2 % away from float32, and not in the same way.
+    limit = 0.05 * np.abs(expected).max()
+    np.testing.assert_allclose(jax.jit(fn)(x), expected, atol=limit)
 
 
 @pytest.mark.weekly
