@@ -247,6 +247,23 @@ def trace_call(fn: Callable[..., Any], avals: Any, context: Any) -> Eqn:
     return open_jaxpr(body).eqns[0]
 
 
+def call_eqn(
+    fn: Callable[..., Any], invars: list[Any], outvars: list[Var], *, like: Any
+) -> Eqn:
+    """Returns the equation that calls a function.
+
+    Args:
+      fn: takes and returns arrays.
+      invars: its operands.
+      outvars: its results, which vary over the same axes of a `shard_map`.
+      like: equation whose source line, name scope and context it takes.
+    """
+    with jax.disable_jit(False), context_of(like):
+        traced = jax.make_jaxpr(jax.jit(fn))(*(x.aval for x in invars))
+    (call,) = open_jaxpr(vary_as(traced, outvars[0].aval)).eqns
+    return call.replace(invars=invars, outvars=outvars)
+
+
 def vary_as(jaxpr: Any, aval: Any) -> Any:
     """Returns a jaxpr whose results vary over the axes of a `shard_map` as `aval` does.
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax._jaxpr.core import Var, context_of, open_jaxpr, vary_as
+from mpjax._jaxpr.core import Var, call_eqn
 from mpjax._xla_cpu import switch
 
 
@@ -37,10 +37,7 @@ def stored(x: Any, *, like: Any) -> Any:
       like: the equation that is to read the output; source line, name scope and context
         are its own.
     """
-    with jax.disable_jit(False), context_of(like):
-        traced = jax.make_jaxpr(jax.jit(prevent_fusion))(x.aval)
-    (call,) = open_jaxpr(vary_as(traced, x.aval)).eqns
-    return call.replace(invars=[x], outvars=[Var(x.aval)])
+    return call_eqn(prevent_fusion, [x], [Var(x.aval)], like=like)
 
 
 def write_after(earlier: Any, new: Any, old: Any) -> Any:

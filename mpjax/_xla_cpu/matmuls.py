@@ -23,14 +23,13 @@ import jax.numpy as jnp
 from mpjax._jaxpr.core import (
     MadeHalf,
     Var,
-    context_of,
+    call_eqn,
     count_uses,
     dtype_of,
     is_var,
     new_eqn,
     open_jaxpr,
     unit_axes_eqn,
-    vary_as,
     with_equations,
 )
 from mpjax._jaxpr.passes import map_equations, map_jaxprs
@@ -160,10 +159,7 @@ def in_float32_on_cpu(dot: Any) -> list[Any]:
     def matmul(x, y):
         return jax.lax.platform_dependent(x, y, cpu=wide, default=half)
 
-    with jax.disable_jit(False), context_of(dot):
-        traced = jax.make_jaxpr(jax.jit(matmul))(*(x.aval for x in dot.invars))
-    (call,) = open_jaxpr(vary_as(traced, dot.outvars[0].aval)).eqns
-    return [call.replace(invars=dot.invars, outvars=dot.outvars)]
+    return [call_eqn(matmul, dot.invars, dot.outvars, like=dot)]
 
 
 def dot_general(

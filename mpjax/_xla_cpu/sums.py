@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from mpjax._jaxpr.core import (
     MadeHalf,
     Var,
-    context_of,
+    call_eqn,
     dtype_of,
     is_split,
     is_var,
     open_jaxpr,
-    vary_as,
     with_equations,
 )
 from mpjax._jaxpr.passes import map_jaxprs
@@ -79,7 +78,4 @@ def _rounded_once(eqn: Any, operands: list[Any]) -> Any:
     def half_sum(x, y):
         return jax.lax.platform_dependent(x, y, cpu=once, default=half)
 
-    with jax.disable_jit(False), context_of(eqn):
-        traced = jax.make_jaxpr(jax.jit(half_sum))(*(x.aval for x in operands))
-    (call,) = open_jaxpr(vary_as(traced, eqn.outvars[0].aval)).eqns
-    return call.replace(invars=operands, outvars=eqn.outvars)
+    return call_eqn(half_sum, operands, eqn.outvars, like=eqn)
