@@ -6,9 +6,10 @@
       --num-epochs 10
 
 Does half precision reach the float32 result? Trains `mnist_mlp` for every policy, loss
-scale and seed, and writes mean ± standard deviation over seeds. Started again, it
-trains only what is missing. Rows of the result file that this command does not ask for
-stay in it.
+scale and seed, and writes mean ± standard deviation over seeds, and the differences to
+float32 without loss scaling, paired by seed, with their 95 % intervals. Started again,
+it trains only what is missing. Rows of the result file that this command does not ask
+for stay in it.
 """
 
 from experiments.configs.parity import Config
@@ -26,6 +27,7 @@ from experiments import mnist_mlp
 from experiments.data import mnist
 from experiments.harness import results
 from experiments.harness.files import read_json
+from experiments.harness.intervals import compare_by_seed
 from experiments.harness.output import RESULTS, mean_and_deviation, save_table
 from experiments.harness.results import Column
 from experiments.harness.stop import Interrupted, StopRequest, on_signals
@@ -36,6 +38,7 @@ COLUMNS = (
     Column("loss scale", "loss_scale"),
     Column("seeds", "num_seeds"),
     Column("test accuracy", "test_accuracy"),
+    Column("points to float32", "difference"),
     Column("test loss", "test_loss"),
     Column("skipped steps", "num_skipped", "{:g}"),
 )
@@ -67,10 +70,40 @@ def main(config: Config) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "num_epochs": config.num_epochs,
         "environment": results.environment(),
-        "runs": _merge(output, [_aggregate(runs) for runs in cells]),
+        "runs": compared(_merge(output, [_aggregate(runs) for runs in cells])),
     }
     save_table(output, table, f"parity, {config.shape()}", COLUMNS)
     return table
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows with their differences to float32 without loss scaling.
+
+    Args:
+      rows: rows with `policy`, `loss_scale` and `test_accuracies`, one per seed.
+
+    Returns:
+      The rows with `difference`, as text in points with its 95 % interval, and
+      `difference_interval`, as numbers; both None for float32 itself, and where it has
+      no row. Only seeds of both are compared.
+    """
+    float32 = {
+        seed: accuracy
+        for row in rows
+        if _is_baseline(row)
+        for seed, accuracy in enumerate(row["test_accuracies"])
+    }
+    keys = ("difference", "difference_interval")
+    compared = []
+    for row in rows:
+        accuracies = dict(enumerate(row["test_accuracies"]))
+        found = compare_by_seed({} if _is_baseline(row) else accuracies, float32)
+        compared.append(row | {key: found[key] for key in keys})
+    return compared
+
+
+def _is_baseline(row: dict[str, Any]) -> bool:
+    return (row["policy"], row["loss_scale"]) == ("float32", "none")
 
 
 def _run(run: mnist_mlp.Config, dataset: mnist.ImageDataset, stop: StopRequest) -> None:

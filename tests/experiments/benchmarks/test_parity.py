@@ -95,6 +95,32 @@ def test_cells_of_an_older_file_stay(config):
     assert table["runs"][0]["made_by"][0]["versions"]["jax"]
 
 
+def test_differences_are_of_the_same_seed_and_to_float32_without_scaling():
+    def row(policy, loss_scale, *accuracies):
+        names = {"policy": policy, "loss_scale": loss_scale}
+        return names | {"test_accuracies": list(accuracies)}
+
+    rows = parity.compared(
+        [
+            row("float32", "none", 0.8, 0.9, 0.7),
+            row("float32", "dynamic", 0.81, 0.91, 0.71),
+            row("mixed_float16", "none", 0.81, 0.93),
+        ]
+    )
+    assert [row["difference"] for row in rows] == [
+        None,
+        "+1.00 (+1.00 to +1.00)",
+        "+2.00 (-10.71 to +14.71)",  # 2 ± 12.706 standard errors of 1
+    ]
+    assert rows[2]["difference_interval"][0] == pytest.approx(2)
+    assert rows[0]["test_accuracies"] == [0.8, 0.9, 0.7]
+
+
+def test_without_a_row_of_float32_there_is_no_difference():
+    row = {"policy": "mixed_float16", "loss_scale": "none", "test_accuracies": [0.9]}
+    assert parity.compared([row])[0]["difference"] is None
+
+
 def test_without_autocast_it_is_another_table(config):
     assert (
         config.shape() + "-cast" == dataclasses.replace(config, autocast=False).shape()
