@@ -30,6 +30,7 @@ from experiments.data.splits import EVAL_BATCH_SIZE, Splits, split
 from experiments.harness import precisions, results
 from experiments.harness.experiment import Experiment, Metric, Task
 from experiments.harness.files import atomic_write, translate_os_errors, write_json
+from experiments.harness.output import count_text
 from experiments.harness.plot_style import write_png
 from experiments.harness.report import report
 from experiments.harness.results import Column, Result
@@ -78,7 +79,7 @@ def main(config: Config, dataset: ImageDataset | None = None) -> Result:
         return train_and_evaluate(config, policy, directory, dataset)
 
     result = results.run_policies(NAME, config, train_one)
-    title = f"{dataset.name}, DeepConvNet, {config.num_epochs} epochs"
+    title = f"{dataset.name}, DeepConvNet, {count_text(config.num_epochs, 'epoch')}"
     report_precisions(result, title)
     if config.export is not None:
         source = result.workdir / config.policy_names()[0] / WEIGHTS

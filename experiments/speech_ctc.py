@@ -31,6 +31,7 @@ from experiments.data.speech.vocabulary import Vocabulary
 from experiments.harness import results
 from experiments.harness.experiment import Experiment, Metric, Task
 from experiments.harness.files import translate_os_errors
+from experiments.harness.output import count_text
 from experiments.harness.report import report
 from experiments.harness.results import Column, Result
 from experiments.harness.training import train_policy
@@ -96,7 +97,7 @@ def main(config: Config, corpus: Corpus | None = None) -> Result | None:
         return run
 
     result = results.run_policies(NAME, config, train_one)
-    title = f"{corpus.name}, {config.encoder}, {config.num_epochs} epochs"
+    title = f"{corpus.name}, {config.encoder}, {count_text(config.num_epochs, 'epoch')}"
     report(experiment, result, title)
     return result
 

@@ -36,6 +36,7 @@ from experiments.harness import results
 from experiments.harness.experiment import Experiment, Metric, Task
 from experiments.harness.files import translate_os_errors
 from experiments.harness.gradient_report import report_gradients
+from experiments.harness.output import count_text
 from experiments.harness.report import report
 from experiments.harness.results import Column, Result
 from experiments.harness.training import train_policy
@@ -84,7 +85,8 @@ def main(config: Config, dataset: DetectionDataset | None = None) -> Result | No
         return train(experiment, config, policy, dataset, directory)
 
     result = results.run_policies(NAME, config, train_one)
-    title = f"{dataset.name}, SSD {config.preset}, {config.num_epochs} epochs"
+    epochs = count_text(config.num_epochs, "epoch")
+    title = f"{dataset.name}, SSD {config.preset}, {epochs}"
     report(experiment, result, title)
     if config.numerics:
         report_gradients(GRADIENTS_NAME, result, title)

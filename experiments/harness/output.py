@@ -64,3 +64,12 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
         return "nan"
     deviation = statistics.stdev(known) if len(known) > 1 else 0.0
     return f"{statistics.mean(known):.4f} ± {deviation:.4f}"
+
+
+def count_text(number: int, noun: str) -> str:
+    """Returns a number of things, as text.
+
+    >>> count_text(1, "epoch"), count_text(3, "epoch")
+    ('1 epoch', '3 epochs')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
