@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from experiments.data.mnist_config import MnistConfig
 from experiments.harness.config import require_positive
 from experiments.harness.errors import ConfigError
-from experiments.harness.flags import parse_names
+from experiments.harness.flags import parse_names, require_file
 
 PRECISIONS = (
     "float64",
@@ -72,6 +72,11 @@ class Config(MnistConfig):
                     )
         if self.export is not None:
             _check_target(self.export)
+
+    def check_paths(self, experiment: str) -> None:
+        super().check_paths(experiment)
+        if self.load is not None:
+            require_file("--load", self.load)
 
     def precision_names(self) -> tuple[str, ...]:
         """Returns the precisions to evaluate in, in order, each once."""

@@ -31,7 +31,11 @@ def run(main: Callable[[Any], Any], config_type: type, *, doc: str | None) -> No
     try:
         import tyro  # here, so that its absence is explained
 
-        config = tyro.cli(config_type, description=doc, prog=command.module_name())
+        from experiments.harness import help_text  # imports what tyro needs
+
+        help_text.fill_flags(config_type)
+        text = help_text.fill(doc or "")
+        config = tyro.cli(config_type, description=text, prog=command.module_name())
         with _library_errors():
             main(config)
     except Interrupted as error:

@@ -134,6 +134,11 @@ class BaseConfig:
         require(0 <= self.seed < 2**32, "--seed", "between 0 and 2**32 - 1", self)
         if not self.policy_names():
             raise ConfigError("--policies names no policy; try float32,mixed_float16.")
+        default = {f.name: f.default for f in dataclasses.fields(self)}["policies"]
+        if self.policy is not None and self.policies != default:
+            raise ConfigError(
+                "--policy and --policies exclude each other; name all in --policies."
+            )
         for name in self.policy_names():
             check_policy("--policies" if self.policy is None else "--policy", name)
         is_float8 = any(name.startswith("mixed_float8") for name in self.policy_names())

@@ -92,10 +92,7 @@ def _locked(config: BaseConfig, experiment: str) -> Iterator[Path]:
             "--workdir."
         ) from None
     except OSError as error:
-        raise WorkdirError(
-            f"cannot use --workdir {path}: {error.strerror or error}; choose "
-            "a directory that can be written."
-        ) from error
+        raise _unusable(path, error.strerror or error) from error
     try:
         with translate_os_errors(path):
             _update_settings(path, config, experiment)
@@ -147,7 +144,7 @@ def check_workdir(config: BaseConfig, experiment: str) -> None:
 
     Raises:
       WorkdirError: if the directory holds another configuration, holds a run without
-        --resume, or holds no run with --resume.
+        --resume, holds no run with --resume, or cannot be made or written.
     """
     if config.workdir is None:
         return
@@ -158,6 +155,18 @@ def check_workdir(config: BaseConfig, experiment: str) -> None:
         raise WorkdirError(
             f"--resume: {path} holds no run; leave --resume out to start one there."
         )
+    found = next(x for x in (path, *path.absolute().parents) if os.path.lexists(x))
+    if not os.path.isdir(found):
+        raise _unusable(path, f"{found} is not a directory")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise _unusable(path, f"{found} cannot be written")
+
+
+def _unusable(path: Path, reason: object) -> WorkdirError:
+    return WorkdirError(
+        f"cannot use --workdir {path}: {reason}; choose a directory that can be "
+        "written."
+    )
 
 
 def check_is_run(path: Path) -> Path:

@@ -23,7 +23,7 @@ from experiments.configs import loss_curves as loss_curves_config
 from experiments.configs import loss_scales as loss_scales_config
 from experiments.configs import mnist_convnet as mnist_convnet_config
 from experiments.configs import speech_updates as speech_updates_config
-from experiments.harness import config, precisions
+from experiments.harness import cli, config, precisions
 from experiments.registry import COMMANDS
 
 MODULES = [command.module for group in COMMANDS.values() for command in group]
@@ -52,8 +52,14 @@ BAD_VALUES = {
         ["--resume"],
         ["--resume", "--workdir", "/no/such/run"],
         ["--data-dir", "/no/such/directory"],
+        ["--workdir", "/dev/null/no/such"],
+        ["--policy", "float32", "--policies", "mixed_float16"],
     ],
-    "experiments.mnist_convnet": [POLICIES, ["--precisions", "flaot16"]],
+    "experiments.mnist_convnet": [
+        POLICIES,
+        ["--precisions", "flaot16"],
+        ["--load", "/no/such.safetensors"],
+    ],
     "experiments.speech_ctc": [
         POLICIES,
         ["--batch-size", "-8"],
@@ -202,3 +208,16 @@ def test_what_jmp_reads_is_accepted(name):
     if name != "f64":
         config.check_policy("--policy", name)
     mpjax.get_policy(name)
+
+
+def test_help_fills_its_lines(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["experiment", "--help"])
+    module = importlib.import_module("experiments.benchmarks.memory")
+    with pytest.raises(SystemExit):
+        cli.run(module.main, memory.Config, doc=module.__doc__)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("    ")) <= 80
+    # Not where the lines of the docstrings end.
+    assert any("(`mpjax.cost`; needs" in x and x.endswith("where") for x in lines)
+    assert any('"auto" for' in x and '"cudnn" for cuDNN' in x for x in lines)
