@@ -78,7 +78,9 @@ def main(config: Config, dataset: DetectionDataset | None = None) -> dict[str, A
         "title": f"{dataset.name}, SSD {config.preset}, setting {config.setting}",
         "config": result.config,
         "environment": result.environment,
-        "runs": summarize(runs, config.variant_names()),
+        "runs": summarize(
+            runs, config.variant_names(), beside_papers=config.setting == "default"
+        ),
     }
     _save(config, result, table)
     return table

@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def summarize(
-    runs: Sequence[dict[str, Any]], variants: Sequence[str]
+    runs: Sequence[dict[str, Any]], variants: Sequence[str], *, beside_papers: bool
 ) -> list[dict[str, Any]]:
     """Returns a row per variant, and one for each way that only others have measured.
 
@@ -44,6 +44,8 @@ def summarize(
       runs: the results of single runs, as `ssd_scales` makes them; a run that diverged
         has `diverged` and no `test_map07`.
       variants: the variant of each row.
+      beside_papers: whether the rows have what papers measured, beside which a setting
+        that none of them had cannot stand.
 
     Returns:
       Rows with the keys of `COLUMNS`: means over the seeds that did not diverge;
@@ -55,6 +57,11 @@ def summarize(
         by_variant.setdefault(run["variant"], {})[run["seed"]] = run
     baseline = by_variant.get(BASELINE, {})
     rows = [_row(name, by_variant[name], baseline) for name in variants]
+    if not beside_papers:
+        return rows
+    for row in rows:
+        row["paper"] = PAPER.get(row["variant"])
+        row["adaptive_paper"] = ADAPTIVE_PAPER.get(row["variant"])
     others = [
         {"variant": f"{name} (others')", "adaptive_paper": value}
         for name, value in ADAPTIVE_PAPER.items()
@@ -83,8 +90,6 @@ def _row(
         "final_loss_scale": median(scales),
         "zero_gradients": _mean([run.get("zero_gradients") for run in runs]),
         "lost_gradients": _mean([run.get("lost_gradients") for run in runs]),
-        "paper": PAPER.get(variant),
-        "adaptive_paper": ADAPTIVE_PAPER.get(variant),
         "ms_per_step": median([r["ms_per_step"] for r in runs if r.get("ms_per_step")]),
         "test_map07s": list(values.values()),
         "val_map07s": [run["val_map07s"] for run in runs],

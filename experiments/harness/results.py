@@ -188,7 +188,9 @@ def print_table(title: str, columns: Sequence[Column], runs: list[dict[str, Any]
 
 
 def markdown_table(columns: Sequence[Column], runs: list[dict[str, Any]]) -> str:
-    """Returns runs as a Markdown table."""
+    """Returns runs as a Markdown table, without columns that no run has a value for."""
+    if runs:
+        columns = [c for c in columns if any(run.get(c.key) is not None for run in runs)]
     rows = [[column.heading for column in columns]]
     rows.append(["---"] * len(columns))
     rows += [[column.text(run) for column in columns] for run in runs]

@@ -78,6 +78,15 @@ def trained(monkeypatch):
     return names
 
 
+def test_what_papers_measured_stands_beside_their_setting_alone(config, trained):
+    config = dataclasses.replace(config, setting="small_gradients")
+    table = ssd_scales.main(config, detection_runs.dataset())
+    assert [row["variant"] for row in table["runs"]] == config.variant_names()
+    text = tables.render_result(table)
+    assert "zero at its scale" in text
+    assert "paper" not in text and "arXiv" not in text
+
+
 def test_rows_are_compared_by_seed_and_gradients_counted(config, trained):
     table = ssd_scales.main(config, detection_runs.dataset())
     assert trained == ["float32-0", "unscaled-0", "scale_8-0"]
