@@ -31,7 +31,7 @@ COLUMNS = (
     Column("skipped", "num_skipped", "{:.3g}"),
     Column("updates lost", "lost_updates", "{:.1%}"),
     Column("of magnitude", "lost_magnitude", "{:.2%}"),
-    Column("gradients below 2^-24", "small_gradients", "{:.1%}"),
+    Column("gradients below 2^-24", "small_gradients", "{:.3%}"),
 )
 
 

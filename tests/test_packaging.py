@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import filelock
+import lower_bounds
 import pytest
 import yaml
 
@@ -357,3 +358,12 @@ def test_a_package_index_gets_absolute_links_once_there_is_an_address(tmp_path):
     prose = prose.replace(code, "")
     targets = re.findall(r'\]\(([^)\s]+)|(?:src|href)="([^"]+)', prose)
     assert [x for x in map("".join, targets) if not re.match("https://|#", x)] == []
+
+
+def test_the_page_of_platforms_tells_the_oldest_versions():
+    page = (ROOT / "docs/guides/platforms.md").read_text()
+    rows = re.findall(r"^\| (\w+)(?: \([^|]*\))? \| ([\d.]+) \| [\d.]+ \|$", page, re.M)
+    bounds = dict(line.split("==") for line in lower_bounds.constraints())
+    bounds["Python"] = PROJECT["requires-python"].removeprefix(">=")
+    assert {"Python", "jax", "numpy", "scipy", "flax"} <= dict(rows).keys()
+    assert dict(rows) == {name: bounds[name] for name, _ in rows}

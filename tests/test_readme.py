@@ -22,7 +22,7 @@ def test_it_is_short():
 
 LOOP = """
 for _ in range(300):
-    params, opt_state, loss = step(params, opt_state, x, y)
+    params, opt_state, metrics = step(params, opt_state, x, y)
 """
 
 
@@ -39,7 +39,7 @@ def test_the_diff_adds_three_lines_and_both_loops_learn():
         exec(LOOP, namespace)
         results[sign] = namespace
         assert jnp.allclose(namespace["params"]["w"], 1, atol=1e-2)
-    old, new = (float(results[sign]["loss"]) for sign in "-+")
+    old, new = (float(results[sign]["metrics"]["loss"]) for sign in "-+")
     assert new == pytest.approx(old, abs=1e-4)  # the true loss, not the scaled one
     assert mpjax.loss_scale_state(results["+"]["opt_state"]).num_skipped == 0
 

@@ -80,8 +80,8 @@ def _emulated(hardware: Hardware) -> tuple[tuple[str, ...], str]:
     gpu = f"this GPU (compute capability {hardware.compute_capability})"
     if int(major) == 7:
         return ("bfloat16",), (
-            f"{gpu} emulates bfloat16, so expect no speed-up over float32; it computes "
-            "in float16, as mixed_float16 does"
+            f"{gpu} emulates bfloat16, so expect no speed-up over float32; --policy "
+            "mixed_float16 is the half that pays here"
         )
     return both, f"{gpu} has no Tensor Cores, so expect little speed-up over float32"
 
@@ -104,6 +104,6 @@ def _emulated_by_cpu(hardware: Hardware) -> tuple[tuple[str, ...], str]:
             "speed-up over float32; jax 0.12 or later computes in bfloat16 on this CPU"
         )
     return ("float16",), (
-        "this CPU emulates float16, so expect no speed-up over float32; it computes in "
-        "bfloat16, as mixed_bfloat16 does"
+        "this CPU emulates float16, so expect no speed-up over float32; --policy "
+        "mixed_bfloat16 is the half that pays here"
     )

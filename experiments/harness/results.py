@@ -189,8 +189,8 @@ def print_table(title: str, columns: Sequence[Column], runs: list[dict[str, Any]
 
 def markdown_table(columns: Sequence[Column], runs: list[dict[str, Any]]) -> str:
     """Returns runs as a Markdown table, without columns that no run has a value for."""
-    if runs:
-        columns = [c for c in columns if any(run.get(c.key) is not None for run in runs)]
+    has_value = lambda column: any(run.get(column.key) is not None for run in runs)
+    columns = [column for column in columns if not runs or has_value(column)]
     rows = [[column.heading for column in columns]]
     rows.append(["---"] * len(columns))
     rows += [[column.text(run) for column in columns] for run in runs]

@@ -12,6 +12,7 @@ from mpjax._tree import path_name
 from mpjax.sharding._mesh import auto_mesh
 
 PARAM_AXIS = "fsdp"
+"""Axis of a mesh over which parameters and the optimizer's state are split, too."""
 
 
 class LayoutRules(PathRules[PartitionSpec]):

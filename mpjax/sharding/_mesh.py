@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-# Axes over which a batch is split.
 BATCH_AXES = ("data", "fsdp")
+"""Axes of a mesh over which a batch is split."""
+
 _AXES = (*BATCH_AXES, "tensor")
 
 

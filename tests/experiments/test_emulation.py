@@ -24,8 +24,8 @@ HALVES = {
     ("hardware", "policies", "words"),
     [
         (Hardware("cpu", AVX2), "mixed_float16, mixed_bfloat16", "from either"),
-        (Hardware("cpu", BF16), "mixed_float16", "it computes in bfloat16"),
-        (Hardware("cpu", AMX), "mixed_float16", "it computes in bfloat16"),
+        (Hardware("cpu", BF16), "mixed_float16", "--policy mixed_bfloat16 is the half"),
+        (Hardware("cpu", AMX), "mixed_float16", "--policy mixed_bfloat16 is the half"),
         (
             Hardware("cpu", BF16, jax_version=(0, 10, 2)),
             "mixed_float16, mixed_bfloat16",
@@ -40,9 +40,9 @@ HALVES = {
         (
             Hardware("gpu", AVX2, "7.5"),
             "mixed_bfloat16",
-            r"compute capability 7\.5.* emulates bfloat16.* computes in float16",
+            r"compute capability 7\.5.* emulates bfloat16.* --policy mixed_float16 is",
         ),
-        (Hardware("gpu", AVX2, "7.0"), "mixed_bfloat16", "computes in float16"),
+        (Hardware("gpu", AVX2, "7.0"), "mixed_bfloat16", "--policy mixed_float16 is"),
         (
             Hardware("gpu", AVX2, "6.1"),
             "mixed_float16, mixed_bfloat16",

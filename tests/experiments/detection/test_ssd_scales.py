@@ -84,7 +84,8 @@ def test_what_papers_measured_stands_beside_their_setting_alone(config, trained)
     assert [row["variant"] for row in table["runs"]] == config.variant_names()
     text = tables.render_result(table)
     assert "zero at its scale" in text
-    assert "paper" not in text and "arXiv" not in text
+    assert "paper" not in text
+    assert "arXiv" not in text
 
 
 def test_rows_are_compared_by_seed_and_gradients_counted(config, trained):
