@@ -38,7 +38,7 @@ def gradients_figure(title: str, table: dict[str, Any]) -> Figure:
         lost.plot(steps, shares, **style | {"label": _text(scale)})
     decorate(lost, "flushed to zero in float16, of the nonzero", "step", "share")
     plot_style.count_axis(lost.xaxis)
-    lost.set_ylim(0, max(lost.get_ylim()[1], 0.01))
+    lost.set_ylim(0, max(lost.get_ylim()[1], 1e-4))
     plot_style.percent_axis(lost.yaxis)
     plot_style.label_ends(lost)
     return figure
@@ -47,7 +47,7 @@ def gradients_figure(title: str, table: dict[str, Any]) -> Figure:
 def _draw_histogram(axes: Axes, table: dict[str, Any]) -> None:
     shares = {int(key): share for key, share in table["exponents"].items()}
     found = [*shares, *(e for first, last, _ in PAPER_SHARES for e in (first, last))]
-    low = min(found)
+    low = min(*found, math.floor(_edge(table["advised_scale"])))
     places = list(shares)
     bar = {"color": plot_style.GREY}
     axes.bar(places, list(shares.values()), width=0.9, label="this run", **bar)
@@ -78,11 +78,15 @@ def _draw_histogram(axes: Axes, table: dict[str, Any]) -> None:
 def _draw_edges(axes: Axes, advised: float) -> None:
     """Draws where float16 begins, at three loss scales."""
     for scale, dashes in {1.0: "-", float(PAPER_SCALE): "--", advised: ":"}.items():
-        place = SMALLEST - 0.5 - math.log2(scale)
         label = "zero below, " if scale == 1 else "at "
         label += _text(scale) + ", advised" * (scale == advised)
         color = plot_style.COLORS[_variant(scale)]
-        axes.axvline(place, color=color, ls=dashes, lw=1.2, label=label)
+        axes.axvline(_edge(scale), color=color, ls=dashes, lw=1.2, label=label)
+
+
+def _edge(loss_scale: float) -> float:
+    """Returns the place below which float16 has zero, in exponents."""
+    return SMALLEST - 0.5 - math.log2(loss_scale)
 
 
 def _variant(loss_scale: float) -> str:
