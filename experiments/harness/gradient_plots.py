@@ -49,11 +49,11 @@ def _draw_histogram(axes: Axes, table: dict[str, Any]) -> None:
     found = [*shares, *(e for first, last, _ in PAPER_SHARES for e in (first, last))]
     low = min(*found, math.floor(_edge(table["advised_scale"])))
     places = list(shares)
-    bar = {"color": plot_style.GREY}
-    axes.bar(places, list(shares.values()), width=0.9, label="this run", **bar)
+    color = plot_style.GREY
+    axes.bar(places, list(shares.values()), width=0.9, color=color, label="this run")
     zero = low - _ZERO_GAP
-    axes.bar([zero], [table["zero"]], width=1.8, **bar)
-    paper = {"color": plot_style.BLUE, "lw": 2.5}
+    axes.bar([zero], [table["zero"]], width=1.8, color=color)
+    paper: dict[str, Any] = {"color": plot_style.BLUE, "lw": 2.5}
     axes.hlines(PAPER_ZERO, zero - 0.9, zero + 0.9, label="the paper's SSD", **paper)
     for first, last, share in PAPER_SHARES:
         # A share of several exponents is spread evenly.
