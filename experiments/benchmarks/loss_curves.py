@@ -153,16 +153,8 @@ def draw(table: dict[str, Any]) -> Figure:
         styles = plot_style.line_styles([row["precision"] for row in of_task])
         for row in of_task:
             style, test = styles[row["precision"]], np.array(row["test_losses"])
-            faint = style | {
-                "alpha": 0.35,
-                "lw": 0.8,
-                "ls": "-",
-                "label": "_",
-                "zorder": 1,
-            }
-            losses.plot(
-                row["train_steps"], np.mean(row["train_losses"], axis=0), **faint
-            )
+            means = np.mean(row["train_losses"], axis=0)
+            losses.plot(row["train_steps"], means, **plot_style.faint(style))
             dots = plot_style.dots(style)
             losses.plot(row["test_steps"], test.mean(axis=0), **dots)
             _draw_intervals(differences, row["test_steps"], test - reference, dots)
@@ -170,7 +162,7 @@ def draw(table: dict[str, Any]) -> Figure:
         text = "test loss minus float32's, 95 % intervals"
         decorate(differences, text, "step", "difference")
         plot_style.count_axis(differences.xaxis)
-        plot_style.number_axis(losses.yaxis)
+        plot_style.log_axis(losses.yaxis)
         plot_style.number_axis(differences.yaxis, signed=True)
     plot_style.label_ends(*panels.flat)
     return figure

@@ -163,7 +163,9 @@ def draw(table: dict[str, Any]) -> Figure:
     styles = _line_styles(list(dict.fromkeys(row["loss_scale"] for row in rows)))
     steps = np.arange(1, num_steps + 1)
     for axes, network in zip(panels, networks, strict=True):
-        for row in (row for row in rows if row["network"] == network):
+        own = [row for row in rows if row["network"] == network]
+        last = lambda row: np.median([path[-1][1] for path in row["paths"]])
+        for row in sorted(own, key=last, reverse=True):  # the key's order
             paths = [_every_step(path, num_steps) for path in row["paths"]]
             style, skipped = styles[row["loss_scale"]], row["num_skipped"]
             more = f", {skipped:.2g} skipped" if skipped else ""
@@ -176,21 +178,22 @@ def draw(table: dict[str, Any]) -> Figure:
         decorate(axes, network, xlabel, "loss scale")
         plot_style.log2_axis(axes.yaxis)
     plot_style.log_axis(panels[-1].xaxis)
-    plot_style.label_ends(*panels)
+    for axes in panels:  # a key shows the dashes, unlike labels at the ends
+        plot_style.key_beside(axes)
     return figure
 
 
 def _line_styles(names: list[str]) -> dict[str, dict[str, Any]]:
     """Returns a colour per kind of loss scale, and dashes per value it starts from."""
-    colors = {"none": plot_style.BLACK, "static": plot_style.GREEN}
-    colors |= {"dynamic": plot_style.VERMILLION, "histogram": plot_style.BLUE}
+    kinds = {"none": "unscaled", "static": "scale_1024"}  # named as in `COLORS`
     styles = plot_style.line_styles(names)
     seen: list[str] = []
     for name, style in styles.items():
         kind = name.partition(":")[0]
         dashes = plot_style.DASHES[seen.count(kind) % len(plot_style.DASHES)]
         seen.append(kind)
-        style |= {"color": colors[kind], "ls": dashes}
+        color = plot_style.COLORS[kinds.get(kind, kind)]
+        style |= {"color": color, "ls": dashes, "lw": 0.7 * style["lw"]}
     return styles
 
 

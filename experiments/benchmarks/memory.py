@@ -36,6 +36,7 @@ from experiments.harness import cli
 if __name__ == "__main__":  # before what is slow to import
     cli.run_module("experiments.benchmarks.memory", Config, doc=__doc__)
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -184,11 +185,12 @@ def draw(table: dict[str, Any]) -> Figure:
             dots = plot_style.dots(style)
             peak.plot(sizes, [run["peak_mb"] for run in own], **dots)
             ratio.plot(sizes, [run["peak_ratio"] for run in own], **dots)
-        title = workload.replace("_", "\n")  # panels may be narrower than a name
+        # Panels may be narrower than a name.
+        title = textwrap.fill(workload.replace("_", " "), 84 // len(workloads))
         decorate(peak, title, None, None if column else "peak, MB")
         decorate(ratio, "", "batch size", None if column else "peak, times float32's")
         plot_style.log2_axis(ratio.xaxis, max_ticks=5)
-        ratio.axhline(0.5, color="0.4", lw=1, ls=":")
+        plot_style.reference_line(ratio, 0.5, "" if column else "half of float32's")
     plot_style.log_axis(panels[0, 0].yaxis)
     panels[1, 0].set_ylim(0, 1.2)
     if len(workloads) > 2:  # no room for labels beside the curves

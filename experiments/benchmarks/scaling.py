@@ -179,15 +179,20 @@ def draw(table: dict[str, Any]) -> Figure:
     styles = plot_style.line_styles(list(POLICIES))
     for column, model in enumerate(models):
         peak, time, efficiency = panels[:, column]
-        for policy, style in styles.items():
+        for place, (policy, style) in enumerate(styles.items()):
             own = [r for r in runs if (r["model"], r["policy"]) == (model, policy)]
             gpus = [run["num_gpus"] for run in own]
             values = [run["peak_gb"] for run in own]
             peak.plot(gpus, values, **plot_style.dots(style))
-            _draw_range(time, own, "ms", style)
-            _draw_range(efficiency, own, "efficiency", style)
-        peak.axhline(table["memory_gb"], color=plot_style.BLACK, lw=1, ls=":")
+            # Round dots, those of equal curves between each other's.
+            ls = (2.0 * place, (0.01, 2.0 * len(styles)))
+            dotted = {"color": style["color"], "ls": ls, "lw": 2, "zorder": 9}
+            dotted["dash_capstyle"] = "round"
+            _draw_range(time, own, "ms", style, dotted)
+            _draw_range(efficiency, own, "efficiency", style, dotted)
         left = column == 0
+        text = f"memory of a GPU, {table['memory_gb']:.0f} GB" if left else ""
+        plot_style.reference_line(peak, table["memory_gb"], text)
         decorate(peak, model, None, "peak of a GPU, GB" if left else None)
         decorate(time, "", None, "modelled step, ms" if left else None)
         decorate(efficiency, "", "GPUs", "efficiency" if left else None)
@@ -202,13 +207,17 @@ def draw(table: dict[str, Any]) -> Figure:
 
 
 def _draw_range(
-    axes: Axes, runs: list[dict[str, Any]], key: str, style: dict[str, Any]
+    axes: Axes,
+    runs: list[dict[str, Any]],
+    key: str,
+    style: dict[str, Any],
+    dotted: dict[str, Any],
 ) -> None:
-    """Draws the best case as a broad curve with dots, the worst as a thin one."""
+    """Draws the best case as a broad curve with dots, the worst dotted."""
     gpus = [run["num_gpus"] for run in runs]
     best, worst = ([run[f"{case}_{key}"] for run in runs] for case in ("best", "worst"))
     axes.plot(gpus, best, **plot_style.dots(style))
-    axes.plot(gpus, worst, color=style["color"], ls=":", lw=1.4, zorder=9)
+    axes.plot(gpus, worst, **dotted)
 
 
 def _measure_on(

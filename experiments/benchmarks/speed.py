@@ -267,7 +267,7 @@ def _save(directory: Path, table: dict[str, Any]) -> None:
     machine = environment["machine"]
     path = directory / f"{NAME}_{table['workload']}_{machine}_jax{jax.__version__}.json"
     precision = environment["float32_matmul_precision"]
-    title = f"{_title(table)}, float32 matmul {precision}"
+    title = ", ".join(_titles(table)) + f", float32 matmul {precision}"
     save_table(path, table, title, COLUMNS)
     save_figure(path.with_suffix(".png"), draw(table))
     for run in runs:
@@ -276,10 +276,12 @@ def _save(directory: Path, table: dict[str, Any]) -> None:
             print(f"wrong: the loss of {run['name']} went from {losses}")
 
 
-def _title(table: dict[str, Any]) -> str:
+def _titles(table: dict[str, Any]) -> tuple[str, str]:
+    """Returns what was timed, and on what."""
     environment = table["environment"]
-    title = f"{table['title']}, batch {table['batch_size']}, {environment['device']}, "
-    return title + f"jax {environment['versions']['jax']}"
+    version = environment["versions"]["jax"]
+    what = f"{table['title']}, batch {table['batch_size']}"
+    return what, f"{environment['device']}, jax {version}"
 
 
 def draw(table: dict[str, Any]) -> Figure:
@@ -289,7 +291,8 @@ def draw(table: dict[str, Any]) -> Figure:
       table: what the result file holds.
     """
     runs = sorted(table["runs"], key=lambda run: run["median_ms"])
-    figure = plot_style.new_figure(0.22 * len(runs) + 1.3, _title(table))
+    title = ",\n".join(_titles(table))
+    figure = plot_style.new_figure(0.22 * len(runs) + 1.3, title)
     axes = figure.subplots()
     own_by_format: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for place, run in enumerate(runs):

@@ -25,9 +25,10 @@ class Config(DetectionConfig):
     policies: str = "float32,mixed_float16,mixed_bfloat16"
     """Precision policies to train in, separated by commas; the same seed in each."""
 
-    preset: Literal["small", "ssd300"] = "small"
-    """Size of the network: small, for a CPU; or ssd300, the paper's, with VGG-16 as its
-    trunk and images of 300 pixels, for a GPU."""
+    preset: Literal["tiny", "small", "ssd300"] = "small"
+    """Size of the network: small, for a CPU; tiny, to try something out in seconds; or
+    ssd300, the paper's, with VGG-16 as its trunk and images of 300 pixels, for a
+    GPU."""
 
     depth: int = 0
     """Further 3 x 3 convolutions at the end of each stage of the trunk."""

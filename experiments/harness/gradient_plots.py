@@ -32,13 +32,13 @@ def gradients_figure(title: str, table: dict[str, Any]) -> Figure:
     _draw_histogram(bars, table)
     steps = [row["step"] for row in table["over_steps"]]
     scales = [row["loss_scale"] for row in table["runs"]]
-    styles = plot_style.line_styles([f"scale {_text(scale)}" for scale in scales])
-    for index, style in enumerate(styles.values()):
+    styles = plot_style.line_styles([_variant(scale) for scale in scales])
+    for index, (scale, style) in enumerate(zip(scales, styles.values(), strict=True)):
         shares = [row["lost"][index] for row in table["over_steps"]]
-        lost.plot(steps, shares, **style)
+        lost.plot(steps, shares, **style | {"label": _text(scale)})
     decorate(lost, "flushed to zero in float16, of the nonzero", "step", "share")
     plot_style.count_axis(lost.xaxis)
-    lost.set_ylim(0, max(lost.get_ylim()[1], 0.01))
+    lost.set_ylim(0, max(lost.get_ylim()[1], 1e-4))
     plot_style.percent_axis(lost.yaxis)
     plot_style.label_ends(lost)
     return figure
@@ -47,17 +47,18 @@ def gradients_figure(title: str, table: dict[str, Any]) -> Figure:
 def _draw_histogram(axes: Axes, table: dict[str, Any]) -> None:
     shares = {int(key): share for key, share in table["exponents"].items()}
     found = [*shares, *(e for first, last, _ in PAPER_SHARES for e in (first, last))]
-    low = min(found)
+    low = min(*found, math.floor(_edge(table["advised_scale"])))
     places = list(shares)
-    color, paper = plot_style.BLUE, plot_style.VERMILLION
+    color = plot_style.GREY
     axes.bar(places, list(shares.values()), width=0.9, color=color, label="this run")
     zero = low - _ZERO_GAP
     axes.bar([zero], [table["zero"]], width=1.8, color=color)
-    axes.plot([zero], [PAPER_ZERO], "D", color=paper, ms=5, label="the paper's SSD")
+    paper: dict[str, Any] = {"color": plot_style.BLUE, "lw": 2.5}
+    axes.hlines(PAPER_ZERO, zero - 0.9, zero + 0.9, label="the paper's SSD", **paper)
     for first, last, share in PAPER_SHARES:
         # A share of several exponents is spread evenly.
         each = share / (last - first + 1)
-        axes.plot([first - 0.45, last + 0.45], [each, each], color=paper, lw=2.5)
+        axes.hlines(each, first - 0.45, last + 0.45, **paper)
     axes.set_yscale("log")
     axes.set_ylim(axes.get_ylim()[0], 2)
     plot_style.percent_axis(axes.yaxis)
@@ -69,27 +70,35 @@ def _draw_histogram(axes: Axes, table: dict[str, Any]) -> None:
         f"all activation gradients, unscaled: {percent_text(table['zero'])} zero, "
         f"{percent_text(table['below'])} below {plot_style.power(SMALLEST)}"
     )
-    decorate(axes, text, "magnitude", "share of all values")
+    decorate(axes, text, "magnitude", "share of all values, per power of two")
     axes.grid(visible=False, axis="x")
     plot_style.key_beside(axes)
 
 
 def _draw_edges(axes: Axes, advised: float) -> None:
     """Draws where float16 begins, at three loss scales."""
-    edges = {
-        1.0: ("zero below, unscaled", plot_style.BLACK, "-"),
-        float(PAPER_SCALE): (f"at scale {PAPER_SCALE}", plot_style.GREEN, "--"),
-    }
-    edges.setdefault(
-        advised, (f"at scale {_text(advised)}, advised", plot_style.PURPLE, ":")
-    )
-    for scale, (label, color, dashes) in edges.items():
-        place = SMALLEST - 0.5 - math.log2(scale)
-        axes.axvline(place, color=color, ls=dashes, lw=1.2, label=label)
+    for scale, dashes in {1.0: "-", float(PAPER_SCALE): "--", advised: ":"}.items():
+        label = "zero below, " if scale == 1 else "at "
+        label += _text(scale) + ", advised" * (scale == advised)
+        color = plot_style.COLORS[_variant(scale)]
+        axes.axvline(_edge(scale), color=color, ls=dashes, lw=1.2, label=label)
+
+
+def _edge(loss_scale: float) -> float:
+    """Returns the place below which float16 has zero, in exponents."""
+    return SMALLEST - 0.5 - math.log2(loss_scale)
+
+
+def _variant(loss_scale: float) -> str:
+    """Returns the loss scale's name in `COLORS`; others are those of histograms."""
+    name = "unscaled" if loss_scale == 1 else f"scale_{loss_scale:g}"
+    return name if name in plot_style.COLORS else "histogram"
 
 
 def _text(loss_scale: float) -> str:
-    """Returns a loss scale as a number, a large one as a power of two."""
+    """Returns a loss scale in words, a large one as a power of two."""
+    if loss_scale == 1:
+        return "unscaled"
     if loss_scale < 2**14:
-        return f"{loss_scale:g}"
-    return f"2^{math.log2(loss_scale):g}"
+        return f"scale {loss_scale:g}"
+    return f"scale 2^{math.log2(loss_scale):g}"

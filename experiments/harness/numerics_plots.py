@@ -83,7 +83,7 @@ def _draw_histograms(
         exponents = np.arange(np.ceil(limits[0]), limits[1])
         found = {int(key): share for key, share in row["exponents"].items()}
         shares = [found.get(int(exponent), np.nan) for exponent in exponents]
-        label = f"{styles['', name]}: {percent_text(row['zero'])} zero"
+        label = f"{styles['', name]}: {percent_text(row['zero'])} exactly 0"
         style = styles[name] | {"label": label}
         axes.plot(exponents, shares, drawstyle="steps-mid", **style)
     for start, stop, color, text in REGIONS:

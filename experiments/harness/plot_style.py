@@ -1,9 +1,10 @@
 """The look of every plot: colours, lines that show through, axes, labels beside data.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart
-(https://jfly.uni-koeln.de/color/), and a policy has the same one in every plot. Curves
-that should agree are drawn so that all are seen where they do: each is narrower than
-the one beneath it. Nothing here touches pyplot, so that a notebook keeps its backend.
+(https://jfly.uni-koeln.de/color/), and a policy, or a loss scale, has the same one in
+every plot. Curves that should agree are drawn so that all are seen where they do: each
+is narrower than the one beneath it. Nothing here touches pyplot, so that a notebook
+keeps its backend.
 """
 
 import math
@@ -48,6 +49,13 @@ COLORS = {
     "float16_updates": ORANGE,
     "float16_stochastic": GREEN,
     "float16_master": SKY,
+    # Loss scales in float16.
+    "unscaled": PURPLE,
+    "scale_8": ORANGE,
+    "scale_128": GREEN,
+    "scale_1024": SKY,
+    "dynamic": VERMILLION,
+    "histogram": BLACK,
     "mixed_bfloat16, checkpointed": SKY,
     "by hand": ORANGE,
     "autocast": BLUE,
@@ -59,10 +67,14 @@ _GAP = 1.25  # from one label to the next, in heights of their text
 
 
 def new_figure(height: float, title: str, width: float = WIDTH) -> Figure:
-    """Returns a figure of so many inches, with its title at the left, in lines."""
+    """Returns a figure of so many inches, with its title at the left.
+
+    Lines of the title that are too long are wrapped.
+    """
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
-    title = textwrap.fill(title, int(13 * width))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=NORMAL + 1, parse_math=False)
+    lines = [textwrap.fill(line, int(13 * width)) for line in title.splitlines()]
+    text = "\n".join(lines)
+    figure.suptitle(text, x=0.01, ha="left", fontsize=NORMAL + 1, parse_math=False)
     return figure
 
 
@@ -112,9 +124,29 @@ def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def faint(style: dict[str, Any]) -> dict[str, Any]:
+    """Returns the style of a curve behind the others, without a label."""
+    return style | {"alpha": 0.35, "lw": 0.8, "ls": "-", "label": "_", "zorder": 1}
+
+
 def dots(style: dict[str, Any]) -> dict[str, Any]:
     """Returns the style of a curve with a dot at each point."""
     return style | {"marker": "o", "ms": style["lw"] + 2}
+
+
+def reference_line(axes: Axes, y: float, text: str = "") -> None:
+    """Draws a dotted line across the axes, with a text beneath its right end."""
+    axes.axhline(y, color=BLACK, lw=1, ls=":")
+    axes.annotate(
+        text,
+        (1, y),
+        (-2, -3),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=SMALL,
+    )
 
 
 def decorate(axes: Axes, title: str, xlabel: str | None, ylabel: str | None) -> None:
@@ -277,8 +309,8 @@ def key_beside(axes: Axes, title: str = "") -> None:
             frameon=False,
             fontsize=SMALL,
             title_fontsize=SMALL,
-            handlelength=1.6,
-            borderaxespad=0.2,
+            handlelength=2.5,
+            borderaxespad=0.5,
         )
 
 

@@ -61,9 +61,8 @@ def _draw_curves(
     for name, rows in runs.items():
         style = styles[name]
         train, epochs = _of_kind(rows, "train"), _of_kind(rows, "epoch")
-        faint = style | {"alpha": 0.35, "lw": 0.8, "ls": "-", "label": "_", "zorder": 1}
         dots = _dots(epochs, style)
-        loss.plot(*_points(train, "loss"), **faint)
+        loss.plot(*_points(train, "loss"), **plot_style.faint(style))
         loss.plot(*_points(epochs, "val_loss"), **dots)
         metric.plot(*_points(epochs, f"val_{headline.name}"), **dots)
         scale.plot(*_points(train, "loss_scale"), drawstyle="steps-post", **style)

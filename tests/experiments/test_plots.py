@@ -1,5 +1,6 @@
 """What the plots show: on the figures themselves, not on their pixels."""
 
+import collections
 import functools
 import json
 import re
@@ -152,6 +153,16 @@ def test_seven_equal_curves_are_all_seen():
         assert figures.num_pixels(pixels, axes, style["color"]) > 100
 
 
+def test_equal_worst_cases_are_all_seen():
+    (figure,) = (draw() for path, draw in pictures().items() if "scaling" in path.name)
+    efficiency = next(a for a in figure.axes if a.get_ylabel() == "efficiency")
+    for line in efficiency.get_lines():
+        line.set_visible(line.get_marker() != "o")  # the best cases are not
+    pixels = figures.render(figure)
+    for policy in POLICIES:
+        assert figures.num_pixels(pixels, efficiency, plot_style.COLORS[policy]) > 50
+
+
 def test_differences_are_to_float32_wherever_it_stands():
     order = POLICIES[::-1]
     shifts = dict(zip(POLICIES, (0.0, 0.03, -0.06), strict=True))
@@ -261,6 +272,19 @@ def test_colours_are_a_policys_own_and_differ():
     for color in colors.values():
         red, green, blue = plot_style.text_color(color)
         assert 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.19
+
+
+def test_a_loss_scale_has_one_colour_in_all_pictures():
+    found = collections.defaultdict(set)
+    scale = re.compile(r"(unscaled|scale.(8|128|1024)|dynamic|histogram)$")
+    for path, draw in pictures().items():
+        if re.match("(ssd|loss)_scales", path.name):
+            lines = [line for axes in draw().axes for line in axes.get_lines()]
+            for line in lines:
+                if name := scale.search(line.get_label()):
+                    found[name[0].replace("_", " ")].add(line.get_color())
+    assert [len(colors) for colors in found.values()] == [1] * 6
+    assert len(set.union(*found.values())) == 6
 
 
 @pytest.mark.parametrize("seed", range(5))

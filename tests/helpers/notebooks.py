@@ -36,7 +36,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "NUM_UNITS": 64,
         "NUM_EXAMPLES": 1024,
         "NUM_STEPS": 600,
-        "NUM_SCENES": 64,
+        "NUM_SCENES": 160,
+        "PRESET": "tiny",
         "DIGITS": "digits",
     },
     "4_mandarin_speech": {

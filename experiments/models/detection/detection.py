@@ -1,6 +1,7 @@
 """Loss and evaluation of an SSD. Batches are those of `data.detection.batches`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,7 +121,8 @@ def make_init(model: SSD) -> Callable[..., Any]:
     """Returns `key -> (params, None)`."""
     size, num_channels = model.architecture.image_size, model.architecture.num_channels
 
-    @jax.jit
+    # It runs once: XLA would spend far longer on optimizing it than it takes.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     def init(key):
         images = jnp.zeros((1, size, size, num_channels))
         return model.init(key, images)["params"], None

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
@@ -75,14 +76,16 @@ def draw_matches(
     )
     panels = figure.subplots(1, len(indices), squeeze=False)[0]
     corners = to_corners(jnp.asarray(default_boxes(levels)))
+    matches_of = jax.jit(
+        lambda boxes: match(overlaps(corners, boxes), jnp.ones(len(boxes), bool))
+    )
     own_level = level_of(levels)
     colors = [*itertools.islice(itertools.cycle(plot_style.CYCLE), len(levels))]
     for axes, index, image in zip(panels, indices, images, strict=True):
         boxes, _ = examples.annotations[index].trained_boxes()
-        mask = jnp.ones(len(boxes), bool)
         matches = np.full(len(corners), NO_OBJECT)
         if len(boxes):
-            matches = np.asarray(match(overlaps(corners, jnp.asarray(boxes)), mask))
+            matches = np.asarray(matches_of(boxes))
         is_match = matches != NO_OBJECT
         show_image(axes, image, f"{is_match.sum()} boxes")
         for box, i in zip(

@@ -33,7 +33,8 @@ def scales_figure(title: str, rows: Sequence[Row]) -> Figure:
     styles = plot_style.line_styles([row["variant"] for row in rows])
     for row in rows:
         _draw_curve(curves, row["val_map07s"], styles[row["variant"]])
-    decorate(curves, "validation mAP (VOC07), mean over seeds", "epoch", "mAP")
+    text = "validation mAP (VOC07): mean over seeds (faint: each seed)"
+    decorate(curves, text, "epoch", "mAP")
     plot_style.count_axis(curves.xaxis)
     plot_style.percent_axis(curves.yaxis)
     names = [row["variant"] for row in rows]
@@ -56,7 +57,9 @@ def scales_figure(title: str, rows: Sequence[Row]) -> Figure:
 
 
 def _draw_curve(axes: Axes, curves: Sequence[Sequence[float]], style: Any) -> None:
-    """Draws the mean over seeds; one that diverged ends where it did."""
+    """Draws the mean over seeds, and each; one that diverged ends where it did."""
+    for curve in curves:
+        axes.plot(np.arange(1, len(curve) + 1), curve, **plot_style.faint(style))
     num_epochs = max(map(len, curves), default=0)
     means = [
         np.mean([curve[i] for curve in curves if len(curve) > i])

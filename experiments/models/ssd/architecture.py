@@ -1,4 +1,4 @@
-"""The sizes of SSD: a small network for a CPU, and the paper's SSD300.
+"""The sizes of SSD: two small networks for a CPU, and the paper's SSD300.
 
 Nothing here imports JAX, so that flags can be checked before it is.
 """
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from experiments.models.ssd.anchors import Level
 
-Preset = Literal["small", "ssd300"]
+Preset = Literal["tiny", "small", "ssd300"]
 
 
 class Extra(NamedTuple):
@@ -93,6 +93,16 @@ class Architecture:
 
 
 PRESETS: dict[Preset, Architecture] = {
+    "tiny": Architecture(
+        image_size=64,
+        num_channels=1,
+        stages=((16,), (32,), (64,)),
+        head_stages=(2,),
+        fc_channels=None,
+        extras=(Extra(32, 64),),
+        scales=(0.3, 0.45, 0.6),
+        aspect_ratios=((2.0,), (2.0,)),
+    ),
     "small": Architecture(
         image_size=64,
         num_channels=1,
