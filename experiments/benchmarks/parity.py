@@ -1,6 +1,6 @@
 """Test accuracy of `mnist_mlp` over policies, loss scales and seeds.
 
-    python -m experiments.benchmarks.parity                    # 2 h on 2 CPU cores
+    python -m experiments.benchmarks.parity                    # 1.5 h on 2 CPU cores
     python -m experiments.benchmarks.parity --num-units 512    # 15 min
     python -m experiments.benchmarks.parity --num-units 512 --batch-size 256 \\
       --num-epochs 10
