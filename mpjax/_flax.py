@@ -62,6 +62,12 @@ def _register(serialization: Any, cls: type, data: tuple[str, ...]) -> None:
         }
 
     def from_state_dict(node, state):
+        if set(state) != set(data):
+            raise ValueError(
+                f"a {cls.__name__} has {', '.join(data) or 'no fields'}, and what is "
+                f"restored has {', '.join(state) or 'none'}: restore into a state of "
+                "the kind that was saved, then replace what should change."
+            )
         leaves = {}
         for name in data:
             target = getattr(node, name)

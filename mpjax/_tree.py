@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def is_inexact(x: Any) -> bool:
@@ -111,3 +112,19 @@ def select(pred: jax.Array, new: Any, old: Any) -> Any:
 
 def _dtype_of(x: Any) -> Any:
     return x if isinstance(x, (type, np.dtype)) else getattr(x, "dtype", None)
+
+
+def refuse_deleted(tree: Any, error: Exception | None = None) -> None:
+    """Raises ValueError if an array of a tree was given to a step that reused it."""
+
+    def is_deleted(x):
+        is_array = isinstance(x, jax.Array) and not isinstance(x, Tracer)
+        return is_array and x.is_deleted()
+
+    if any(map(is_deleted, jax.tree.leaves(tree))):
+        raise ValueError(
+            "this state was given to a step before, which reused its memory (donation):"
+            " go on with the state that the step returned, state, metrics = "
+            "train_step(state, batch), or keep old states readable with "
+            "make_train_step(..., donate=False)."
+        ) from error

@@ -317,7 +317,8 @@ def parse_loss_scale(text: str) -> NoOpLossScale | StaticLossScale | DynamicLoss
         raise ValueError("it is none of these")
     except ValueError as error:
         raise ValueError(
-            f"cannot read loss scale {text!r}: {error}. Expected 'none', 'static:128', "
+            f"cannot read loss scale {text!r}: {str(error).rstrip('.')}. Expected "
+            "'none', 'static:128', "
             "'dynamic', 'dynamic:32768' or 'dynamic:32768,growth_interval=200'."
         ) from error
 
@@ -329,12 +330,19 @@ def scale_array(value: Any, low: float = 0.0, high: float = LARGEST_LOSS_SCALE) 
     """
     if isinstance(value, jax.core.Tracer):
         return jax.lax.convert_element_type(value, np.float32)
+    if isinstance(value, str):
+        raise ValueError(
+            f"loss_scale={value!r} must be a number; parse_loss_scale reads names."
+        )
     number = np.asarray(value, np.float64)
     if number.shape != () or not 0 < number <= high or number < low:
-        raise ValueError(
-            f"loss_scale={value} must be a positive number in [{low:g}, {high:g}]; "
-            "choose another, or widen min_loss_scale and max_loss_scale."
-        )
+        expected = f"must be a number above 0, and {high:g} at most."
+        if (low, high) != (0.0, LARGEST_LOSS_SCALE):
+            expected = (
+                f"must be a number from {low:g} to {high:g}; choose another, or widen "
+                "min_loss_scale and max_loss_scale."
+            )
+        raise ValueError(f"loss_scale={value} {expected}")
     if isinstance(value, jax.Array):
         return jax.lax.convert_element_type(value, np.float32)
     return number.astype(np.float32)

@@ -25,7 +25,12 @@ from mpjax._tree import (
     to_full,
 )
 from mpjax.half_weights import MasterWeightsState, StochasticRoundingState
-from mpjax.loss_scale import DynamicLossScale, as_loss_scale
+from mpjax.loss_scale import (
+    DynamicLossScale,
+    NoOpLossScale,
+    StaticLossScale,
+    as_loss_scale,
+)
 
 _scaled_losses: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
     "scaled_losses", default=None
@@ -243,7 +248,8 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
 
     Differentiate the result; log the loss itself, which `has_aux=True` returns beside
     the gradients: `return scale_loss(loss, opt_state), loss`. Warns if something comes
-    before `with_loss_scale` in an `optax.chain`.
+    before `with_loss_scale` in an `optax.chain`, and if a scale that adjusts itself is
+    a constant of what is traced.
 
     Args:
       loss: scalar of any floating dtype.
@@ -260,7 +266,9 @@ def scale_loss(loss: jax.Array, opt_state: Any) -> jax.Array:
     if _find(loss, LossScaleState):
         raise TypeError("the loss comes first: scale_loss(loss, opt_state).")
     _warn_of_what_comes_before(opt_state)
-    scaled = loss_scale_state(opt_state).loss_scale.scale(loss)
+    loss_scale = loss_scale_state(opt_state).loss_scale
+    _warn_of_a_constant(loss_scale)
+    scaled = loss_scale.scale(loss)
     recorded = _scaled_losses.get()
     if recorded is not None:
         recorded.append(scaled)
@@ -276,6 +284,24 @@ def recorded_scaled_losses() -> Iterator[list[Any]]:
         yield scaled
     finally:
         _scaled_losses.reset(token)
+
+
+def _warn_of_a_constant(loss_scale: Any) -> None:
+    """Warns if a function is being traced that would keep today's scale for ever."""
+    if isinstance(loss_scale, NoOpLossScale | StaticLossScale):
+        return
+    if _scaled_losses.get() is not None:  # in a train step, which refuses the loss
+        return
+    scale = loss_scale.loss_scale
+    # Under a trace even what is computed from constants is traced.
+    is_traced = isinstance(jnp.add(scale, 0), jax.core.Tracer)
+    if is_traced and not isinstance(scale, jax.core.Tracer):
+        warnings.warn(
+            "the loss scale is a constant of the function that is traced: jax.jit and "
+            "mpjax.autocast keep it from the first call on. Pass opt_state to that "
+            "function as an argument.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_what_comes_before(opt_state: Any) -> None:

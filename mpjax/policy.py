@@ -66,6 +66,15 @@ PRESETS: Mapping[str, str | jmp.Policy] = MappingProxyType(
 
 PolicyLike = str | jmp.Policy
 
+# What other libraries call the presets.
+_ELSEWHERE = {
+    "fp16": "mixed_float16",
+    "16-mixed": "mixed_float16",
+    "amp": "mixed_float16",
+    "bf16-mixed": "mixed_bfloat16",
+    "fp8": "mixed_float8",
+    "fp32": "float32",
+}
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -108,7 +117,8 @@ def get_policy(spec: PolicyLike) -> jmp.Policy:
     try:
         return jmp.get_policy(preset)
     except ValueError as error:
-        close = difflib.get_close_matches(text, PRESETS, n=1)
+        close = [_ELSEWHERE[text]] if text in _ELSEWHERE else []
+        close = close or difflib.get_close_matches(text, PRESETS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"unknown policy {spec!r}.{hint} Expected one of {', '.join(PRESETS)}, "

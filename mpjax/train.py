@@ -19,6 +19,7 @@ from mpjax._train.checks import (
     check_options,
     check_params,
     check_state,
+    refuse_empty,
     refuse_other_than_arrays,
     warn_of_collections,
     warn_of_half_params,
@@ -246,9 +247,9 @@ def make_train_step(
         these forms, or the state is no `TrainState`.
       ValueError: for a number out of range, an unknown policy or `reduce_dtype`,
         float64 without x64, or a layout without a mesh; at the first call, for a batch
-        that cannot be cut or split over the mesh, a rule of `layout` that does not fit
-        its parameter, a loss or weight that is not a scalar, a loss that depends on no
-        trained parameter, a new model state of other keys or shapes, an aux that uses a
+        without examples, or that cannot be cut or split over the mesh, a rule of
+        `layout` that does not fit its parameter, a loss or weight that is not a scalar,
+        a loss that depends on no trained parameter, a new model state of other keys or shapes, an aux that uses a
         metric's name, a state of another optimizer, with an EMA but no decay, or the
         reverse; for a state that is placed otherwise than `mesh` and `layout` say; and
         for one that was given to a step before, with `donate`.
@@ -293,6 +294,7 @@ def make_train_step(
         check_state(state, TrainState)
         check_optimizer(state, tx)
         check_ema(state, ema_decay)
+        refuse_empty(batch)
         if casts:
             check_params(state.params, rules)
         key, step_key = jax.random.split(state.key)

@@ -131,6 +131,17 @@ def test_flax_serialization(scale):
     assert jax.tree.leaves(restored) == jax.tree.leaves(scale)
 
 
+@pytest.mark.parametrize("saved", ALL, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("target", ALL, ids=lambda s: type(s).__name__)
+def test_flax_serialization_of_another_kind_is_refused(saved, target):
+    serialization = pytest.importorskip("flax.serialization")
+    if saved.__dict__.keys() == target.__dict__.keys():
+        return
+    data = serialization.to_bytes(saved)
+    with pytest.raises(ValueError, match="restore into a state of the kind that was"):
+        serialization.from_bytes(target, data)
+
+
 @pytest.mark.parametrize("scale", ALL[1:], ids=lambda s: type(s).__name__)
 @pytest.mark.filterwarnings("ignore")
 def test_orbax(scale, tmp_path):
@@ -181,7 +192,7 @@ def test_settings_out_of_range(settings, word):
 def test_the_largest_scale_still_has_a_reciprocal():
     scale = mpjax.StaticLossScale(2.0**126)
     assert float(jax.jit(lambda s: s.unscale(jnp.float32(2.0**126)))(scale)) == 1.0
-    with pytest.raises(ValueError, match="positive number"):
+    with pytest.raises(ValueError, match=r"above 0, and 8.5.* at most"):
         mpjax.StaticLossScale(2.0**127)
 
 
@@ -265,3 +276,8 @@ def test_scales_under_a_trace_take_traced_values():
         lambda x: mpjax.DynamicLossScale(x, num_finite_steps=x).adjust(x > 0)
     )
     assert int(made(jnp.int32(8)).num_finite_steps) == 9
+
+
+def test_a_name_is_no_number():
+    with pytest.raises(ValueError, match=r"'dynamic' must be a number; parse_loss_sc"):
+        mpjax.DynamicLossScale("dynamic")  # pyright: ignore[reportArgumentType]

@@ -191,7 +191,24 @@ def test_a_loop_by_hand_is_told_of_what_comes_before(before):
     tx = optax.chain(before, mpjax.with_loss_scale(optax.sgd(0.1)))
     state = tx.init(jnp.ones(3))
     with pytest.warns(UserWarning, match="something comes before with_loss_scale"):
-        jax.jit(lambda loss: mpjax.scale_loss(loss, state))(1.0)
+        mpjax.scale_loss(1.0, state)
+
+
+@pytest.mark.parametrize("traced", [jax.jit, mpjax.autocast])
+def test_a_loop_by_hand_is_told_of_a_scale_that_cannot_move(traced):
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    params = jnp.ones(3)
+    state = tx.init(params)
+
+    def loss_fn(params, state=state):
+        return mpjax.scale_loss(jnp.sum(params**2), state)
+
+    with pytest.warns(UserWarning, match="Pass opt_state to that function as an arg"):
+        traced(jax.grad(loss_fn))(params)
+    traced(jax.grad(loss_fn))(params, state)
+    jax.grad(loss_fn)(params)  # traced anew by each call
+    constant = mpjax.with_loss_scale(optax.sgd(0.1), mpjax.StaticLossScale(8.0))
+    traced(lambda x: mpjax.scale_loss(x, constant.init(params)))(1.0)
 
 
 @pytest.mark.parametrize(

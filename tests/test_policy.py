@@ -181,3 +181,11 @@ def test_float8_is_refused_without_autocast(policy, autocast):
     ):
         with pytest.raises(ValueError, match="'mixed_bfloat16'"):
             make(policy=policy, autocast=autocast)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("fp16", "mixed_float16"), ("bf16-mixed", "mixed_bfloat16")]
+)
+def test_names_of_other_libraries_are_understood(name, preset):
+    with pytest.raises(ValueError, match=f"Did you mean '{preset}'"):
+        mpjax.get_policy(name)

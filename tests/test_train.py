@@ -453,3 +453,11 @@ def test_serialization_whichever_is_imported_first(tmp_path):
             command, capture_output=True, text=True, timeout=200, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_a_batch_without_examples_is_refused():
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    state = mpjax.TrainState.create(params={"w": jnp.ones(8)}, tx=tx)
+    step = mpjax.make_train_step(lambda p, b, key: (b["x"] @ p["w"]).mean(), tx)
+    with pytest.raises(ValueError, match=r"batch\['x'\] has shape \(0, 8\)"):
+        step(state, {"x": jnp.ones((0, 8))})

@@ -261,7 +261,7 @@ def call_eqn(
     with jax.disable_jit(False), context_of(like):
         traced = jax.make_jaxpr(jax.jit(fn))(*(x.aval for x in invars))
     (call,) = open_jaxpr(vary_as(traced, outvars[0].aval)).eqns
-    return call.replace(invars=invars, outvars=outvars)
+    return call.replace(invars=invars, outvars=outvars, source_info=like.source_info)
 
 
 def vary_as(jaxpr: Any, aval: Any) -> Any:

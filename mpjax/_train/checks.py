@@ -32,6 +32,15 @@ def refuse_other_than_arrays(**trees: Any) -> None:
                 )
 
 
+def refuse_empty(batch: Any) -> None:
+    """Raises ValueError for a batch without examples, whose loss would be NaN."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    shapes = {jax.tree_util.keystr(k): x.shape for k, x in leaves if x.shape}
+    if shapes and all(shape[0] == 0 for shape in shapes.values()):
+        path, shape = next(iter(shapes.items()))
+        raise ValueError(f"the batch has no examples: batch{path} has shape {shape}.")
+
+
 def _is_nnx_module(x: Any) -> bool:
     nnx: Any = sys.modules.get("flax.nnx")
     return hasattr(nnx, "Module") and isinstance(x, nnx.Module)

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from mpjax._jaxpr.core import dtype_of, is_float32, is_jaxpr, is_var, open_jaxpr
 from mpjax._report import short_source
 from mpjax._train.describe import describe
-from mpjax._tree import is_half
+from mpjax._tree import is_half, refuse_deleted
 
 
 class JittedStep:
@@ -77,7 +76,7 @@ class JittedStep:
             return
         state = args[0] if args else kwargs.get("state")
         # jaxlib 0.10 crashes on deleted arrays of several devices.
-        _refuse_deleted(state)
+        refuse_deleted(state)
         placed = [
             (getattr(x, "shape", None), getattr(x, "sharding", None))
             for x in jax.tree.leaves(state)
@@ -108,23 +107,7 @@ def _refuse_other_arguments(
 
 def _refuse_donated(args: Any, kwargs: Any, error: Exception) -> None:
     if "deleted" in str(error):
-        _refuse_deleted((args, kwargs), error)
-
-
-def _refuse_deleted(tree: Any, error: Exception | None = None) -> None:
-    """Raises ValueError if an array of a tree was given to a step that reused it."""
-
-    def is_deleted(x):
-        is_array = isinstance(x, jax.Array) and not isinstance(x, Tracer)
-        return is_array and x.is_deleted()
-
-    if any(map(is_deleted, jax.tree.leaves(tree))):
-        raise ValueError(
-            "this state was given to a step before, which reused its memory (donation):"
-            " go on with the state that the step returned, state, metrics = "
-            "train_step(state, batch), or keep old states readable with "
-            "make_train_step(..., donate=False)."
-        ) from error
+        refuse_deleted((args, kwargs), error)
 
 
 def _refuse_other_leaves(args: Any, kwargs: Any, error: Exception) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._jaxpr import core as _jaxpr
+from mpjax._jaxpr import primitives
 from mpjax._jaxpr.primitives import facts_of
 from mpjax._tree import is_floating, is_half, is_inexact
 
@@ -25,8 +26,8 @@ CONSTANT = "a constant of the function"
 UNKNOWN = "unknown"
 
 _REMEDIES = {
-    HALF_OVERFLOW: "It is finite in float32: lower the loss scale if this is the "
-    "backward pass, run the operation in float32, or use bfloat16.",
+    HALF_OVERFLOW: "It is finite in float32: run the operation in float32, scale its "
+    "input, or use bfloat16; the loss scale does not matter in the forward pass.",
     OVERFLOW: "Subtract the maximum before exponentials, or clip the operand.",
     DIVISION_BY_ZERO: "Keep the denominator above an epsilon that its dtype can hold, "
     "or choose a safe denominator by jnp.where before the division, not after it.",
@@ -100,6 +101,16 @@ class NonFinite:
     @property
     def remedy(self) -> str:
         """What to do about it."""
+        if self.cause == HALF_OVERFLOW and self.is_backward:
+            return (
+                "It is finite in float32: lower the loss scale, run the operation in "
+                "float32, or use bfloat16."
+            )
+        if self.cause == OVERFLOW and self.primitive in primitives.MATMULS:
+            return (
+                "Its operands are huge: lower the learning rate or clip gradients if "
+                "the weights have grown, or normalize the input."
+            )
         return _REMEDIES[self.cause]
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from mpjax._jaxpr.core import Literal, inner_jaxprs, is_var, open_jaxpr
 from mpjax._jaxpr.flatten import FlatFunction, flatten, refuse_modules
 from mpjax._jaxpr.loops import Scan, While
 from mpjax._jaxpr.primitives import Kind, facts_of
-from mpjax._tree import is_inexact, squared_leaf
+from mpjax._tree import is_inexact, refuse_deleted, squared_leaf
 from mpjax.numerics import _causes
 from mpjax.numerics._causes import NonFinite
 from mpjax.numerics._eqn_context import EqnContext
@@ -56,6 +56,8 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
 
     Raises:
       TypeError: when the returned function is called under jit, or with an NNX module.
+      ValueError: for a state that was given to a train step before, which reused its
+        memory.
 
     >>> def loss(w):
     ...     return jnp.sum(jnp.log(w) * 2.0)
@@ -72,6 +74,7 @@ def find_nonfinite(fn: Callable[..., Any]) -> Callable[..., NonFinite | None]:
                 "find_nonfinite needs numbers, and under jit there are none: call "
                 "find_nonfinite(fn)(*args) outside of jit."
             )
+        refuse_deleted(arrays)
         with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
             closed = jax.make_jaxpr(FlatFunction(fn, spec))(*arrays)
             values = [jnp.asarray(x) for x in arrays]

@@ -223,3 +223,36 @@ def test_the_modes_of_jax_that_check_do_not_disturb_it():
 def test_each_cause_has_a_remedy():
     names = [n for n in vars(causes) if re.fullmatch("[A-Z][A-Z_]+", n)]
     assert {getattr(causes, n) for n in names} == set(causes._REMEDIES)
+
+
+def test_a_loss_that_overflows_in_its_backward_pass_is_told_of_the_loss_scale():
+    """The sum that autocast rounds once on a CPU keeps the scope of its equation."""
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    labels = jnp.arange(16) % 4
+
+    def loss_fn(w):
+        losses = optax.softmax_cross_entropy_with_integer_labels(x @ w, labels)
+        return 2.0**24 * losses.mean()
+
+    grad_fn = mpjax.autocast(jax.value_and_grad(loss_fn), "mixed_float16")
+    found = find_nonfinite(grad_fn)(jnp.ones((8, 4)))
+    assert found.is_backward
+    assert "lower the loss scale" in found.remedy
+    forward = find_nonfinite(mpjax.autocast(jnp.matmul, "mixed_float16"))
+    found = forward(1e6 * x, jnp.ones((8, 4)))
+    assert not found.is_backward
+    assert "loss scale does not matter" in found.remedy
+
+
+def test_a_matmul_of_weights_that_have_grown():
+    found = find_nonfinite(jnp.matmul)(jnp.full((2, 2), 1e30), jnp.full((2, 2), 1e30))
+    assert "learning rate" in found.remedy
+
+
+def test_a_state_whose_memory_a_step_reused_is_named():
+    tx = mpjax.with_loss_scale(optax.sgd(0.1))
+    state = mpjax.TrainState.create(params={"w": jnp.ones(3)}, tx=tx)
+    train_step = mpjax.make_train_step(lambda p, b, key: jnp.sum(p["w"] * b), tx)
+    train_step(state, jnp.ones(3))
+    with pytest.raises(ValueError, match="this state was given to a step before"):
+        find_nonfinite(train_step)(state, jnp.ones(3))
