@@ -1,4 +1,4 @@
-"""DeepConvNet on MNIST: trained in float32 and mixed, evaluated in six precisions.
+"""DeepConvNet on MNIST: trained in float32 and half, evaluated in six precisions.
 
     python -m experiments.mnist_convnet     # 20 to 25 min on 2 cores; 99.4 %
     python -m experiments.mnist_convnet --load weights.safetensors --precisions float16

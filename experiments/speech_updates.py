@@ -1,4 +1,4 @@
-"""What float32 master weights are for: Mandarin speech, weights updated in float16.
+"""What float32 master weights are for: Mandarin speech updated in float16.
 
     python -m experiments.speech_updates --workdir runs/updates
     python -m experiments.speech_updates --workdir runs/updates --resume

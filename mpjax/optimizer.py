@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from mpjax._tree import (
     float0_to_zeros,
@@ -294,8 +295,8 @@ def _warn_of_a_constant(loss_scale: Any) -> None:
         return
     scale = loss_scale.loss_scale
     # Under a trace even what is computed from constants is traced.
-    is_traced = isinstance(jnp.add(scale, 0), jax.core.Tracer)
-    if is_traced and not isinstance(scale, jax.core.Tracer):
+    is_traced = isinstance(jnp.add(scale, 0), Tracer)
+    if is_traced and not isinstance(scale, Tracer):
         warnings.warn(
             "the loss scale is a constant of the function that is traced: jax.jit and "
             "mpjax.autocast keep it from the first call on. Pass opt_state to that "

@@ -249,10 +249,11 @@ def make_train_step(
         float64 without x64, or a layout without a mesh; at the first call, for a batch
         without examples, or that cannot be cut or split over the mesh, a rule of
         `layout` that does not fit its parameter, a loss or weight that is not a scalar,
-        a loss that depends on no trained parameter, a new model state of other keys or shapes, an aux that uses a
-        metric's name, a state of another optimizer, with an EMA but no decay, or the
-        reverse; for a state that is placed otherwise than `mesh` and `layout` say; and
-        for one that was given to a step before, with `donate`.
+        a loss that depends on no trained parameter, a new model state of other keys or
+        shapes, an aux that uses a metric's name, a state of another optimizer, with an
+        EMA but no decay, or the reverse; for a state that is placed otherwise than
+        `mesh` and `layout` say; and for one that was given to a step before, with
+        `donate`.
     """
     rules = resolve(policy)
     if not callable(loss_fn):

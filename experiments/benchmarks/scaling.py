@@ -1,4 +1,4 @@
-"""Memory, communication and modelled step times of language models on 1 to 512 GPUs.
+"""Memory, communication and step times of language models on 1 to 512 GPUs.
 
     python -m experiments.benchmarks.scaling      # 35 min on 2 cores, no GPU needed
     python -m experiments.benchmarks.scaling --models gpt_1.3b --num-gpus 8 64

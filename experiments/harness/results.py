@@ -9,7 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import rich.console
@@ -27,6 +27,7 @@ from mpjax._autocast.float8_devices import multiplies_float8
 
 # Names in /proc/cpuinfo, the widest first.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+Side = Literal["left", "right"]
 PACKAGES = ("mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "numpy")
 
 
@@ -174,17 +175,42 @@ def environment(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
 
 
 def print_table(title: str, columns: Sequence[Column], runs: list[dict[str, Any]]):
-    """Prints runs as a table on stdout."""
-    table = rich.table.Table(title=title, title_justify="left")
-    for column in columns:
-        left = runs and isinstance(runs[0].get(column.key), str)
-        table.add_column(column.heading, justify="left" if left else "right")
-    for run in runs:
-        table.add_row(*(column.text(run) for column in columns))
+    """Prints runs as a table on stdout; in a narrow terminal, a column for each run."""
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=200)
+    rows = [[column.heading for column in columns]]
+    rows += [[column.text(run) for column in columns] for run in runs]
+    table = _table(title, rows, [_side(column, runs) for column in columns])
+    if _width(table, console) > console.width:
+        columns_as_rows = [list(cells) for cells in zip(*rows, strict=True)]
+        turned = _table(title, columns_as_rows, ["left", *["right"] * len(runs)])
+        if _width(turned, console) <= console.width:
+            table = turned
     console.print(table)
+
+
+def _side(column: Column, runs: list[dict[str, Any]]) -> Side:
+    is_text = bool(runs) and isinstance(runs[0].get(column.key), str)
+    return "left" if is_text else "right"
+
+
+def _table(
+    title: str, rows: list[list[str]], justify: Sequence[Side]
+) -> rich.table.Table:
+    """Returns a table whose first row are the headings."""
+    table = rich.table.Table(title=title, title_justify="left")
+    for heading, side in zip(rows[0], justify, strict=True):
+        table.add_column(heading, justify=side)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _width(table: rich.table.Table, console: rich.console.Console) -> int:
+    """Returns how wide a table would be if nothing in it were cut."""
+    options = console.options.update(max_width=10_000)
+    return console.measure(table, options=options).maximum
 
 
 def markdown_table(columns: Sequence[Column], runs: list[dict[str, Any]]) -> str:

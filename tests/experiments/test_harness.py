@@ -282,3 +282,19 @@ def test_results_of_cpus_that_differ_have_other_names(monkeypatch, flags, name):
     monkeypatch.setattr(results, "_cpu_info", info.get)
     assert results.machine() == name
     assert results.environment()["device"].startswith("EPYC (2 threads")
+
+
+def test_a_table_that_is_too_wide_for_the_terminal_is_turned(monkeypatch, capsys):
+    columns = [results.Column(f"heading {i}", f"key_{i}") for i in range(8)]
+    runs = [{c.key: f"value {i}" for c in columns} for i in range(2)]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lines = {}
+    for width in (60, 160):
+        monkeypatch.setenv("COLUMNS", str(width))
+        results.print_table("title", columns, runs)
+        lines[width] = capsys.readouterr().out.splitlines()
+    assert len(lines[60]) == len(lines[160]) + len(columns) - len(runs) - 1
+    assert all("\N{HORIZONTAL ELLIPSIS}" not in line for line in lines[60])
+    assert any(
+        "heading 7" in x and "value 0" in x and "value 1" in x for x in lines[60]
+    )
