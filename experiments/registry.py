@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         ),
         Command(
             "experiments.mnist_convnet",
-            "DeepConvNet on MNIST: trained in float32 and mixed, evaluated in six "
+            "DeepConvNet on MNIST: trained in float32 and half, evaluated in six "
             "precisions.",
         ),
         Command(
@@ -32,8 +32,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         ),
         Command(
             "experiments.speech_updates",
-            "What float32 master weights are for: Mandarin speech, weights updated in "
-            "float16.",
+            "What float32 master weights are for: Mandarin speech updated in float16.",
         ),
         Command(
             "experiments.ssd_digits",
@@ -56,8 +55,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         ),
         Command(
             "experiments.benchmarks.scaling",
-            "Memory, communication and modelled step times of language models on 1 to "
-            "512 GPUs.",
+            "Memory, communication and step times of language models on 1 to 512 GPUs.",
         ),
         Command(
             "experiments.benchmarks.accuracy",

@@ -184,7 +184,8 @@ def print_table(title: str, columns: Sequence[Column], runs: list[dict[str, Any]
     table = _table(title, rows, [_side(column, runs) for column in columns])
     if _width(table, console) > console.width:
         columns_as_rows = [list(cells) for cells in zip(*rows, strict=True)]
-        turned = _table(title, columns_as_rows, ["left", *["right"] * len(runs)])
+        sides: list[Side] = ["left", *("right" for _ in runs)]
+        turned = _table(title, columns_as_rows, sides)
         if _width(turned, console) <= console.width:
             table = turned
     console.print(table)
