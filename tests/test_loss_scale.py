@@ -1,6 +1,7 @@
 """Loss scales: what they scale, what survives, what they refuse."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -131,12 +132,12 @@ def test_flax_serialization(scale):
     assert jax.tree.leaves(restored) == jax.tree.leaves(scale)
 
 
-@pytest.mark.parametrize("saved", ALL, ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("target", ALL, ids=lambda s: type(s).__name__)
+KINDS = {type(scale): scale for scale in ALL}.values()
+
+
+@pytest.mark.parametrize(("saved", "target"), [*itertools.permutations(KINDS, 2)])
 def test_flax_serialization_of_another_kind_is_refused(saved, target):
     serialization = pytest.importorskip("flax.serialization")
-    if saved.__dict__.keys() == target.__dict__.keys():
-        return
     data = serialization.to_bytes(saved)
     with pytest.raises(ValueError, match="restore into a state of the kind that was"):
         serialization.from_bytes(target, data)

@@ -8,7 +8,6 @@ import numpy as np
 
 from mpjax._jaxpr import core as _jaxpr
 from mpjax._jaxpr import primitives
-from mpjax._jaxpr.primitives import facts_of
 from mpjax._tree import is_floating, is_half, is_inexact
 
 HALF_OVERFLOW = "overflow of half precision"
@@ -173,7 +172,7 @@ def find_cause(eqn: Any, values: list[Any], outputs: list[Any]) -> str:
       values: its inputs; Inf among them comes from constants only.
       outputs: its outputs.
     """
-    facts = facts_of(eqn)
+    facts = primitives.facts_of(eqn)
     num_nan = sum(count(x)[0] for x in outputs if is_inexact(x))
     if eqn.primitive.name == "triangular_solve" and _has_zero_diagonal(eqn, values[0]):
         return SINGULAR
@@ -200,7 +199,7 @@ def _has_zero_diagonal(eqn: Any, matrix: Any) -> bool:
 
 def _operand(eqn: Any, values: list[Any]) -> Any:
     """Returns the operand that may be at a pole or out of the domain, as float64."""
-    facts = facts_of(eqn)
+    facts = primitives.facts_of(eqn)
     if facts.pole is None and facts.outside_domain is None:
         return None
     if eqn.primitive.name == "integer_pow" and eqn.params["y"] >= 0:
